@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# A day on a borrowed GPU in one command: every stage measures, appends JSONL and is skipped
+# when its stamp is there, so that a run cut short goes on.
+#
+#   bash benchmarks/gpu_day.sh [RESULTS]         RESULTS: a folder, benchmarks/results if unset
+#   MINI=1 bash benchmarks/gpu_day.sh RESULTS    the same stages in miniature, on a CPU
+#   STAGES="correctness train_124m" ...          only these
+#
+# Needs no network. Uses $PYTHON (python3) with jax, flax, optax, orbax-checkpoint,
+# ml-collections, grain and tensorflow-datasets; PyTorch is used where it is there. Each stage
+# is meant to stay under 9 minutes and is stopped after 9. Not run on hardware yet.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+results=${1:-benchmarks/results}
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD:$PWD/benchmarks
+mkdir -p "$results/stamps"
+
+if ! missing=$("$python" - <<'PY'
+import importlib.util, sys
+names = ("jax", "flax", "optax", "orbax.checkpoint", "ml_collections", "grain", "tensorflow_datasets",
+         "matplotlib", "tensorboardX", "tqdm")
+def there(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+gone = [name for name in names if not there(name)]
+print(" ".join(gone))
+sys.exit(bool(gone))
+PY
+); then
+    echo "error: $python lacks $missing: install them or set PYTHON" >&2
+    exit 2
+fi
+
+if [ -n "${MINI:-}" ]; then
+    export JAX_PLATFORMS=cpu
+    small=tiny large=tiny dtype=float32 lengths="64" batches="2"
+    study=(--config=configs/quickstart.py:steps=2,seeds=1 --config.model.d_model=16
+        --config.data.seq_len=16 --config.evals.eval.max_labels=200
+        --config.evals.eval_train.max_labels=200
+        "--config.study.points=({'model.sharing': 'q-k-v'}, {'model.sharing': 'q-k=v'})")
+else
+    small=124m large=350m dtype=bfloat16 lengths="2048 32768" batches="1 32"
+    study=(--config=configs/quickstart.py)
+fi
+compile=$([ -n "${MINI:-}" ] && echo 0 || echo 1)
+failed=0
+
+stage() { # stage NAME COMMAND...
+    local name=$1 code
+    shift
+    case " ${STAGES:-$name} " in *" $name "*) ;; *) return ;; esac
+    if [ -e "$results/stamps/$name" ]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name: $*"
+    timeout 540 "$@" >"$results/$name.log" 2>&1
+    code=$?
+    tail -n 5 "$results/$name.log"
+    if [ $code = 0 ]; then
+        touch "$results/stamps/$name"
+    else
+        echo "== $name ended with code $code: see $results/$name.log" >&2
+        failed=1
+    fi
+}
+
+stage environment "$python" -c "
+import json
+from qkvjax.parallel import host
+print(json.dumps(host.environment()))
+open('$results/environment.jsonl', 'a').write(json.dumps(host.environment()) + '\n')"
+stage correctness "$python" benchmarks/correctness.py --output="$results/correctness.jsonl"
+for size in $small $large; do
+    stage "train_$size" "$python" benchmarks/train_speed.py --size="$size" --dtype=$dtype \
+        --output="$results/train_speed.jsonl"
+    if "$python" -c 'import torch' 2>/dev/null; then
+        stage "twin_$size" "$python" benchmarks/torch_twin.py --size="$size" --dtype=$dtype \
+            --compile="$compile" --output="$results/torch_twin.jsonl"
+    else
+        echo "== twin_$size: skipped, $python has no PyTorch"
+    fi
+done
+for length in $lengths; do
+    for batch in $batches; do
+        stage "decode_${batch}_$length" "$python" benchmarks/decode_speed.py --size=$small \
+            --dtype=$dtype --batch="$batch" --length="$length" --output="$results/decode_speed.jsonl"
+    done
+done
+stage study "$python" -m qkvjax.study "${study[@]}" --workdir="$results/study"
+echo "results in $results"
+exit $failed

@@ -1,0 +1,106 @@
+"""Our side of the benchmarks: the framework's own train step and decoding, on random ids."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from sizes import SIZES, Size
+
+from qkvjax import config as configs
+from qkvjax.parallel import host
+
+
+def config_of(size: Size, sharing: str, dtype: str):
+    """The twin's recipe: LayerNorm, GELU, learned positions, no biases, no query-key norm."""
+    config = configs.default()
+    config.model.update(
+        d_model=size.width, num_layers=size.layers, num_heads=size.heads, sharing=sharing,
+        position="learned", norm="layernorm", mlp="gelu", mlp_ratio=4.0, qk_norm=False,
+    )  # fmt: skip
+    config.data.update(seq_len=size.length, batch_size=size.batch)
+    config.train.compute_dtype = dtype
+    return config
+
+
+def spec_of(size: Size, sharing: str):
+    """The model's spec."""
+    from qkvjax.models.spec import model_spec
+
+    model = configs.plain(config_of(size, sharing, "float32").model)
+    return model_spec(model, size.vocab, size.length)
+
+
+def train_call(size: Size, sharing: str, dtype: str):
+    """(call, peak bytes): `call()` starts one train step on one device and returns its loss."""
+    import jax
+    import numpy as np
+
+    from qkvjax.analysis.measure import peak_bytes
+    from qkvjax.parallel.mesh import make_mesh
+    from qkvjax.training.loop import place
+    from qkvjax.training.step import init_state, make_optimizer, make_train_step
+
+    config = config_of(size, sharing, dtype)
+    mesh = make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        optimizer, rate = make_optimizer(config, 1000, 20)
+        state = jax.jit(lambda: init_state(spec_of(size, sharing), optimizer, 0))()
+        ids = np.random.default_rng(0).integers(0, size.vocab, (1, size.batch, size.length + 1))
+        shape = (1, size.batch, size.length)
+        batch = {
+            "inputs": ids[..., :-1].astype(np.int32),
+            "targets": ids[..., 1:].astype(np.int32),
+            "positions": np.broadcast_to(np.arange(size.length, dtype=np.int32), shape),
+            "segment_ids": np.ones(shape, np.int32),
+            "weights": np.ones(shape, np.float32),
+        }
+        batch = place(batch, mesh)
+        step = jax.jit(make_train_step(config, optimizer, rate), donate_argnums=0)
+        compiled = step.lower(state, batch).compile()
+    held = {"state": state}
+
+    def call():
+        held["state"], metrics = compiled(held["state"], batch)
+        return metrics["loss"]
+
+    return call, peak_bytes(compiled)
+
+
+def arguments(doc: str, **defaults) -> argparse.Namespace:
+    """Parses --output and the given options; lists are written with commas."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", help="a JSONL file that the records are added to")
+    for name, value in defaults.items():
+        kind = (lambda text: text.split(",")) if isinstance(value, list) else type(value)
+        parser.add_argument(f"--{name}", type=kind, default=value)
+    found = parser.parse_args()
+    if getattr(found, "size", "tiny") not in SIZES:
+        print(f"error: --size={found.size} is none of {', '.join(SIZES)}", file=sys.stderr)
+        sys.exit(2)
+    return found
+
+
+def record(file: str | None, /, **values) -> None:
+    """Prints a record, and adds it to a JSONL file with date, device, versions and the command."""
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": host.device_name(),
+        "jax": importlib.metadata.version("jax"),
+        "python": sys.version.split()[0],
+        "git": host.revision(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    print(json.dumps(values))
+    if file:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as lines:
+            lines.write(json.dumps(facts | values) + "\n")

@@ -1,0 +1,40 @@
+"""The quickstart study: every sharing side by side on the interpreter's own library.
+
+  qkvjax study --config=configs/quickstart.py --workdir=runs/quickstart
+
+Five sharings x three seeds of a small byte-level model in the modern recipe (2 layers, width
+128, 4 heads of 32, RoPE, query-key norm, RMSNorm, SwiGLU; 435,968 parameters with three
+projections). Small on purpose: it fits into minutes on two CPU cores, and the report says what
+that is too small to tell. A larger study is the same file with other values:
+
+  --config=configs/quickstart.py:seeds=8,depth=4,steps=5000
+"""
+
+import ml_collections
+
+from qkvjax import config as base
+from qkvjax.attention.spec import SHARINGS
+from qkvjax.sweep import axis
+
+
+def get_config(arg=None):
+    given = base.parse_arg(arg, seeds=3, depth=2, steps=360)
+    config = base.default()
+    config.model.update(num_layers=given.depth, d_model=128, num_heads=4)
+    config.data.update(source="stdlib", seq_len=128, batch_size=8)
+    config.optimizer.update(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps="5%")
+    config.train.update(
+        steps=given.steps, log_every="12.5%", eval_every="12.5%", checkpoint_every="100%",
+        keep_checkpoints=1,
+    )  # fmt: skip
+    config.evals = {
+        "eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 20_000},
+        "eval_train": {"kind": "bits_per_byte", "split": "train", "max_labels": 8_000},
+    }
+    config.study = ml_collections.ConfigDict({
+        "title": "Does a small language model need three projections?",
+        "points": axis("model.sharing", SHARINGS),
+        "seeds": given.seeds,
+        "prompt": "def main(",
+    })  # fmt: skip
+    return config

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The tests, in an environment of their own.
+#
+#   bash launch/test.sh             style and the default suite
+#   bash launch/test.sh --all       the slow tests as well
+#   bash launch/test.sh -k cache    further arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
+
+make_environment .venv-test test
+select=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    select=()
+    shift
+fi
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest -q "${select[@]}" "$@"

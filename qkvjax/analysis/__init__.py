@@ -1,0 +1,1 @@
+"""Statistics, claims and the report of a study."""

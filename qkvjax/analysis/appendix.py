@@ -1,0 +1,103 @@
+"""The last section of the report: what was run, how to repeat it, and what the words mean."""
+
+from __future__ import annotations
+
+import json
+
+from qkvjax.analysis.document import Code, Fold, Heading, Pairs, Paragraph, Table, Terms
+from qkvjax.analysis.summary import Summary
+from qkvjax.config import flatten
+
+_DEFINITIONS = [
+    ("bits per byte", "minus log2 of the probability that the model gives to the held-out text,"
+     " over its UTF-8 bytes; it does not depend on the tokenizer. Lower is better."),
+    ("interval", "Student’s t over seeds, 95 %. A difference is paired: seed i of a variant minus"
+     " seed i of the baseline, which start from the same random numbers and see the same batches."
+     " Intervals are not widened for the number of variants: of twenty comparisons of equal"
+     " variants, about one is expected to be called different."),
+    ("verdict", "“better” or “worse” only where the paired 95 % interval excludes zero; else “no"
+     " difference shown”, which does not say that there is none. One seed gives no interval."),
+    ("smallest detectable effect", "the true difference that a study with this spread and this"
+     " number of seeds finds four times in five: (t.975 + t.80) standard errors, n − 1 degrees of"
+     " freedom."),
+    ("percent", "of the baseline’s mean bits per byte."),
+    ("val. − train", "bits per byte on held-out text minus those on training text."),
+    ("FLOPs per token", "of training: 2 per multiply-add, and three times the forward pass"
+     " (backward costs twice forward): 6 × forward multiply-adds of a sequence / its length."
+     " Attention counts all pairs of positions."),
+    ("cache per token", "bytes that decoding keeps for each token of context, over all layers;"
+     " one tensor where key and value are one state, else two."),
+]  # fmt: skip
+
+
+def what_was_run(summary: Summary) -> list:
+    """Environment, data, configuration, failed runs, command, definitions."""
+    study = summary.study
+    parts = [Heading("What was run")]
+    if study.get("command"):
+        parts += [Paragraph("To repeat it:"), Code(str(study["command"]))]
+    environment = study.get("environment") or {}
+    if environment:
+        rows = [(str(name), text(value)) for name, value in environment.items()]
+        parts += [Heading("Environment", 3), Pairs(rows)]
+    parts += _data(summary)
+    points = [[row.label, _settings(row.settings)] for row in summary.rows]
+    parts += [Heading("The variants", 3),
+              Table(["Variant", "differs from the base configuration in"], points,
+                    left=("Variant", "differs from the base configuration in"))]  # fmt: skip
+    parts += _failures(summary)
+    config = flatten(study.get("config") or {})
+    if config:
+        rows = [(name, text(value)) for name, value in sorted(config.items())]
+        parts.append(Fold(f"The base configuration ({len(rows)} fields)", [Pairs(rows)]))
+    return [*parts, Heading("What the words mean", 3), Terms(_DEFINITIONS)]
+
+
+def text(value) -> str:
+    """A JSON value for people: words as they are, the rest as JSON."""
+    if value is None:
+        return "unset"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _settings(settings: dict) -> str:
+    return ", ".join(f"{name} = {text(value)}" for name, value in settings.items()) or "nothing"
+
+
+def _data(summary: Summary) -> list:
+    data = summary.study.get("data") or {}
+    rows = []
+    for name, value in data.items():
+        counted = name.startswith("num_") and isinstance(value, (int, float))
+        rows.append((name.replace("_", " "), f"{value:,}" if counted else text(value)))
+    one = next(iter(summary.results), {})
+    for name in ("tokenizer", "num_labels", "num_bytes", "pad_fraction"):
+        if one.get(name) is not None:
+            value = one[name]
+            counted = name.startswith("num_")
+            title = f"{'scored ' if counted else ''}{name.removeprefix('num_')}".replace("_", " ")
+            rows.append((title, f"{value:,}" if counted else text(value)))
+    ends = [
+        f"{row.label} {sum(values) / len(values):,.2f}"
+        for row in summary.rows
+        if (values := [r["perplexity"] for r in row.results.values() if r.get("perplexity")])
+    ]
+    if ends:
+        rows.append(("perplexity a token, mean over seeds", ", ".join(ends)))
+    return [Heading("Data", 3), Pairs(rows)] if rows else []
+
+
+def _failures(summary: Summary) -> list:
+    rows = [
+        [row.label, str(seed), error]
+        for row in summary.rows
+        for seed, error in sorted(row.failed.items())
+    ]
+    if not rows:
+        return []
+    columns = ["Variant", "Seed", "Error"]
+    number = "1 run" if len(rows) == 1 else f"{len(rows)} runs"
+    return [
+        Heading("Failed runs", 3),
+        Table(columns, rows, left=tuple(columns), caption=f"{number} ended without a score."),
+    ]

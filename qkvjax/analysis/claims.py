@@ -1,0 +1,319 @@
+"""The claims about shared projections, as data, and what a study lets us say about each.
+
+The rule for verdicts, so that nothing here is typed by hand:
+
+1. Exact arithmetic (cache bytes follow from the configuration) is decided at any size.
+2. A measured claim is decided only by a study of the size that the claim speaks of: baseline
+   parameters inside `Claim.sizes`, and at least `MIN_TOKENS_PER_PARAM` training tokens per
+   parameter. The paper and its follow-up speak of 300M; the article, where it names no size,
+   of its own range of 100M to 7B. Elsewhere the measurement is printed and the verdict is
+   "can't tell at this size".
+3. The paper's figures were taken with padding scored and the follow-up's with padding masked;
+   a study of the other kind measures something else, and decides nothing about them.
+4. Inside its scope a claim is supported or contradicted only when the whole 95 % interval says
+   so; a claim "about x" is contradicted when the interval excludes x, and supported when the
+   interval contains x and excludes no effect at all.
+5. What the study does not measure is "not measured".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from qkvjax.analysis import curves, formats
+from qkvjax.analysis.sharings import field, is_uniform, pure, pure_rows
+from qkvjax.analysis.statistics import Paired, paired
+from qkvjax.analysis.summary import Row, Summary
+
+SUPPORTED, CONTRADICTED = "supported", "contradicted"
+CANT_TELL, NOT_MEASURED = "can't tell at this size", "not measured"
+MIN_TOKENS_PER_PARAM = 10
+AT_300M, ARTICLE = (200e6, 400e6), (100e6, 7e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a study says about a claim: two texts for people, and the verdict in scope."""
+
+    measured: str = formats.NONE
+    interval: str = formats.NONE
+    verdict: str = NOT_MEASURED
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+      id, source: A the article, P the paper, F the authors' follow-ups.
+      claim, measured_by: texts.
+      decide: computes a Finding, or None where the study lacks what it needs; None when no
+        study of this kind measures it.
+      sizes: parameters the claim speaks of; None for exact arithmetic.
+      pads: whether padding was scored where the figure comes from; None when it does not say.
+    """
+
+    id: str
+    source: str
+    claim: str
+    measured_by: str
+    decide: Callable[[Summary], Finding | None] | None = None
+    sizes: tuple[float, float] | None = ARTICLE
+    pads: bool | None = None
+
+
+def findings(summary: Summary) -> list[tuple[Claim, Finding]]:
+    """Every claim with what this study says about it."""
+    result = []
+    for claim in CLAIMS:
+        found = claim.decide(summary) if claim.decide else None
+        found = found or Finding()
+        if found.verdict in (SUPPORTED, CONTRADICTED) and not in_scope(claim, summary):
+            found = dataclasses.replace(found, verdict=CANT_TELL)
+        result.append((claim, found))
+    return result
+
+
+def in_scope(claim: Claim, summary: Summary) -> bool:
+    """Whether this study may decide the claim at all (rules 1 to 3)."""
+    if claim.sizes is None:
+        return True
+    size = summary.baseline.num_params or 0
+    tokens = min((result.get("tokens") or 0 for result in summary.results), default=0)
+    low, high = claim.sizes
+    kind = claim.pads is None or claim.pads == summary.score_pads
+    return low <= size <= high and tokens >= MIN_TOKENS_PER_PARAM * size and kind
+
+
+def about(value: float, low: float | None, high: float | None, no_effect: float) -> str:
+    """Rule 4 for a claim of "about `value`", given an interval."""
+    if low is None or high is None:
+        return CANT_TELL
+    if not low <= value <= high:
+        return CONTRADICTED
+    return CANT_TELL if low <= no_effect <= high else SUPPORTED
+
+
+def most(verdicts: list[str]) -> str:
+    """Supported or contradicted when more than half of the variants are."""
+    for verdict in (SUPPORTED, CONTRADICTED):
+        if 2 * verdicts.count(verdict) > len(verdicts):
+            return verdict
+    return CANT_TELL
+
+
+def _small_loss(summary: Summary) -> Finding | None:
+    """A1: each sharing's loss in percent of the bits against 0.5 %."""
+    rows = pure_rows(summary)
+    if not rows:
+        return None
+    verdicts = []
+    for row in rows:
+        low, high = (summary.relative(v) for v in (row.paired.low, row.paired.high))
+        side = CANT_TELL
+        if high is not None and high < 0.005:
+            side = SUPPORTED
+        elif low is not None and low > 0.005:
+            side = CONTRADICTED
+        verdicts.append(side)
+    measured = [f"{r.label} {formats.percent(summary.relative(r.paired.mean))}" for r in rows]
+    return Finding("of the bits:\n" + "\n".join(measured), _spans(summary, rows), most(verdicts))
+
+
+def _memory(summary: Summary) -> Finding | None:
+    """A2: one batch size can only fall short of the range, not show it."""
+    base = summary.baseline.measured.get("peak_bytes")
+    rows = [row for row in pure_rows(summary) if row.measured.get("peak_bytes")]
+    if not base or not rows:
+        return None
+    saved = {row.label: 1 - row.measured["peak_bytes"] / base for row in rows}
+    measured = "\n".join(f"{label} {formats.percent(-part)}" for label, part in saved.items())
+    verdict = CONTRADICTED if max(saved.values()) < 0.10 else CANT_TELL
+    return Finding(f"compiled peak at one batch size:\n{measured}", "exact", verdict)
+
+
+def _single_projection_time(summary: Summary) -> Finding | None:
+    """A3: "about 15 %" is read as 10 to 20 % less time a step."""
+    row = pure(summary, "q=k=v")
+    ratio = row and row.measured.get("step_ratio")
+    if not ratio:
+        return None
+    middle, low, high = ratio
+    inside, outside = 0.80 <= low and high <= 0.90, high < 0.80 or low > 0.90
+    verdict = SUPPORTED if inside else CONTRADICTED if outside else CANT_TELL
+    return Finding(
+        f"{row.label} {formats.percent(middle - 1)} time a step",
+        formats.percent_span(middle - 1, low - 1, high - 1),
+        verdict,
+    )
+
+
+def _early_convergence(summary: Summary) -> Finding | None:
+    """A7: steps to the halfway loss, paired within seeds."""
+    if len(summary.marks) < 2:
+        return None
+    base, mark = _steps_to(summary.baseline, summary.marks[0]), summary.marks[0]
+    verdicts, measured, intervals = [], [], []
+    for row in pure_rows(summary):
+        own = _steps_to(row, mark)
+        if base is None or own is None or not (result := paired(base, own)):
+            continue
+        start = sum(base.values()) / len(base)
+        side = {"better": SUPPORTED, "worse": CONTRADICTED}.get(result.verdict, CANT_TELL)
+        verdicts.append(side)
+        measured.append(f"{row.label} {formats.percent(result.mean / start)}")
+        intervals.append(f"{row.label} {_percent_span(result, start)}")
+    if not measured:
+        return None
+    text = f"steps to {mark:.3f} bits per byte:\n" + "\n".join(measured)
+    return Finding(text, "\n".join(intervals), most(verdicts))
+
+
+def _regularising(summary: Summary) -> Finding | None:
+    """A8 needs many epochs on little data; a gap alone decides nothing."""
+    rows = [summary.baseline, *pure_rows(summary)]
+    gaps = [f"{r.label} {formats.difference(r.train_validation_gap)}"
+            for r in rows if r.train_validation_gap is not None]  # fmt: skip
+    if len(gaps) < 2:
+        return None
+    return Finding("validation minus training bits:\n" + "\n".join(gaps), verdict=CANT_TELL)
+
+
+def _half_cache(summary: Summary) -> Finding | None:
+    """P1, the cache: exact."""
+    row = pure(summary, "q-k=v")
+    saved = summary.cache_saved(row) if row else None
+    if saved is None or not is_uniform(summary):
+        return None
+    verdict = SUPPORTED if saved == 0.5 else CONTRADICTED
+    return Finding(f"{row.label} saves {formats.saved(saved)}", "exact", verdict)
+
+
+def _head_sharing_cache(summary: Summary) -> Finding | None:
+    """P2: K=V with g key-value heads saves 1 - g / 2N of the cache of N untied heads."""
+    heads = field(summary, summary.baseline, "model.num_heads")
+    own = field(summary, summary.baseline, "model.num_kv_heads")
+    untied = field(summary, summary.baseline, "model.sharing") == "q-k-v"
+    if not heads or own not in (None, heads) or not untied or not is_uniform(summary):
+        return None
+    texts, verdicts = [], []
+    for row in summary.others:
+        groups, saved = field(summary, row, "model.num_kv_heads"), summary.cache_saved(row)
+        tied = field(summary, row, "model.sharing") == "q-k=v"
+        if tied and groups and groups < heads and saved is not None:
+            texts.append(f"{row.label} saves {formats.saved(saved)} ({groups} of {heads} heads)")
+            verdicts.append(math.isclose(saved, 1 - groups / (2 * heads), abs_tol=1e-12))
+    if not texts:
+        return None
+    return Finding("\n".join(texts), "exact", SUPPORTED if all(verdicts) else CONTRADICTED)
+
+
+def _perplexity(*expected: tuple[str, float]) -> Callable[[Summary], Finding | None]:
+    """Perplexity ratios of sharings against the figures claimed for them."""
+
+    def decide(summary: Summary) -> Finding | None:
+        texts, intervals, verdicts = [], [], []
+        for sharing, figure in expected:
+            row = pure(summary, sharing)
+            result = row and paired(_log_perplexity(summary.baseline), _log_perplexity(row))
+            if not result:
+                continue
+            ratio = math.expm1(result.mean)
+            bits = summary.relative(row.paired.mean if row.paired else None)
+            texts.append(
+                f"{row.label} {formats.percent(ratio)} perplexity ({formats.percent(bits)} of the"
+                " bits)"
+            )
+            low, high = (None if v is None else math.expm1(v) for v in (result.low, result.high))
+            intervals.append(f"{row.label} {formats.percent_span(ratio, low, high)}")
+            verdicts.append(about(figure, low, high, no_effect=0.0))
+        if not texts:
+            return None
+        verdict = CANT_TELL
+        if CONTRADICTED in verdicts:
+            verdict = CONTRADICTED  # a claim of two figures falls with either
+        elif verdicts == [SUPPORTED] * len(expected):
+            verdict = SUPPORTED
+        pads = "padding scored" if summary.score_pads else "no padding scored"
+        return Finding("\n".join([*texts, pads]), "\n".join(intervals), verdict)
+
+    return decide
+
+
+def _log_perplexity(row: Row) -> dict[int, float]:
+    return {s: math.log(r["perplexity"]) for s, r in row.results.items() if r.get("perplexity")}
+
+
+def _steps_to(row: Row, mark: float) -> dict[int, float] | None:
+    """seed -> steps to the mark; None when some seed never reaches it."""
+    if row.curve is None:
+        return None
+    line = row.curve
+    steps = {s: curves.reach(line.steps, v, mark) for s, v in zip(line.seeds, line.values)}
+    return None if None in steps.values() else steps
+
+
+def _percent_span(result: Paired, start: float) -> str:
+    low, high = (None if v is None else v / start for v in (result.low, result.high))
+    return formats.percent_span(result.mean / start, low, high)
+
+
+def _spans(summary: Summary, rows: list[Row]) -> str:
+    parts = [[summary.relative(v) for v in (r.paired.mean, r.paired.low, r.paired.high)]
+             for r in rows]  # fmt: skip
+    return "\n".join(f"{r.label} {formats.percent_span(*part)}" for r, part in zip(rows, parts))
+
+
+_P_AVERAGES = "synthetic averages: QKV .851, Q=K-V .854, “+” .870, Q-K=V .850, Q=K=V .780"
+_P_COSINE = (
+    "cos(K, V) = 0.73, K and V effective ranks 687 and 702 of 1024 (the authors later measured a"
+    " weight cosine near 0 and an activation CKA of .70)"
+)
+CLAIMS = (
+    Claim("A1", "A", "fewer projections lose less than 0.5 % accuracy in most cases",
+          "study score, paired difference", _small_loss),
+    Claim("A2", "A", "training memory falls by up to 20 %; by 10 to 25 % depending on batch size",
+          "compiled peak bytes against batch, each sharing", _memory),
+    Claim("A3", "A", "a single projection trains about 15 % faster",
+          "step time ratio, same run; equal wall-clock score", _single_projection_time),
+    Claim("A4", "A", "inference up to 18 % faster on H100-class GPUs",
+          "decode latency ratio, end to end"),
+    Claim("A5", "A", "inference cost falls by 15 to 20 %", "cost per million tokens from latency"),
+    Claim("A6", "A", "singular values show the three matrices to be redundant", "analyze"),
+    Claim("A7", "A", "fewer projections converge faster early on",
+          "steps and seconds to common losses", _early_convergence),
+    Claim("A8", "A", "simplified variants sometimes win, by regularising on small data",
+          "train-validation gap, many epochs on little data", _regularising),
+    Claim("A9", "A", "results hold from 100M to 7B parameters", "gap against size"),
+    Claim("A10", "A", "GLUE and SuperGLUE hardly change", "fine-tuning"),
+    Claim("A11", "A", "code generation (HumanEval) hardly changes",
+          "pass@k; bits per byte of canonical solutions"),
+    Claim("A12", "A", "zero-shot generalisation stays robust", "zero-shot tasks"),
+    Claim("A13", "A", "fine-tuning needs no more effort", "steps to converge"),
+    Claim("A14", "A", "it combines with mixture of experts", "sharing × MoE"),
+    Claim("A15", "A", "longer contexts at no proportional cost",
+          "longest context per GiB, loss against position"),
+    Claim("A16", "A", "energy falls", "joules per million tokens where a counter exists"),
+    Claim("A17", "A", "reasoning edge cases may still need all three",
+          "recall, k-hop, state tracking by difficulty"),
+    Claim("A18", "A", "feed-forward layers may be redundant too", "feed-forward sharing"),
+    Claim("P1", "P", "Q-K=V halves the cache", "exact", _half_cache, None),
+    Claim("P1b", "P", "… for +3.1 % perplexity (300M), +2.5 % (1.2B), padding scored",
+          "LM study; the 300M figure", _perplexity(("q-k=v", 0.031)), AT_300M, True),
+    Claim("P2", "P", "Q-GQA-4 saves 87.5 %, Q-MQA 96.9 % of the cache (of 16 heads: 1 − g/2N)",
+          "exact", _head_sharing_cache, None),
+    Claim("P3", "P", "Q=K-V +4.9 %, Q=K=V +25 % perplexity (300M), padding scored", "LM study",
+          _perplexity(("q=k-v", 0.049), ("q=k=v", 0.25)), AT_300M, True),
+    Claim("P4", "P", _P_AVERAGES, "synthetic study"),
+    Claim("P5", "P", "vision averages equal within .005", "vision study"),
+    Claim("P6", "P", "decode +4.4 to 5.3 % throughput, peak memory −6.5 to −6.9 % (1.2B, A100)",
+          "bench"),
+    Claim("P7", "P", _P_COSINE, "analyze"),
+    Claim("P8", "P", "“+” restores directionality", "score modifier ablation"),
+    Claim("F1", "F", "with padding masked the gap is +2.2 % perplexity (300M, one seed)",
+          "LM study", _perplexity(("q-k=v", 0.022)), AT_300M, False),
+    Claim("F2", "F", "averaging K and V of a trained model, then distilling, recovers",
+          "tie and heal"),
+)  # fmt: skip

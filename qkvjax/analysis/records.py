@@ -1,0 +1,127 @@
+"""Reads what a study left in its workdir: study.json, results.jsonl, measurements.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from qkvjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The files of a study, checked.
+
+    Attributes:
+      study: study.json.
+      results: (label, seed) -> the last line that results.jsonl has for it.
+      measurements: label -> its row of measurements.json; empty when there is none.
+      measured: measurements.json without its rows.
+      notes: what a reader must know about the files, one sentence each.
+    """
+
+    study: dict
+    results: dict[tuple[str, int], dict]
+    measurements: dict[str, dict]
+    measured: dict
+    notes: list[str]
+
+
+def read(workdir: Path) -> Records:
+    """Reads the workdir of a study.
+
+    Raises:
+      UserError: there is no readable study.json.
+    """
+    workdir = Path(workdir)
+    study = _read_study(workdir / "study.json")
+    notes: list[str] = []
+    lines = _read_lines(workdir / "results.jsonl", notes)
+    labels = [point["label"] for point in study["points"]]
+    results, strangers = {}, 0
+    for line in lines:
+        if line.get("label") in labels and line.get("seed") in study["seeds"]:
+            results[line["label"], line["seed"]] = _checked(line)
+        else:
+            strangers += 1
+    if strangers:
+        notes.append(
+            f"{strangers} lines of results.jsonl belong to variants or seeds that this study does"
+            " not name; they are left out."
+        )
+    measured = _read_measurements(workdir / "measurements.json", notes)
+    rows = {row["label"]: row for row in measured.pop("rows", []) if "label" in row}
+    return Records(study, results, rows, measured, notes)
+
+
+def _read_study(path: Path) -> dict:
+    remedy = "run `qkvjax study` in this workdir first, or restore the file from a copy"
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+        labels = [point["label"] for point in study["points"]]
+        found = study["baseline"] in labels
+        list(study["seeds"])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no JSON ({error}): {remedy}") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} describes no study (it lacks {error}): {remedy}") from None
+    if not found:
+        raise UserError(
+            f"{path}: the baseline {study['baseline']!r} is none of the points"
+            f" {', '.join(labels)}: name one of them"
+        )
+    return study
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[dict]:
+    """The objects of a JSONL file; lines that are none are counted in a note."""
+    if not path.exists():
+        notes.append("There is no results.jsonl: no run has ended yet.")
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    objects, broken = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            broken.append(number)
+    if broken:
+        last = broken == [len(lines)]
+        where = (
+            "The last line of results.jsonl is cut short (a run was stopped while it wrote)"
+            if last
+            else f"Unreadable lines of results.jsonl: {', '.join(map(str, broken))}"
+        )
+        notes.append(f"{where}; what it said is not in this report.")
+    return objects
+
+
+def _read_measurements(path: Path, notes: list[str]) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        notes.append(f"measurements.json is unreadable ({error}); its columns say “not measured”.")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _checked(line: dict) -> dict:
+    """A result line; one without a finite score counts as failed."""
+    score = line.get("score")
+    if line.get("status") == "done" and not (
+        isinstance(score, (int, float)) and math.isfinite(score)
+    ):
+        return line | {"status": "failed", "error": f"the score is {score}, not a finite number"}
+    return line

@@ -1,0 +1,338 @@
+"""The report of a study: what a researcher would show a colleague.
+
+`write_report` turns the files of a study's workdir into results.csv, report.md, report.html and
+plots/. It trains nothing and imports no jax, so that a report can be written anywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qkvjax.analysis import claims, decisions, formats, plots, records, report_html, report_md
+from qkvjax.analysis.answer import answer
+from qkvjax.analysis.appendix import what_was_run
+from qkvjax.analysis.document import (
+    Box,
+    Cell,
+    Code,
+    Figure,
+    Fold,
+    Heading,
+    Paragraph,
+    Strong,
+    Table,
+    Title,
+)
+from qkvjax.analysis.sharings import is_sharing_study
+from qkvjax.analysis.statistics import BETTER, WORSE
+from qkvjax.analysis.summary import Row, Summary, summarize, write_csv
+
+TONES = {BETTER: "good", WORSE: "bad", claims.SUPPORTED: "good", claims.CONTRADICTED: "bad"}
+_SYMBOLS = {BETTER: "▲", WORSE: "▼", claims.SUPPORTED: "✓", claims.CONTRADICTED: "✗",
+            claims.CANT_TELL: "?", claims.NOT_MEASURED: "–"}  # fmt: skip
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes results.csv, report.md, report.html and plots/*.svg from a study's files.
+
+    Returns:
+      The path of report.html.
+
+    Raises:
+      UserError: the workdir holds no readable study.json.
+    """
+    workdir = Path(workdir)
+    summary = summarize(records.read(workdir))
+    figures = plots.draw(summary)
+    parts = build(summary, figures)
+    write_csv(summary, workdir / "results.csv")
+    plots.write(figures, workdir / "plots")
+    (workdir / "report.md").write_text(report_md.render(parts), encoding="utf-8")
+    page = workdir / "report.html"
+    page.write_text(report_html.render(parts), encoding="utf-8")
+    return page
+
+
+def build(summary: Summary, figures: dict[str, str]) -> list:
+    """The report as the parts of document.py, in order."""
+    return [
+        Title(str(summary.study.get("title") or "A study"), _subtitle(summary)),
+        *_warnings(summary),
+        Heading("The answer"),
+        *_answer(summary),
+        Heading("What each variant costs and loses"),
+        *_tables(summary),
+        *_plots(summary, figures),
+        *_decisions(summary),
+        *_samples(summary),
+        *_claims(summary),
+        *what_was_run(summary),
+    ]
+
+
+def verdict(word: str) -> Cell:
+    """A verdict as symbol and word, so that it does not hang on colour."""
+    return Cell(f"{_SYMBOLS.get(word, '○')} {word}", tone=TONES.get(word, "quiet"))
+
+
+def _subtitle(summary: Summary) -> str:
+    environment = summary.study.get("environment") or {}
+    ended = sum(len(row.results) for row in summary.rows)
+    planned = len(summary.rows) * len(summary.study["seeds"])
+    parts = []
+    if summary.baseline.num_params:
+        parts.append(f"{formats.count(summary.baseline.num_params)} parameters")
+    tokens = {result.get("tokens") for result in summary.results} - {None}
+    if tokens:
+        ends = sorted({formats.count(min(tokens)), formats.count(max(tokens))})
+        parts.append(f"{' to '.join(ends)} training tokens a run")
+    variants = f"{len(summary.rows)} variants" if len(summary.rows) > 1 else "1 variant"
+    parts.append(f"{variants} × {formats.seeds(len(summary.study['seeds']))}")
+    if ended != planned:
+        parts.append(f"{ended} of {planned} runs finished")
+    if environment.get("device"):
+        number = environment.get("num_devices") or 1
+        parts.append(f"{number} × {environment['device']}" if number > 1 else environment["device"])
+    if environment.get("date"):
+        parts.append(str(environment["date"])[:10])
+    return " · ".join(parts)
+
+
+def _warnings(summary: Summary) -> list:
+    boxes = []
+    if summary.score_pads:
+        fraction = max(result.get("pad_fraction") or 0 for result in summary.results)
+        text = (
+            f" {formats.percent(fraction, sign=False)} of the scored labels are padding, which a"
+            " model predicts almost for nothing: it lowers every score and draws the variants"
+            " together. These scores are not comparable with anything else."
+        )
+        boxes.append(Box([Strong("Padding was scored."), text], "alarm"))
+    boxes += [Box(note, "note") for note in summary.notes]
+    return boxes
+
+
+def _answer(summary: Summary) -> list:
+    first, *rest = answer(summary)
+    parts = [Paragraph(first, "lead"), *(Paragraph(text) for text in rest)]
+    if is_sharing_study(summary):
+        parts.insert(0, Paragraph("Does this transformer need three projections?", "question"))
+    return parts
+
+
+def _tables(summary: Summary) -> list:
+    quality = Table(
+        ["Variant", "Bits per byte", "Difference", "Difference, %", "Verdict", "Detectable",
+         "Val. − train"],
+        [_quality(summary, row) for row in summary.rows],
+        left=("Variant", "Verdict"),
+        caption="Quality. Lower is better; the small lines are 95 % intervals. “Detectable”: the"
+        " true difference that these seeds find four times in five.",
+    )  # fmt: skip
+    costs = Table(
+        ["Variant", "Parameters", "FLOPs / token", "Cache / token", "Step time", "Peak memory",
+         "Decode time"],
+        [_costs(summary, row) for row in summary.rows],
+        left=("Variant",),
+        caption=_cost_caption(summary),
+    )  # fmt: skip
+    parts = [quality, costs]
+    if summary.marks:
+        columns = ["Variant"]
+        for mark in summary.marks:
+            columns += [f"Steps to {mark:.3f}", f"Time to {mark:.3f}"]
+        where = "what the worst variant ended with"
+        if len(summary.marks) > 1:
+            where = "what the worst variant had halfway through its steps, and ended with"
+        parts.append(
+            Table(
+                columns,
+                [[row.label, *_races(row)] for row in summary.rows],
+                left=("Variant",),
+                caption=f"Steps and training wall-clock to common losses: {where}. On the mean"
+                " curve over seeds, by straight lines between evaluations. Wall-clock is of runs"
+                " that may have shared the machine.",
+            )
+        )
+    return parts
+
+
+def _quality(summary: Summary, row: Row) -> list:
+    planned, score, pair = len(summary.study["seeds"]), row.score, row.paired
+    short = 0 < len(row.results) < planned
+    name = Cell(row.label, f"{len(row.results)} of {planned} seeds" if short else "")
+    if score is None:
+        return [name, *["–"] * 3, Cell("✗ no finished run", tone="bad"), *["–"] * 2]
+    bits = Cell(formats.bits(score.mean), formats.span(score.low, score.high, formats.bits))
+    gap = formats.difference(row.train_validation_gap)
+    if row is summary.baseline:
+        return [name, bits, "–", "–", Cell("baseline", tone="quiet"), "–", gap]
+    if pair is None:
+        return [name, bits, "–", "–", Cell("○ no common seed", tone="quiet"), "–", gap]
+    middle, low, high = map(summary.relative, (pair.mean, pair.low, pair.high))
+    span = "no interval" if pair.low is None else formats.span(pair.low, pair.high)
+    part = "no interval" if pair.low is None else formats.percent_span(middle, low, high)
+    effect = pair.smallest_detectable_effect
+    detectable = Cell("–") if effect is None else Cell(
+        formats.percent(summary.relative(effect), sign=False), f"{effect:.4f}"
+    )  # fmt: skip
+    return [
+        name,
+        bits,
+        Cell(formats.difference(pair.mean), span),
+        Cell(formats.percent(middle), part),
+        verdict(pair.verdict),
+        detectable,
+        gap,
+    ]
+
+
+def _costs(summary: Summary, row: Row) -> list:
+    saved = summary.cache_saved(row) if row is not summary.baseline else None
+    measured, is_base = row.measured, row is summary.baseline
+    return [
+        row.label,
+        formats.count(row.num_params),
+        formats.count(row.flops_per_token),
+        Cell(
+            formats.num_bytes(row.cache_bytes_per_token),
+            "" if saved is None else f"{formats.saved(saved)} saved",
+        ),
+        _ratio(measured.get("step_ratio"), measured.get("step_seconds"), is_base),
+        _peak(summary, row),
+        _ratio(measured.get("decode_ratio"), measured.get("decode_seconds"), is_base),
+    ]
+
+
+def _ratio(ratio, seconds: float | None, is_baseline: bool) -> Cell:
+    """A time ratio with its interval; the baseline shows its seconds."""
+    if not ratio and seconds is None:
+        return Cell(formats.NOT_MEASURED, tone="quiet")
+    if is_baseline or not ratio:
+        return Cell(formats.duration(seconds))
+    middle, low, high = ratio
+    return Cell(formats.ratio(middle), formats.span(low, high, lambda v: f"{v:.2f}"))
+
+
+def _peak(summary: Summary, row: Row) -> Cell:
+    peak, base = row.measured.get("peak_bytes"), summary.baseline.measured.get("peak_bytes")
+    if peak is None:
+        return Cell(formats.NOT_MEASURED, tone="quiet")
+    below = "" if not base or row is summary.baseline else formats.percent(peak / base - 1)
+    return Cell(formats.num_bytes(peak), below)
+
+
+def _cost_caption(summary: Summary) -> str:
+    measured = summary.records.measured
+    text = "Costs. Parameters, FLOPs (forward and backward) and decode cache are exact."
+    if not summary.records.measurements:
+        return f"{text} Times and memory were not measured."
+    decode = measured.get("decode") or {}
+    text += " Times are ratios to the baseline"
+    if measured.get("rounds"):
+        text += f", measured in turns in one process ({measured['rounds']} rounds"
+        text += f", {measured['device']})" if measured.get("device") else ")"
+    text += ", with 95 % intervals; memory is the peak that the compiler plans for a training step"
+    if measured.get("tokens_per_step"):
+        text += f" of {measured['tokens_per_step']:,} tokens"
+    if decode.get("length"):
+        text += (
+            f"; decoding is timed per token at {decode['length']:,} cached tokens, batch"
+            f" {decode.get('batch', '?')}, {decode.get('cache_dtype', 'unknown')} cache"
+        )
+    return text + "."
+
+
+def _races(row: Row) -> list[str]:
+    cells = []
+    for steps, seconds in zip(row.steps_to, row.seconds_to, strict=True):
+        cells += [formats.NONE if steps is None else f"{steps:,.0f}", formats.duration(seconds)]
+    return cells
+
+
+def _plots(summary: Summary, figures: dict[str, str]) -> list:
+    base = summary.baseline.label
+    marks = ""
+    if is_sharing_study(summary):
+        marks = (
+            " Dotted: what the paper reports for Q-K=V at 300M parameters (+3.1 % perplexity,"
+            " padding scored; in bits, over its loss of 1.63 nats), and what its authors’ rerun"
+            " with padding masked gives (20.82 against 21.28 perplexity). Read the"
+            " direction of a line, not only its end."
+        )
+    captions = {
+        "curves": "Validation score during training, mean over seeds; the bands reach from the"
+        " best to the worst seed. The steep first part is cut off.",
+        "gap": f"The gap to {base}, paired within seeds, against training tokens; bands are 95 %"
+        f" intervals, drawn from three seeds up.{marks}",
+        "pareto": "Decode cache against score; lower left is better. Bars are 95 % intervals of"
+        " the score itself, which hold what all variants share in a seed: judge differences by"
+        " the next plot. Long ones are cut. The line joins the variants that no other beats in"
+        " both; points with one cache size are drawn side by side.",
+        "forest": f"Paired differences from {base} with 95 % intervals. Filled markers: the"
+        " interval excludes zero.",
+    }
+    if not figures:
+        return []
+    shown = [Figure(name, svg, captions[name]) for name, svg in figures.items()]
+    return [Heading("Plots"), *shown]
+
+
+def _decisions(summary: Summary) -> list:
+    found = decisions.decisions(summary)
+    if not found:
+        return []
+    rows = [
+        [d.wish, Cell(d.choice, tone="good" if d.decided else "quiet"), d.reason] for d in found
+    ]
+    columns = ["If you want", "take", "because"]
+    return [
+        Heading("Which one to take"),
+        Table(columns, rows, left=tuple(columns), caption="For this model, on this data and"
+              " device. A variant is named only where its intervals separate it from the other"
+              " candidates; seeds are estimated for 80 % power."),
+    ]  # fmt: skip
+
+
+def _samples(summary: Summary) -> list:
+    blocks = []
+    for row in summary.rows:
+        seed = min((s for s, r in row.results.items() if r.get("sample")), default=None)
+        if seed is not None:
+            sample = row.results[seed]["sample"]
+            prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
+            title = f"{row.label}, seed {seed}"
+            blocks.append(Code(text.removeprefix(prompt) if prompt else text, title, prompt))
+    if not blocks:
+        return []
+    return [Heading("A sample of each model"), *blocks]
+
+
+def _claims(summary: Summary) -> list:
+    found = claims.findings(summary)
+    tokens = {result.get("tokens") for result in summary.results} - {None}
+    environment = summary.study.get("environment") or {}
+    here = [f"{formats.count(summary.baseline.num_params)} parameters"]
+    here += [f"{formats.count(max(tokens))} tokens"] if tokens else []
+    here += [str(environment["device"])] if environment.get("device") else []
+    seen = [(c, f) for c, f in found if f.verdict != claims.NOT_MEASURED]
+    unseen = [(c, f) for c, f in found if f.verdict == claims.NOT_MEASURED]
+    parts = [
+        Heading("The claims"),
+        Paragraph(
+            "What has been said about shared projections, by the news article that prompted this"
+            " project (A), the paper arXiv 2606.04032 (P) and its authors’ follow-ups (F), and"
+            " what this study says about it. A measured claim is decided only by a study of the"
+            " size that the claim speaks of; elsewhere the measurement stands and the verdict is"
+            f" “{claims.CANT_TELL}”. All measurements here: {', '.join(here)}."
+        ),
+    ]
+    if seen:
+        rows = [[c.id, c.claim, Cell(f.measured), f.interval, verdict(f.verdict)] for c, f in seen]
+        columns = ["", "Claim", "Measured here", "95 % interval", "Verdict"]
+        parts.append(Table(columns, rows, left=tuple(columns)))
+    rows = [[c.id, c.claim, c.measured_by, verdict(f.verdict)] for c, f in unseen]
+    columns = ["", "Claim", "Would be measured by", "Verdict"]
+    table = Table(columns, rows, left=tuple(columns))
+    parts.append(Fold(f"{len(unseen)} claims that this study does not measure", [table]))
+    return parts

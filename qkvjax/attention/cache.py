@@ -1,0 +1,61 @@
+"""The decode cache: contiguous, one or two tensors a layer.
+
+A cache is a dict of arrays [B, S, K, H] with the keys of a layer's entries: {"k", "v"} in
+layout "kv", {"kv"} in layout "shared". Slot s holds position s.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qkvjax.attention.layer import Attention, Entry
+from qkvjax.attention.spec import AttentionSpec
+from qkvjax.kernels import dispatch
+
+
+def empty(
+    spec: AttentionSpec, batch: int, length: int, dtype=jnp.float32, layout: str | None = None
+) -> Entry:
+    """A cache of zeros; its bytes are batch * length * spec.cache_bytes_per_token exactly."""
+    names = ("kv",) if spec.check_layout(layout) == "shared" else ("k", "v")
+    shape = (batch, length, spec.num_kv_heads, spec.head_dim)
+    return {name: jnp.zeros(shape, dtype) for name in names}
+
+
+def num_bytes(cache) -> int:
+    """Bytes of the arrays that are really there, over any tree of caches."""
+    return sum(array.nbytes for array in jax.tree.leaves(cache))
+
+
+def attend(
+    layer: Attention, x, cache: Entry, start: jax.Array, *, impl: str = "auto"
+) -> tuple[jax.Array, Entry]:
+    """Attention of new tokens onto the cache, which they join.
+
+    Args:
+      layer: the attention layer.
+      x: [B, T, D] the new tokens.
+      cache: the layer's cache, with room behind `start`.
+      start: int scalar, the position of the first new token.
+
+    Returns:
+      [B, T, D] and the cache with the new entries.
+    """
+    batch, length, _ = x.shape
+    layout = "shared" if "kv" in cache else "kv"
+    positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
+    q, entry = layer.project(x, positions, layout)
+    cache = {
+        name: jax.lax.dynamic_update_slice(
+            cache[name], entry[name].astype(cache[name].dtype), (0, start, 0, 0)
+        )
+        for name in cache
+    }
+    held = {name: array.astype(x.dtype) for name, array in cache.items()}
+    slots = jnp.arange(next(iter(cache.values())).shape[1])
+    k, v = layer.expand(held, jnp.broadcast_to(slots, (batch, slots.size)))
+    out = dispatch.decode_attention(
+        q, k, v, positions=positions, window=layer.spec.window, impl=impl
+    )
+    return layer.finish(out, positions), cache

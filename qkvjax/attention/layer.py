@@ -1,0 +1,115 @@
+"""Attention with any sharing of its projections: one module for the whole study.
+
+The sharing enters in one place, `project`: a role's state comes from the projection of its
+block. What follows is the same for all variants, in training and in decoding alike:
+
+    x --project--> queries, entry --(cache)--> entry of all tokens --expand--> keys, values
+
+An entry is what the cache stores for a token: keys and values (layout "kv"), or the one
+tensor that serves as both (layout "shared").
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from qkvjax.attention.position import rotate
+from qkvjax.attention.projection import Linear, RMSNorm, named_key
+from qkvjax.attention.spec import AttentionSpec
+from qkvjax.kernels import dispatch
+from qkvjax.parallel import rules
+
+Entry = dict[str, jax.Array]
+
+
+class Attention(nnx.Module):
+    """One attention layer, [B, T, D] -> [B, T, D].
+
+    Args:
+      spec: the variant.
+      key: a PRNG key.
+      std: of the projections' initial values; None means 1/sqrt(fan in).
+      out_std: the same for the output projection.
+    """
+
+    def __init__(self, spec: AttentionSpec, *, key, std=None, out_std=None):
+        self.spec = spec
+        # One parameter per block of the partition: a tie is structure, not a copy.
+        self.projections = nnx.Dict({
+            "".join(block): Linear(
+                spec.d_model, spec.num_role_heads(block[0]) * spec.head_dim,
+                key=named_key(key, block[0]), std=std, bias=spec.use_bias,
+            )
+            for block in spec.blocks
+        })  # fmt: skip
+        self.output = Linear(
+            spec.num_heads * spec.head_dim, spec.d_model,
+            key=named_key(key, "output"), std=out_std, bias=spec.use_bias,
+        )  # fmt: skip
+        normed = {"".join(spec.block(role)) for role in "qk"} if spec.qk_norm else ()
+        self.norms = nnx.Dict({name: RMSNorm(spec.head_dim) for name in sorted(normed)})
+
+    def __call__(self, x, positions, segment_ids=None, *, impl: str = "auto") -> jax.Array:
+        """Attention of whole sequences.
+
+        Args:
+          x: [B, T, D].
+          positions: int [B, T], restarting with each document.
+          segment_ids: int [B, T] documents of a packed sequence, or None.
+        """
+        q, entry = self.project(x, positions)
+        entry = jax.tree.map(rules.gather_sequence, entry)
+        k, v = self.expand(entry, rules.gather_sequence(positions))
+        out = dispatch.attention(
+            q, k, v, causal=self.spec.causal, window=self.spec.window,
+            segment_ids=segment_ids, impl=impl,
+        )  # fmt: skip
+        return self.finish(out, positions)
+
+    def project(self, x, positions, layout: str | None = None) -> tuple[jax.Array, Entry]:
+        """Queries [B, T, N, H] and the entry that stands for these tokens in a cache."""
+        spec = self.spec
+        states = {name: project(x) for name, project in self.projections.items()}
+        state = {
+            role: rules.split_heads(states["".join(spec.block(role))], spec.num_role_heads(role))
+            for role in "qkv"
+        }
+        q = self._scored("q", state["q"], positions)
+        raw = spec.rotary_values == "raw"
+        if spec.check_layout(layout) == "shared":
+            return q, {"kv": state["k"] if raw else self._scored("k", state["k"], positions)}
+        k = self._scored("k", state["k"], positions)
+        # A value that is not raw is the rotated state of the role it shares with.
+        rotated = k if spec.shares_kv else q
+        return q, {"k": k, "v": state["v"] if raw else rotated}
+
+    def expand(self, entry: Entry, positions) -> tuple[jax.Array, jax.Array | None]:
+        """Keys and values [B, S, K, H] from entries; values None where the keys are the values."""
+        if "kv" not in entry:
+            return entry["k"], entry["v"]
+        shared = entry["kv"]
+        if self.spec.values_are_keys:
+            return shared, None
+        return self._scored("k", shared, positions), shared
+
+    def finish(self, out, positions) -> jax.Array:
+        """From attention's output [B, T, N, H] to [B, T, D]."""
+        if self.spec.rotary_values == "unrotated_output":
+            out = self._rotate(out, positions, inverse=True)
+        return self.output(rules.merge_heads(out))
+
+    def _scored(self, role: str, state, positions):
+        """The state as it enters the scores: normed, then rotated."""
+        if self.spec.qk_norm:
+            state = self.norms["".join(self.spec.block(role))](state)
+        return self._rotate(state, positions) if self.spec.rope else state
+
+    def _rotate(self, x, positions, inverse: bool = False):
+        spec = self.spec
+        return rotate(x, positions, base=spec.rotary_base, width=spec.rotary_dim, inverse=inverse)
+
+
+# The layer that a spec stands for. A variant of one's own is a subclass of AttentionSpec, a
+# subclass of Attention and an entry here: docs/variants.md shows one.
+LAYERS: dict[type[AttentionSpec], type[Attention]] = {AttentionSpec: Attention}

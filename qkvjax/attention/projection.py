@@ -1,0 +1,64 @@
+"""Learned maps: linear projections and norms, with initial values that names decide."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkvjax.parallel import rules
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key for one parameter, so that models of different sharing start alike.
+
+    The draw depends on the name and not on what was drawn before: with one seed the W_q, the
+    feed-forward and the embedding of every variant are the same numbers.
+    """
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+class Linear(nnx.Module):
+    """x W + b for the last axis: [B, T, in] -> [B, T, out], computed in the dtype of x.
+
+    Args:
+      std: standard deviation of the initial normal values; None means 1/sqrt(in).
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, key, std=None, bias: bool = False):
+        std = inputs**-0.5 if std is None else std
+        self.weight = nnx.Param(std * jax.random.normal(key, (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = rules.matmul(x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * gain over the last axis (Zhang & Sennrich 2019), in float32."""
+
+    def __init__(self, width: int):
+        self.gain = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
+        return (wide * scale * self.gain[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * gain + bias over the last axis (Ba et al. 2016), eps 1e-5, in float32."""
+
+    def __init__(self, width: int, *, bias: bool):
+        self.gain = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-5)
+        y = centred * scale * self.gain[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)

@@ -1,0 +1,252 @@
+"""What an attention variant is, what it costs, and which combinations are errors.
+
+Nothing here imports jax, so that `plan` answers in a moment.
+
+Letters: T query positions, S key positions, D model width, N query heads, K key-value
+heads, G = N/K, H head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from qkvjax.errors import UserError, did_you_mean
+
+# Set partitions of {q, k, v}, written as they read. The name in reports is upper case.
+SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
+POSITIONS = ("none", "learned", "sincos", "rope")
+ROTARY_VALUES = ("raw", "rotated", "unrotated_output")
+CACHE_LAYOUTS = ("kv", "shared")
+_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+def itemsize(dtype) -> int:
+    """Bytes of one element of `dtype`, a name or anything with a `name` (no jax needed)."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    if name not in _ITEMSIZE:
+        raise UserError(f"dtype {name!r} is unknown: use one of {', '.join(_ITEMSIZE)}")
+    return _ITEMSIZE[name]
+
+
+def sharing_name(sharing: str) -> str:
+    """The sharing as reports write it: 'q-k-v' -> 'QKV', 'q-k=v' -> 'Q-K=V'."""
+    return "QKV" if sharing == "q-k-v" else sharing.upper()
+
+
+@functools.cache
+def parse_sharing(sharing: str) -> tuple[tuple[str, ...], ...]:
+    """Splits "q-k=v" into blocks of roles: (("q",), ("k", "v")).
+
+    Raises:
+      UserError: the string is no set partition of {q, k, v}, or not in its usual order.
+    """
+    blocks = tuple(tuple(block.split("=")) for block in str(sharing).split("-"))
+    if sharing in SHARINGS:
+        return blocks
+    listed = ", ".join(SHARINGS)
+    roles = sorted(role for block in blocks for role in block)
+    if roles == ["k", "q", "v"]:
+        same = {frozenset(map(frozenset, parse_sharing(s))): s for s in SHARINGS}
+        usual = same[frozenset(map(frozenset, blocks))]
+        raise UserError(f"sharing {sharing!r} is written {usual!r} (one of {listed})")
+    raise UserError(
+        f"sharing {sharing!r} is no partition of q, k and v: each role stands in it once, joined"
+        f" by '=' to the roles it shares a projection with and by '-' to the others; use one of"
+        f" {listed}{did_you_mean(sharing, SHARINGS)}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer: its variant, its shapes and its costs.
+
+    Attributes:
+      d_model: D, the width of the residual stream.
+      num_heads: N.
+      num_kv_heads: K; None means N. K < N is GQA, K = 1 is MQA.
+      head_dim: H; None means D / N.
+      sharing: which roles use one projection, one of SHARINGS.
+      position: where positions enter; only "rope" acts inside attention.
+      rotary_values: what V is when K is rotated and V shares its projection (or Q's):
+        "raw" the un-rotated state (Gemma 4, MaxText), "rotated" the rotated one (absolute
+        position leaks into V), "unrotated_output" the rotated one with the output rotated
+        back (DeepSeek-V4).
+      rotary_fraction: the part of H that is rotated, from the front.
+      rotary_base: the base of the rotary frequencies.
+      qk_norm: RMS norm with a learned gain [H] on queries and keys (Henry et al. 2020);
+        roles that share a projection share the gain.
+      window: keys a query sees, itself included; None means all.
+      causal: whether a query sees only keys at or before its position.
+      use_bias: biases on the input and output projections.
+    """
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    sharing: str = "q-k-v"
+    position: str = "none"
+    rotary_values: str = "raw"
+    rotary_fraction: float = 1.0
+    rotary_base: float = 10_000.0
+    qk_norm: bool = False
+    window: int | None = None
+    causal: bool = True
+    use_bias: bool = False
+
+    def __post_init__(self):
+        def require(condition, message):
+            if not condition:
+                raise UserError(message)
+
+        fill = functools.partial(object.__setattr__, self)
+        for name in ("d_model", "num_heads"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}={value} must be at least 1")
+        if self.num_kv_heads is None:
+            fill("num_kv_heads", self.num_heads)
+        n, k = self.num_heads, self.num_kv_heads
+        require(
+            k >= 1 and n % k == 0,
+            f"num_kv_heads={k} does not divide num_heads={n}: choose a divisor of {n}",
+        )
+        if self.head_dim is None:
+            require(
+                self.d_model % n == 0,
+                f"num_heads={n} does not divide d_model={self.d_model}: change one of them or set"
+                " head_dim",
+            )
+            fill("head_dim", self.d_model // n)
+        require(self.head_dim >= 1, f"head_dim={self.head_dim} must be at least 1")
+        for name, choices in (("position", POSITIONS), ("rotary_values", ROTARY_VALUES)):
+            value = getattr(self, name)
+            require(
+                value in choices,
+                f"{name}={value!r} is unknown: use one of {', '.join(choices)}"
+                f"{did_you_mean(value, choices)}",
+            )
+        require(
+            len(self.block("q")) == 1 or n == k,
+            f"sharing {self.sharing!r} ties the query to {self.block('q')[1:]}, so queries and"
+            f" keys need the same heads: num_kv_heads={k} must equal num_heads={n} (or use"
+            " sharing 'q-k=v' or 'q-k-v')",
+        )
+        require(
+            self.window is None or self.window >= 1,
+            f"window={self.window} must be at least 1, or unset to see every key",
+        )
+        require(
+            self.rotary_values == "raw" or (self.rope and len(self.block("v")) > 1),
+            f"rotary_values={self.rotary_values!r} needs position='rope' and a V that shares the"
+            f" projection of a rotated role (position={self.position!r}, sharing="
+            f"{self.sharing!r}): use rotary_values='raw'",
+        )
+        if self.rope:
+            require(
+                0 < self.rotary_fraction <= 1,
+                f"rotary_fraction={self.rotary_fraction} must be in (0, 1]; for no rotation use"
+                " position='none'",
+            )
+            require(
+                self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+                f"the rotary width is {self.rotary_dim} (head_dim={self.head_dim} x"
+                f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns pairs",
+            )
+            require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
+
+    @property
+    def blocks(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks of roles, one learned projection each."""
+        return parse_sharing(self.sharing)
+
+    def block(self, role: str) -> tuple[str, ...]:
+        """The block of roles that `role` belongs to."""
+        return next(block for block in self.blocks if role in block)
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether K and V come from one projection."""
+        return self.block("k") == self.block("v")
+
+    @property
+    def rope(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.position == "rope"
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the H numbers of a head are rotated."""
+        return int(round(self.head_dim * self.rotary_fraction)) if self.rope else 0
+
+    @property
+    def values_are_keys(self) -> bool:
+        """Whether the very tensor that serves as key is the value (one tile, used twice)."""
+        transformed = self.rope or self.qk_norm
+        return self.shares_kv and (self.rotary_values != "raw" or not transformed)
+
+    def num_role_heads(self, role: str) -> int:
+        """N for the query, K for key and value."""
+        return self.num_heads if role == "q" else self.num_kv_heads
+
+    @property
+    def cache_layout(self) -> str:
+        """The smallest layout that holds this variant: "shared" where K = V, else "kv"."""
+        return "shared" if self.shares_kv else "kv"
+
+    def check_layout(self, layout: str | None) -> str:
+        """Returns the layout to use; raises UserError for one that cannot hold this variant."""
+        layout = layout or self.cache_layout
+        if layout not in CACHE_LAYOUTS:
+            raise UserError(
+                f"cache layout {layout!r} is unknown: use one of {', '.join(CACHE_LAYOUTS)}"
+            )
+        if layout == "shared" and not self.shares_kv:
+            raise UserError(
+                f"cache layout 'shared' stores one tensor for K and V, which sharing"
+                f" {self.sharing!r} does not have: use layout 'kv', or sharing 'q-k=v' or 'q=k=v'"
+            )
+        return layout
+
+    # Costs: pure functions of the fields.
+
+    @property
+    def num_params(self) -> int:
+        """Learned numbers of the layer: projections, output, biases, norm gains."""
+        widths = [self.num_role_heads(block[0]) * self.head_dim for block in self.blocks]
+        inner = self.num_heads * self.head_dim
+        total = self.d_model * (sum(widths) + inner)
+        if self.use_bias:
+            total += sum(widths) + self.d_model
+        if self.qk_norm:
+            total += self.head_dim * len({self.block("q"), self.block("k")})
+        return total
+
+    def forward_macs(self, length: int) -> int:
+        """Multiply-adds of one sequence of `length` tokens.
+
+        Scores and values count all length^2 pairs, as the paper's profiler does, or the band
+        that `window` leaves.
+        """
+        widths = [self.num_role_heads(block[0]) * self.head_dim for block in self.blocks]
+        inner = self.num_heads * self.head_dim
+        band = (
+            length
+            if self.window is None
+            else min(length, self.window if self.causal else 2 * self.window - 1)
+        )
+        return length * self.d_model * (sum(widths) + inner) + 2 * length * band * inner
+
+    def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
+        """Bytes the decode cache of this layer holds for each token."""
+        tensors = 1 if self.check_layout(layout) == "shared" else 2
+        return tensors * self.num_kv_heads * self.head_dim * itemsize(dtype)
+
+    def decode_arithmetic_intensity(self, dtype="bfloat16", layout: str | None = None) -> float:
+        """FLOPs per cache byte when one query reads the cache (scores and values only).
+
+        4 N H FLOPs over `cache_bytes_per_token`: 2 G / m at 2 bytes a number, where m is the
+        number of cached tensors (Zadouri et al. 2025, section 3).
+        """
+        flops = 4 * self.num_heads * self.head_dim
+        return flops / self.cache_bytes_per_token(dtype, layout)

@@ -1,0 +1,233 @@
+"""`qkvjax DOOR`, and the one place where user errors become messages.
+
+Every door is `main(argv) -> int` with its own FlagValues, so that one door can run another
+in its process. `run` parses the flags, calls the door's body and turns what a user caused
+into one message and an exit code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from qkvjax.errors import UserError, did_you_mean
+
+DOORS = {
+    "train": "train one model, or go on where its workdir stopped",
+    "study": "train every point of a grid and write the report",
+    "evaluate": "score a checkpoint",
+    "generate": "sample from one model, or several side by side",
+    "plan": "what a model costs, ours or a stranger's, before anything is trained",
+}
+INTERRUPTED = 130
+READER_LEFT = 141  # what the shell says of a program that SIGPIPE ended
+STUDY_FIELDS = ("points", "seeds", "prompt", "title")
+
+
+def entry() -> None:
+    """The `qkvjax` command."""
+    sys.exit(main(sys.argv))
+
+
+def for_a_reader(call: Callable[[], int]) -> int:
+    """call(), unless the reader of stdout leaves before its end, as in `qkvjax plan | head`."""
+    try:
+        code = call()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_LEFT
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the door that the first argument names; returns its exit code."""
+    return for_a_reader(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    listed = "\n".join(f"  {name:10s}{what}" for name, what in DOORS.items())
+    usage = f"usage: qkvjax DOOR --flags\n\n{listed}\n\n`qkvjax DOOR --help` says more."
+    if len(argv) < 2:
+        print(usage, file=sys.stderr)
+        return 2
+    if argv[1] in ("-h", "--help", "help"):
+        print(usage)
+        return 0
+    if argv[1] not in DOORS:
+        print(
+            f"qkvjax: there is no door {argv[1]!r}{did_you_mean(argv[1], DOORS)}\n{usage}",
+            file=sys.stderr,
+        )
+        return 2
+    module = importlib.import_module(f"qkvjax.{argv[1]}")
+    return module.main([f"qkvjax {argv[1]}", *argv[2:]])
+
+
+def run(
+    argv: Sequence[str] | None,
+    doc: str,
+    define: Callable[[flags.FlagValues], None],
+    body: Callable[[flags.FlagValues], int | None],
+    *,
+    config: str | None = None,
+) -> int:
+    """Parses `argv`, runs `body(flag_values)` and returns the exit code.
+
+    Args:
+      argv: the program's name and its arguments; None means the process's own. A list that
+        starts with a flag is taken to lack the name.
+      doc: the door's docstring, shown by --help.
+      define: defines the door's own flags on the FlagValues it is given.
+      body: the door; returns None or 0 when done.
+      config: "required" or "optional" where the door takes `--config` and its overrides.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    if not argv or argv[0].startswith("-"):
+        argv = ["qkvjax", *argv]
+    return for_a_reader(lambda: _run(argv, doc, define, body, config))
+
+
+def _run(argv: list[str], doc: str, define, body, config: str | None) -> int:
+    values = flags.FlagValues()
+    try:
+        define(values)
+        if {"-h", "--help", "-help", "--helpfull"} & set(argv[1:]):
+            print(help_text(doc, values, config is not None))
+            return 0
+        _parse(values, argv, config)
+        return body(values) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _parse(values: flags.FlagValues, argv: list[str], config: str | None) -> None:
+    argv = _join_config(argv)
+    recipe = next((arg for arg in argv[1:] if arg.startswith("--config=")), None)
+    if config and recipe:
+        from ml_collections import config_flags
+
+        path, colon, recipe_arg = recipe[len("--config=") :].partition(":")
+        argv[argv.index(recipe)] = f"--config={find_config(path)}{colon}{recipe_arg}"
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    elif config == "required":
+        raise UserError(
+            "--config=PATH[:ARG] is missing, for example --config=configs/lm.py:depth=2"
+        )
+    elif any(arg.startswith("--config.") for arg in argv):
+        raise UserError("overrides like --config.train.steps=100 need --config=PATH before them")
+    try:
+        rest = values(argv)[1:]
+    except (UserError, flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(_flag_message(error, values, argv)) from None
+    if rest:
+        raise UserError(f"{rest[0]!r} is no flag: write --name=value; --help lists them")
+
+
+def _flag_message(error: Exception, values: flags.FlagValues, argv: Sequence[str]) -> str:
+    """One line for what absl, ml_collections or a recipe found wrong with the flags."""
+    text = str(error).strip()
+    if isinstance(error, UserError):
+        # ml_collections puts the recipe's traceback before the message.
+        return text.rsplit("UserError: ", 1)[-1]
+    if "Error whilst parsing config file" in text:
+        raise error  # a recipe with a bug: its traceback is what helps
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = did_you_mean(error.flagname, list(values))
+        return f"unknown flag --{error.flagname}{near}; --help lists them"
+    name = _unknown_override(text, argv)
+    if name:
+        return f"config has no field {name!r}{did_you_mean(name, _fields(name))}; --help lists them"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _join_config(argv: list[str]) -> list[str]:
+    """`--config PATH` as `--config=PATH`, so that one spelling is left."""
+    joined, skip = [], False
+    for arg, following in zip(argv, [*argv[1:], ""]):
+        if skip:
+            skip = False
+        elif arg in ("--config", "-config"):
+            joined.append(f"--config={following}")
+            skip = True
+        else:
+            joined.append(arg)
+    return joined
+
+
+def _unknown_override(error: str, argv: Sequence[str]) -> str | None:
+    """The first override of a field that is not there; recipes have groups `evals`, `study`."""
+    from qkvjax.config import FIELDS
+
+    groups = {name.rpartition(".")[0] for name in FIELDS} | {"evals", "study"}
+    missing = re.findall(r"'(\w+)\\?'", error)  # what ml_collections looked up in vain
+    for arg in argv:
+        if arg.startswith("--config."):
+            name = arg[len("--config.") :].split("=")[0].split("[")[0]
+            if name in FIELDS or name in groups:
+                continue
+            if not name.startswith(("evals.", "study.")) or set(missing) & set(name.split(".")):
+                return name
+    return None
+
+
+def _fields(name: str) -> list[str]:
+    """Fields that `name` may have been meant to be."""
+    from qkvjax.config import EVALUATOR_FIELDS, FIELDS
+
+    group = name.rpartition(".")[0]
+    open_group = {"evals": EVALUATOR_FIELDS, "study": STUDY_FIELDS}.get(group.split(".")[0], ())
+    fields = [*FIELDS, *(f"{group}.{field}" for field in open_group)]
+    return [field for field in fields if field != name]
+
+
+def find_config(path: str) -> str:
+    """A recipe's path: from the current folder, else among the installed recipes."""
+    package = Path(__file__).parent
+    places = [Path(path), package / path, package.parent / path]
+    for place in places:
+        if place.is_file():
+            return str(place)
+    recipes = package / "configs"
+    recipes = recipes if recipes.is_dir() else package.parent / "configs"
+    known = sorted(f"configs/{p.relative_to(recipes)}" for p in recipes.rglob("[!_]*.py"))
+    raise UserError(
+        f"there is no recipe {path!r}{did_you_mean(path, known)}; those of qkvjax are:"
+        f" {', '.join(known)}"
+    )
+
+
+def help_text(doc: str, values: flags.FlagValues, with_config: bool) -> str:
+    """The door's docstring, its flags and, where it takes --config, every field."""
+    lines = [doc.strip(), "", "flags:"]
+    rows = [("config", "a recipe, PATH or PATH:ARG; --config.FIELD=VALUE changes one field")]
+    rows = rows if with_config else []
+    for name in values:
+        flag = values[name]
+        default = "" if flag.default is None else f" (default {flag.default})"
+        rows.append((name, " ".join(flag.help.split()) + default))
+    lines += [f"  --{name:26s} {text}" for name, text in rows]
+    if with_config:
+        from qkvjax.config import FIELDS, default, flatten, to_dict
+
+        defaults = flatten(to_dict(default()))
+        lines += ["", "fields (the default is the recipes' starting point):"]
+        for name, (_, text) in FIELDS.items():
+            lines.append(f"  --config.{name:32s} {text} (default {defaults.get(name)})")
+        lines.append("  --config.evals.NAME.FIELD                evaluators run while training")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,379 @@
+"""The configuration: every field with its default and one line of help, and what it means.
+
+A recipe in `configs/` starts from `default()` and changes what it needs. The resolved
+configuration is a plain dictionary, saved as `config.json`; no door runs Python from a
+workdir.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_collections
+from ml_collections import config_dict
+
+from qkvjax.errors import UserError, did_you_mean
+
+ANY, INT, FLOAT, STR = (config_dict.placeholder(t) for t in (object, int, float, str))
+
+# name: (default, help). ANY takes a duration: steps, or "2ep", "10M tokens", "5%".
+FIELDS = {
+    "seed": (0, "initial values, data order and dropout all follow from it"),
+    "model.kind": ("lm", "what is built: lm"),
+    "model.d_model": (128, "D, width of the residual stream"),
+    "model.num_layers": (4, "L, blocks of attention and feed-forward"),
+    "model.num_heads": (4, "N, query heads"),
+    "model.num_kv_heads": (INT, "K, key-value heads: unset means N; a divisor of N is GQA; 1, MQA"),
+    "model.head_dim": (INT, "H, width of a head; unset means d_model / num_heads"),
+    "model.sharing": ("q-k-v", "roles that share a projection: q-k-v q-k=v q=k-v q=v-k q=k=v"),
+    "model.position": ("rope", "none, learned, sincos or rope"),
+    "model.rotary_values": ("raw", "V when it shares a rotated role: raw rotated unrotated_output"),
+    "model.rotary_fraction": (1.0, "part of each head that is rotated"),
+    "model.rotary_base": (10_000.0, "base of the rotary frequencies"),
+    "model.qk_norm": (True, "RMS norm with a learned gain on queries and keys"),
+    "model.window": (INT, "keys a query sees, itself included; unset means all"),
+    "model.norm": ("rmsnorm", "rmsnorm or layernorm, before each branch"),
+    "model.mlp": ("swiglu", "swiglu or gelu"),
+    "model.mlp_ratio": (2.75, "feed-forward width over d_model, rounded to a multiple of 8"),
+    "model.dropout": (0.0, "rate on the embedding and on both residual branches"),
+    "model.use_bias": (False, "biases on linear maps and LayerNorm"),
+    "model.tie_embeddings": (True, "the output head is the embedding, transposed"),
+    "model.init": ("fan_in", "normal: N(0, 0.02^2); fan_in: N(0, 1/fan_in), outputs / sqrt(2 L)"),
+    "model.layer_overrides": ((), "a repeating pattern: a tuple of dicts, one a layer"),
+    "data.source": ("stdlib", "stdlib, text:PATH, jsonl:PATH#field, parquet:PATH#column,"
+                    " tokens:PATH, kjv, tfds:NAME"),
+    "data.tokenizer": ("bytes", "bytes, bpe:PATH (tokenizer.json) or gpt2:PATH (folder)"),
+    "data.seq_len": (256, "T, tokens of a training sequence"),
+    "data.batch_size": (16, "sequences of a step, over all devices and micro-batches"),
+    "data.score_pads": (False, "one padded document a sequence, pads scored: the paper's artefact"),
+    "optimizer.name": ("adamw", "adamw"),
+    "optimizer.learning_rate": (3e-3, "the peak"),
+    "optimizer.final_learning_rate": (3e-4, "where the schedule ends"),
+    "optimizer.schedule": ("cosine", "cosine, wsd (falls in the last fifth) or constant"),
+    "optimizer.warmup_steps": (ANY, "a duration; the learning rate rises linearly"),
+    "optimizer.weight_decay": (0.1, "decoupled, times the learning rate"),
+    "optimizer.decay": ("matrices", "what decays: matrices, or all as in the paper"),
+    "optimizer.b1": (0.9, "decay of the first moment"),
+    "optimizer.b2": (0.95, "decay of the second moment"),
+    "optimizer.clip_norm": (1.0, "largest global norm of the gradient; 0 means no clipping"),
+    "optimizer.z_loss": (0.0, "weight of log(Z)^2, which keeps logits near zero"),
+    "train.steps": (ANY, "a duration"),
+    "train.max_seconds": (FLOAT, "stop and save after this long, however many steps are left"),
+    "train.accumulation": (1, "micro-batches a step; does not change the loss"),
+    "train.compute_dtype": ("float32", "float32 or bfloat16; parameters stay float32"),
+    "train.log_every": (ANY, "a duration"),
+    "train.eval_every": (ANY, "a duration; the last step is always evaluated"),
+    "train.checkpoint_every": (ANY, "a duration; the last step is always saved"),
+    "train.keep_checkpoints": (2, "how many of the newest stay"),
+    "train.wandb": (STR, "a Weights & Biases project; needs the extra qkvjax[wandb]"),
+    "mesh.replica": (1, "devices that hold whole copies; -1 means all that are left"),
+    "mesh.fsdp": (1, "devices that parameters are sharded over; -1 means all that are left"),
+}  # fmt: skip
+# Durations that recipes may leave alone.
+_DURATIONS = {
+    "optimizer.warmup_steps": "2%",
+    "train.steps": 1000,
+    "train.log_every": 50,
+    "train.eval_every": "10%",
+    "train.checkpoint_every": "20%",
+}
+# What fixes a run: a workdir with other values is refused.
+IDENTITY = (
+    "seed", "model", "data", "optimizer", "train.steps", "train.accumulation",
+    "train.compute_dtype",
+)  # fmt: skip
+DEFAULT_EVALS = {"eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 200_000}}
+EVALUATOR_FIELDS = ("kind", "split", "max_labels")
+# Numbers that are at least the first and below the second; nan is neither.
+_RANGES = {
+    "seed": (0, 2**31),  # jax's keys keep 32 bits of a seed
+    "model.num_layers": (1, 10_000),
+    "model.mlp_ratio": (0, math.inf),
+    "model.rotary_base": (1, math.inf),
+    "data.seq_len": (1, math.inf),
+    "data.batch_size": (1, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.final_learning_rate": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.clip_norm": (0, math.inf),
+    "optimizer.z_loss": (0, math.inf),
+    "train.accumulation": (1, math.inf),
+    "train.keep_checkpoints": (1, math.inf),
+    "train.max_seconds": (0, math.inf),
+}
+_MOST_STEPS = 2**31  # the train state counts them in 32 bits
+
+
+def default() -> ml_collections.ConfigDict:
+    """The configuration that recipes start from: every field, with its default."""
+    config = ml_collections.ConfigDict()
+    for name, (value, _) in FIELDS.items():
+        *groups, leaf = name.split(".")
+        group = config
+        for key in groups:
+            if key not in group:
+                group[key] = ml_collections.ConfigDict()
+            group = group[key]
+        if isinstance(value, config_dict.FieldReference):
+            value = config_dict.placeholder(value.get_type())
+        group[leaf] = value
+    for name, value in _DURATIONS.items():
+        group, leaf = name.split(".")
+        config[group][leaf] = value
+    config.evals = ml_collections.ConfigDict(DEFAULT_EVALS)
+    return config
+
+
+def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
+    """Reads the `size=30m,sharing=q-k=v` behind a recipe's colon.
+
+    Each item is split at its first "="; values take the type of their default (None keeps the
+    text). Unknown names raise UserError.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, equals, text = item.partition("=")
+        if name not in defaults or not equals:
+            raise UserError(
+                f"the recipe has no argument {name!r}: write NAME=VALUE with one of"
+                f" {', '.join(defaults)}{did_you_mean(name, defaults)}"
+            )
+        kind = type(defaults[name])
+        try:
+            values[name] = text if kind in (str, type(None)) else kind(text)
+        except ValueError:
+            raise UserError(f"{name}={text!r} is no {kind.__name__}") from None
+    return ml_collections.ConfigDict(values, convert_dict=False)
+
+
+def to_dict(config) -> dict:
+    """The configuration as a plain dictionary of JSON values (tuples become lists)."""
+    return json.loads(json.dumps(plain(config)))
+
+
+def plain(value):
+    """ConfigDicts and references as dicts and values, at any depth."""
+    if isinstance(value, config_dict.FieldReference):
+        value = value.get()
+    if isinstance(value, (ml_collections.ConfigDict, Mapping)):
+        return {key: plain(item) for key, item in dict(value).items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def from_dict(values: Mapping) -> ml_collections.ConfigDict:
+    """A configuration from saved values; fields that they lack keep their defaults."""
+    config = default()
+    config.evals = ml_collections.ConfigDict()
+    with config.unlocked():
+        for name, value in values.items():
+            if isinstance(value, Mapping) and name not in config:
+                config[name] = ml_collections.ConfigDict(value)
+            elif isinstance(value, Mapping):
+                for key, item in value.items():
+                    set_field(config, f"{name}.{key}", item)
+            else:
+                set_field(config, name, value)
+    return config
+
+
+def set_field(config, name: str, value) -> None:
+    """Sets `group.field`, with a message that names near fields when there is no such one."""
+    group, _, leaf = name.rpartition(".")
+    target = config
+    for key in filter(None, group.split(".")):
+        target = target[key] if key in target else None
+        if target is None:
+            break
+    open_group = group.split(".")[0] in ("evals", "study")
+    if target is None or (leaf not in target and not open_group):
+        raise UserError(f"config has no field {name!r}{did_you_mean(name, FIELDS)}")
+    needed = name in FIELDS and not isinstance(FIELDS[name][0], config_dict.FieldReference)
+    if value is None and needed:
+        raise UserError(f"config.{name} cannot be unset: its default is {FIELDS[name][0]!r}")
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, Mapping):
+        value = ml_collections.ConfigDict(value)
+    try:
+        target[leaf] = value
+    except TypeError:
+        kind = target.get_type(leaf)
+        kind = "group" if kind is ml_collections.ConfigDict else kind.__name__
+        raise UserError(f"config.{name}={value!r} is no {kind}") from None
+
+
+def load(path: str | Path) -> ml_collections.ConfigDict:
+    """Reads a `config.json`."""
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: is this the workdir of a training run?") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"{path} is no JSON ({error}): restore it from a copy") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is no JSON object: restore it from a copy")
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def identity(config) -> dict:
+    """The flat fields that fix a run, `{"model.sharing": "q-k=v", ...}`."""
+    flat = flatten(to_dict(config))
+    return {
+        name: value
+        for name, value in flat.items()
+        if any(name == key or name.startswith(key + ".") for key in IDENTITY)
+    }
+
+
+def flatten(values: Mapping, prefix: str = "") -> dict:
+    """Nested dictionaries as one, with dotted names."""
+    flat = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, name + ".")
+        else:
+            flat[name] = value
+    return flat
+
+
+def differing(old: Mapping, new: Mapping) -> list[str]:
+    """Lines "name: old -> new" for the fields whose values differ."""
+    names = sorted(old.keys() | new.keys())
+    return [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def to_steps(
+    value, name: str, *, tokens_per_step: int, steps_per_epoch: int, total: int | None = None
+) -> int:
+    """A duration in steps.
+
+    Args:
+      value: steps (an int, or its text), epochs ("2ep"), tokens ("10M tokens") or a part of
+        the whole run ("5%").
+      name: the field, for messages.
+      tokens_per_step: tokens of a batch.
+      steps_per_epoch: batches in one pass over the training records.
+      total: steps of the whole run; None where "%" makes no sense.
+
+    Returns:
+      At least 1, or 0 where the value is 0.
+    """
+    text = str(value).strip().lower().replace("_", "")
+    match = re.fullmatch(r"([0-9.]+)\s*([kmb]?)\s*(ep|epochs?|tokens?|steps?|%)?", text)
+    remedy = f'{name}={value!r} is no duration: write steps (300), "2ep", "10M tokens" or "5%"'
+    if not match or value is None:
+        raise UserError(remedy)
+    try:
+        number = float(match[1]) * _UNITS[match[2]]
+    except ValueError:
+        raise UserError(remedy) from None
+    unit = match[3] or "steps"
+    if unit == "%":
+        if total is None:
+            raise UserError(f"{name}={value!r} is a part of itself: give steps, epochs or tokens")
+        steps = number / 100 * total
+    elif unit.startswith("ep"):
+        steps = number * steps_per_epoch
+    elif unit.startswith("token"):
+        steps = number / tokens_per_step
+    else:
+        steps = number
+    if steps >= _MOST_STEPS:
+        raise UserError(f"{name}={text[:20]!r} is {steps:.3g} steps: give fewer than 2^31")
+    return max(1, round(steps)) if number else 0
+
+
+def validate(config) -> None:
+    """Checks what types alone do not, without importing jax or reading data."""
+    from qkvjax.models.spec import model_spec
+
+    def require(condition, message):
+        if not condition:
+            raise UserError(message)
+
+    def one_of(name, choices):
+        group, leaf = name.split(".")
+        value = config[group][leaf]
+        near = did_you_mean(value, choices)
+        require(value in choices, f"config.{name}={value!r} is none of {', '.join(choices)}{near}")
+
+    data, optimizer, train = config.data, config.optimizer, config.train
+    flat = flatten(plain(config))
+    for name, (low, high) in _RANGES.items():
+        value = flat[name]
+        end = "and finite" if high == math.inf else f"and below {high}"
+        require(
+            value is None or low <= value < high,
+            f"config.{name}={value} must be at least {low} {end}",
+        )
+    require(
+        data.batch_size % train.accumulation == 0,
+        f"train.accumulation={train.accumulation} does not divide data.batch_size="
+        f"{data.batch_size}: choose a divisor",
+    )
+    one_of("optimizer.name", ("adamw",))
+    one_of("optimizer.schedule", ("cosine", "wsd", "constant"))
+    one_of("optimizer.decay", ("matrices", "all"))
+    one_of("train.compute_dtype", ("float32", "bfloat16"))
+    require(optimizer.learning_rate > 0, "config.optimizer.learning_rate=0 trains nothing")
+    for name, options in plain(config.evals).items():
+        _check_evaluator(f"config.evals.{name}", options)
+    _check_overrides(config)
+    model_spec(plain(config.model), tokenizer_size=256, seq_len=data.seq_len)
+
+
+def _check_evaluator(name: str, options) -> None:
+    """Raises UserError unless `options` describe an evaluator."""
+    fields = ", ".join(EVALUATOR_FIELDS)
+    if not isinstance(options, Mapping):
+        raise UserError(f"{name}={options!r} is no evaluator: give it the fields {fields}")
+    for field in options:
+        if field not in EVALUATOR_FIELDS:
+            near = did_you_mean(field, EVALUATOR_FIELDS)
+            raise UserError(f"{name} has no field {field!r}: use {fields}{near}")
+    choices = {"kind": ("bits_per_byte",), "split": ("train", "validation")}
+    for field, known in choices.items():
+        value = options.get(field, known[0])
+        if value not in known:
+            near = did_you_mean(value, known)
+            raise UserError(f"{name}.{field}={value!r} is none of {', '.join(known)}{near}")
+    most = options.get("max_labels")
+    if most is not None and not (isinstance(most, int) and most >= 1):
+        raise UserError(f"{name}.max_labels={most!r} must be at least 1, or unset to score all")
+
+
+def _check_overrides(config) -> None:
+    """Raises UserError when `model.layer_overrides` is no tuple of dicts with values of the
+    fields' types."""
+    pattern = plain(config.model.layer_overrides)
+    if not (isinstance(pattern, list) and all(isinstance(layer, dict) for layer in pattern)):
+        raise UserError(
+            f"config.model.layer_overrides={pattern!r} is no tuple of dicts: write one dict a"
+            " layer, as in ({'window': 128}, {})"
+        )
+    scratch = default()
+    for layer in pattern:
+        for field, value in layer.items():
+            if f"model.{field}" in FIELDS:  # others are the spec's to refuse
+                set_field(scratch, f"model.{field}", value)

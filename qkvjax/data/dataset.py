@@ -1,0 +1,294 @@
+"""The data of a run: prepared once, then batches as a function of (seed, step)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from qkvjax.data.packing import num_windows, packed_rows, scored_batch, training_batch, window
+from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
+from qkvjax.data.sources import Source, TokenFiles, open_source
+from qkvjax.data.split import SPLITS, divide
+from qkvjax.data.store import find_or_make
+from qkvjax.data.token_files import open_tokens
+from qkvjax.data.tokenizers import Tokenizer, load_tokenizer
+from qkvjax.errors import UserError
+
+_FORMAT = 1  # of a prepared copy; another number prepares anew
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and validation rows of T = `seq_len` labels.
+
+    Attributes:
+      digest: sha256, hexadecimal, over the documents' content, the tokenizer, seq_len and the
+        flags; paths and times do not enter.
+      description: one line for the log.
+      num_documents: of both splits.
+      num_train_tokens: labels of one epoch.
+      num_validation_tokens: labels that `scored_batches` scores.
+      train, validation: the rows, see `qkvjax.data.rows`.
+    """
+
+    tokenizer: Tokenizer
+    seq_len: int
+    score_pads: bool
+    digest: str
+    description: str
+    num_documents: int
+    num_train_tokens: int
+    num_validation_tokens: int
+    train: PreparedRows | PackedRows | WindowRows | tuple
+    validation: PreparedRows | WindowRows
+
+    def batch(
+        self, seed: int, step: int, batch_size: int, accumulation: int = 1
+    ) -> dict[str, np.ndarray]:
+        """The batch of a step, a pure function of the arguments.
+
+        Row j is number step * batch_size + j of an endless stream that visits all training rows
+        in each epoch, in an order that follows from (seed, epoch).
+
+        Returns:
+          inputs, targets, positions, segment_ids: int32 [A, batch_size / A, T] with A =
+          accumulation; weights: float32 of the same shape. The rows are the same whatever A.
+
+        Raises:
+          UserError: accumulation does not divide batch_size.
+          ValueError: the data was prepared with `whole`, so there is nothing to train on.
+        """
+        if batch_size % accumulation:
+            raise UserError(f"accumulation={accumulation} does not divide batch_size={batch_size}")
+        if not len(self.train):
+            raise ValueError("data that is prepared whole has no training split")
+        first = step * batch_size
+        rows = self.train.read(_shuffled(first, first + batch_size, len(self.train), seed))
+        batch = training_batch(rows, self.tokenizer.separator, self.score_pads)
+        return {k: v.reshape(accumulation, -1, self.seq_len) for k, v in batch.items()}
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in one pass over the training rows, at least 1."""
+        return max(1, len(self.train) // batch_size)
+
+    def scored_batches(
+        self, batch_size: int, max_labels: int | None = None, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """What is scored, as `qkvjax.evaluation.language.bits_per_byte` defines it.
+
+        Args:
+          batch_size: rows of a batch; the last one is filled up with rows of weight 0.
+          max_labels: about so many labels, from rows spaced evenly; which rows does not depend
+            on batch_size. None scores all.
+          split: "validation", or "train": the packed rows, separators not scored.
+
+        Yields:
+          The arrays of `batch`, each [batch_size, T]; num_bytes, int32 [batch_size], bytes of
+          the scored tokens; pad_labels, int32 [batch_size], scored labels that are padding (0
+          without `data.score_pads`).
+        """
+        if split not in SPLITS:
+            raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
+        rows = self.train if split == "train" else self.validation
+        labels = self.num_train_tokens if split == "train" else self.num_validation_tokens
+        count = len(rows)
+        if max_labels is not None and max_labels < labels:
+            count = max(1, round(count * max_labels / labels))
+        chosen = (np.arange(count) * 2 + 1) * len(rows) // (2 * count)
+        separator = self.tokenizer.separator
+        for start in range(0, count, batch_size):
+            block = rows.read(chosen[start : start + batch_size])
+            missing = batch_size - len(block)
+            block = np.pad(block, ((0, missing), (0, 0)), constant_values=separator)
+            batch = scored_batch(block, separator, self.score_pads, self.tokenizer.num_bytes)
+            if missing:
+                batch["weights"][-missing:] = 0
+                batch["pad_labels"][-missing:] = 0
+            yield batch
+
+
+def prepare(
+    source: str,
+    tokenizer: str,
+    seq_len: int,
+    score_pads: bool = False,
+    *,
+    whole: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> Dataset:
+    """Documents as rows of tokens: read, divided, tokenised and packed once, then found again.
+
+    The copy is a TFDS data set in the data folder (`qkvjax.data.store`); `tokens:` files are
+    used as they are.
+
+    Args:
+      source: `data.source`.
+      tokenizer: `data.tokenizer`.
+      seq_len: T.
+      score_pads: one document a row, padded with the separator, every label of weight 1: how
+        the paper trained and scored.
+      whole: all documents are validation, to score a corpus.
+      log: gets a line about the data, and one before it when they are read the first time.
+
+    Raises:
+      UserError: see the sources and tokenizers; a split without a row.
+    """
+    opened = open_source(source)
+    loaded = load_tokenizer(tokenizer)
+    flags = (seq_len, score_pads, whole)
+    make = _from_tokens if isinstance(opened, TokenFiles) else _from_documents
+    dataset = make(opened, loaded, flags, log)
+    log(f"data: {dataset.description}")
+    return dataset
+
+
+def _from_documents(source: Source, tokenizer: Tokenizer, flags, log) -> Dataset:
+    seq_len, score_pads, whole = flags
+    key = _sha256([_FORMAT, source.key(), tokenizer.fingerprint, flags])
+
+    def make(folder):
+        from qkvjax.data import builder  # imports TFDS
+
+        log(f"data: preparing {source.name} in {folder.parent}, once")
+        split = divide(source, whole)
+        counts = {}
+        rows = {
+            name: functools.partial(_rows, split, name, tokenizer, flags, counts)
+            for name in (SPLITS[1:] if whole else SPLITS)
+        }
+        builder.write(folder, rows, seq_len + 1, tokenizer.num_ids)
+        summary = {
+            "content": split.digest,
+            "num_documents": split.num_documents,
+            "num_bytes": split.num_bytes,
+            "counts": counts,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+    kind = source.name.partition(":")[0]
+    folder = find_or_make(f"{kind}-{key[:16]}", make)
+    summary = _read_summary(folder)
+    counts = summary["counts"]
+    rows = {name: PreparedRows(folder, name, count["rows"]) for name, count in counts.items()}
+    labels = {name: count["labels"] for name, count in counts.items()}
+    return _dataset(
+        source.name, tokenizer, flags, summary["content"], summary["num_documents"],
+        summary["num_bytes"], rows, labels,
+    )  # fmt: skip
+
+
+def _from_tokens(source: TokenFiles, tokenizer: Tokenizer, flags, log) -> Dataset:
+    seq_len, score_pads, whole = flags
+    streams, content = open_tokens(source, tokenizer, whole)
+    rows, labels = {}, {}
+    for name in SPLITS[1:] if whole else SPLITS:
+        stream = streams[name]
+        packed = name == "train" and not score_pads
+        if packed:
+            rows[name] = PackedRows(stream, seq_len)
+        else:
+            rows[name] = WindowRows(stream, seq_len, tokenizer.separator, first_only=score_pads)
+        scored = int((stream.spans[:, 1] - stream.spans[:, 0]).sum())
+        num_tokens = len(stream.tokens) if name == "train" else scored
+        _check(source.name, name, len(rows[name]), num_tokens, seq_len, whole)
+        labels[name] = len(rows[name]) * seq_len if packed or score_pads else scored
+    num_documents = sum(len(stream.spans) for stream in streams.values())
+    num_bytes = sum(stream.tokens.nbytes for stream in streams.values())
+    return _dataset(source.name, tokenizer, flags, content, num_documents, num_bytes, rows, labels)
+
+
+def _dataset(name, tokenizer, flags, content, num_documents, num_bytes, rows, labels) -> Dataset:
+    seq_len, score_pads, whole = flags
+    digest = _sha256([content, tokenizer.fingerprint, flags])
+    counts = f"train {labels.get('train', 0):,} tokens, validation {labels['validation']:,}"
+    if whole:
+        counts = f"{labels['validation']:,} tokens to score"
+    return Dataset(
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        score_pads=score_pads,
+        digest=digest,
+        description=f"{name}, {num_documents:,} documents, {num_bytes / 1e6:.2f} MB, sha256"
+        f" {digest[:12]}; {counts}",
+        num_documents=num_documents,
+        num_train_tokens=labels.get("train", 0),
+        num_validation_tokens=labels["validation"],
+        train=rows.get("train", ()),
+        validation=rows["validation"],
+    )
+
+
+def _rows(split, name, tokenizer, flags, counts) -> Iterator[np.ndarray]:
+    """The rows of a split; writes how many rows and labels there were into `counts`."""
+    seq_len, score_pads, whole = flags
+    separator, num_rows, num_tokens = tokenizer.separator, 0, 0
+    packed = name == "train" and not score_pads
+
+    def documents():
+        nonlocal num_tokens
+        for document in split.documents(name):
+            ids = tokenizer.encode(document)
+            num_tokens += len(ids)
+            yield ids
+
+    if packed:
+        rows = packed_rows(documents(), separator, seq_len)
+    else:
+        rows = (
+            window(ids, i, separator, seq_len)
+            for ids in documents()
+            for i in range(1 if score_pads else num_windows(len(ids), seq_len))
+        )
+    for row in rows:
+        num_rows += 1
+        yield row
+    _check(split.source.name, name, num_rows, num_tokens, seq_len, whole)
+    labels = num_rows * seq_len if packed or score_pads else num_tokens
+    counts[name] = {"rows": num_rows, "labels": labels}
+
+
+def _check(source, split, num_rows, num_tokens, seq_len, whole):
+    if split == "train" and not num_rows:
+        raise UserError(
+            f"data.source={source!r} gives the train split {num_tokens:,} tokens, and one row takes"
+            f" data.seq_len + 1 = {seq_len + 1}: use more text or a smaller data.seq_len"
+        )
+    if split == "validation" and num_tokens < (1 if whole else seq_len):
+        raise UserError(
+            f"data.source={source!r} leaves the validation split {num_tokens:,} tokens, less than"
+            f" one row of data.seq_len = {seq_len}: use more text or a smaller data.seq_len"
+        )
+
+
+def _read_summary(folder: Path):
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"the prepared data in {folder} is damaged: delete that folder, and it is made again"
+        ) from None
+
+
+def _sha256(values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _shuffled(start: int, stop: int, count: int, seed: int) -> list[int]:
+    """Rows start..stop-1 of the endless stream over `count` rows, each in constant time."""
+    from grain.experimental import index_shuffle
+
+    return [
+        index_shuffle(i % count, max_index=count - 1, seed=_epoch_seed(seed, i // count), rounds=4)
+        for i in range(start, stop)
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0])

@@ -1,0 +1,94 @@
+"""Documents of a TFDS data set that is prepared already, read without TensorFlow.
+
+TFDS needs TensorFlow to prepare its own data sets and none to read what was written as
+array_record. Nothing is downloaded here: a data set that is not there is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qkvjax.errors import UserError, did_you_mean
+
+_BLOCK = 1024  # records of a read
+
+
+def open_prepared(name: str, split: str) -> tuple[tuple[Path, ...], Callable[[], Iterator[bytes]]]:
+    """The files and the reader of `tfds:NAME` or `tfds:NAME#SPLIT`.
+
+    Args:
+      name: data set, data set/config, either with a version behind a slash.
+      split: a TFDS split, "train" or "test[:10%]".
+
+    Returns:
+      (files, function that yields the documents).
+
+    Raises:
+      UserError: nothing prepared (found out without importing TFDS), another file format, an
+        unknown split, or no single Text feature.
+    """
+    root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = _newest(root, name)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    if info.get("fileFormat") != "array_record":
+        raise UserError(
+            f"{folder} is {info.get('fileFormat', 'tfrecord')}, which needs TensorFlow to read:"
+            f" {_prepare(name)}"
+        )
+    splits = [item["name"] for item in info.get("splits", ())]
+    if re.match(r"\w*", split)[0] not in splits:
+        raise UserError(
+            f"tfds:{name} has the splits {', '.join(splits)}, not {split!r}: name one as"
+            f" tfds:{name}#SPLIT{did_you_mean(split, splits)}"
+        )
+    return tuple(sorted(folder.iterdir())), lambda: _read(folder, name, split)
+
+
+def _newest(root, name):
+    """The folder of the newest version of a data set with one config, or whose config is named."""
+    found = {path.parent for path in (root / name).glob("**/dataset_info.json")}
+    if not found:
+        raise UserError(
+            f"tfds:{name} is not prepared in {root} (TFDS_DATA_DIR), and nothing is downloaded"
+            f" here: {_prepare(name)}"
+        )
+    configs = {folder.parent for folder in found}
+    if len(configs) > 1 and root / name not in found:
+        names = ", ".join(sorted(f"tfds:{c.relative_to(root).as_posix()}" for c in configs))
+        raise UserError(f"tfds:{name} has several configs here: use one of {names}")
+    return max(found, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.name)])
+
+
+def _prepare(name):
+    return (
+        "prepare it where TensorFlow is (pip install tensorflow-cpu), once: python -c 'import"
+        f' tensorflow_datasets as tfds; tfds.builder("{name}", file_format="array_record")'
+        ".download_and_prepare()'; then copy the folder or set TFDS_DATA_DIR"
+    )
+
+
+def _read(folder, name, split):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    features = builder.info.features
+    texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
+    if "text" not in texts and len(texts) != 1:
+        raise UserError(
+            f"tfds:{name} has no Text feature 'text' and {len(texts)} others"
+            f" ({', '.join(features)}): save its text as jsonl and use jsonl:PATH#FIELD"
+        )
+    key = "text" if "text" in texts else texts[0]
+    try:
+        records = builder.as_data_source(split)
+    except ValueError as error:
+        raise UserError(f"tfds:{name}#{split} is no split ({error}): write train[:10%]") from None
+    for start in range(0, len(records), _BLOCK):
+        block = records.__getitems__(range(start, min(start + _BLOCK, len(records))))
+        for record in block:
+            value = record[key]
+            yield value if isinstance(value, bytes) else str(value).encode()

@@ -1,0 +1,213 @@
+"""Tokenizers: bytes, GPT-2's, and any byte-level BPE in a tokenizer.json.
+
+All of them keep every byte of a document, which is what lets bits per byte be exact and
+comparable: each id stands for a known string of bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from qkvjax.errors import UserError, did_you_mean
+
+KINDS = ("bytes", "bpe", "gpt2")
+GPT2_SEPARATOR, GPT2_IDS = 50256, 50257
+# Looked for in a tokenizer.json, in this order.
+SEPARATORS = ("<|endoftext|>", "</s>", "<eos>")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Bytes to ids and back.
+
+    Attributes:
+      name: the kind, "bytes", "bpe" or "gpt2".
+      separator: the id that stands before each document.
+      table: the bytes of each id; b"" for the separator and other special ids.
+      fingerprint: tells tokenizers apart, whatever their paths.
+    """
+
+    name: str
+    separator: int
+    table: tuple[bytes, ...]
+    fingerprint: str
+    _encode: Callable[[bytes], np.ndarray] = dataclasses.field(repr=False)
+
+    @property
+    def num_ids(self) -> int:
+        """Ids in all, the separator included."""
+        return len(self.table)
+
+    @functools.cached_property
+    def num_bytes(self) -> np.ndarray:
+        """int32 [num_ids]: bytes of the document that each id stands for."""
+        return np.array([len(token) for token in self.table], np.int32)
+
+    def encode(self, document: bytes) -> np.ndarray:
+        """The ids of a document, int32 [n], without a separator.
+
+        Raises:
+          UserError: a BPE tokenizer and bytes that are not UTF-8, or a tokenizer that loses
+            some of them.
+        """
+        return self._encode(document)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; separators are left out, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.table[int(i)] for i in ids).decode("utf-8", errors="replace")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: bytes, bpe:PATH or gpt2:PATH."""
+    kind, path = _parse(name)
+    if kind == "bytes":
+        table = (*(bytes([i]) for i in range(256)), b"")
+        return Tokenizer("bytes", 256, table, "bytes", _encode_bytes)
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(
+            f"data.tokenizer={name!r} needs an extra package: pip install qkvjax[bpe]"
+            " (or use --config.data.tokenizer=bytes)"
+        ) from None
+    if kind == "gpt2":
+        files = encoder, merges = _gpt2_files(path)
+        vocabulary = _read_json(encoder)
+        if len(vocabulary) != GPT2_IDS:
+            raise UserError(
+                f"{encoder} has {len(vocabulary):,} ids and GPT-2 has {GPT2_IDS:,}: save the"
+                " tokenizer as a tokenizer.json and use bpe:PATH"
+            )
+        table, separator = _table(vocabulary, (), GPT2_IDS, GPT2_SEPARATOR), GPT2_SEPARATOR
+    else:
+        files = (path,)
+        table, separator = _read_tokenizer_json(path)
+    try:
+        if kind == "gpt2":
+            bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(encoder), str(merges)))
+            bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        else:
+            bpe = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001  (the library raises nothing narrower)
+        raise UserError(
+            f"{path} is no tokenizer that tokenizers {tokenizers.__version__} can read ({error}):"
+            " copy it again, or save it with that version"
+        ) from None
+    bpe.no_truncation()
+    bpe.no_padding()
+    # A document that spells a special token means its characters.
+    bpe.encode_special_tokens = True
+    digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    encode = functools.partial(_encode_bpe, bpe, table, name)
+    return Tokenizer(kind, separator, table, hashlib.sha256(digests).hexdigest(), encode)
+
+
+def tokenizer_size(name: str) -> int:
+    """Number of ids of `data.tokenizer`, without any library; GPT-2's files may be absent."""
+    kind, path = _parse(name)
+    if kind == "bpe":
+        return len(_read_tokenizer_json(path)[0])
+    return 257 if kind == "bytes" else GPT2_IDS
+
+
+def _parse(name):
+    kind, _, path = name.partition(":")
+    if kind not in KINDS:
+        raise UserError(
+            f"data.tokenizer={name!r} is none of bytes, bpe:PATH, gpt2:PATH"
+            f"{did_you_mean(kind, KINDS)}"
+        )
+    if (kind == "bytes") == bool(path):
+        what = "bytes alone" if kind == "bytes" else f"{kind}:PATH"
+        raise UserError(f"data.tokenizer={name!r}: write {what}")
+    return kind, Path(path).expanduser()
+
+
+def _encode_bytes(document):
+    return np.frombuffer(document, np.uint8).astype(np.int32)
+
+
+def _encode_bpe(bpe, table, name, document):
+    try:
+        text = document.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the document that starts with {document[:40]!r} is not UTF-8 ({error.reason} at byte"
+            f" {error.start}), which data.tokenizer={name!r} needs: convert it, or use"
+            " --config.data.tokenizer=bytes"
+        ) from None
+    ids = bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids  # twice as fast
+    if b"".join([table[i] for i in ids]) != document:
+        raise UserError(
+            f"data.tokenizer={name!r} does not give back the document that starts with"
+            f" {document[:40]!r}, so bits per byte would be wrong: use a byte-level BPE without"
+            " normalizer and prefix space, or --config.data.tokenizer=bytes"
+        )
+    return np.array(ids, np.int32)
+
+
+def _table(vocabulary, added, num_ids, separator):
+    """The bytes of each id: byte-level characters, or the text of an added token."""
+    byte_of = _byte_of_character()
+    table = [b""] * num_ids
+    for token, i in vocabulary.items():
+        if all(character in byte_of for character in token):
+            table[i] = bytes(byte_of[character] for character in token)
+    for token in added:
+        table[token["id"]] = b"" if token.get("special") else token["content"].encode()
+    table[separator] = b""
+    return tuple(table)
+
+
+def _byte_of_character():
+    """The printable characters that byte-level BPE writes for bytes (GPT-2's encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [i for i in range(256) if i not in printable]
+    mapping = {chr(i): i for i in printable}
+    return mapping | {chr(256 + n): i for n, i in enumerate(others)}
+
+
+def _gpt2_files(path):
+    folder = path if path.is_dir() else path.parent
+    found = []
+    for names in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        paths = [folder / name for name in names if (folder / name).is_file()]
+        if not paths:
+            raise UserError(
+                f"data.tokenizer=gpt2:{path}: {folder.absolute()} has no {' or '.join(names)};"
+                " gpt2: takes a folder with GPT-2's encoder.json and vocab.bpe"
+            )
+        found.append(paths[0])
+    return found
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): copy it again") from None
+
+
+def _read_tokenizer_json(path):
+    """(table, separator) of a tokenizer.json; the separator is one more id where it names none."""
+    content = _read_json(path)
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict):
+        raise UserError(
+            f"{path} holds no BPE vocabulary: use the tokenizer.json of a byte-level BPE"
+        )
+    added = content.get("added_tokens") or ()
+    ids = vocabulary | {token["content"]: token["id"] for token in added}
+    num_ids = max(ids.values(), default=-1) + 1
+    separator = next((ids[token] for token in SEPARATORS if token in ids), num_ids)
+    return _table(vocabulary, added, max(num_ids, separator + 1), separator), separator

@@ -1,0 +1,95 @@
+"""Sample through the real cache, from one model or several side by side.
+
+  qkvjax generate --workdir=runs/first --prompt="def main("
+  qkvjax generate --workdir=runs/first --workdir=runs/tied --prompt="import " --temperature=0
+  qkvjax generate --workdir=runs/tied --cache_layout=kv      cache K and V apart, to compare
+
+Prints the text, decoded tokens a second and the bytes of the cache that was allocated.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from absl import flags
+
+from qkvjax import cli
+from qkvjax.errors import UserError
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(
+        "workdir", [], "a trained run; repeat it to compare", flag_values=values
+    )
+    flags.DEFINE_string("prompt", "", "text to go on from", flag_values=values)
+    flags.DEFINE_integer("max_tokens", 200, "how many tokens to sample", flag_values=values)
+    flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the samples", flag_values=values)
+    flags.DEFINE_integer("step", None, "which checkpoint; the newest if unset", flag_values=values)
+    flags.DEFINE_string(
+        "cache_layout", None, "kv or shared; the smallest that fits if unset", flag_values=values
+    )
+    flags.DEFINE_integer("cache_length", None, "room in tokens; as much as needed if unset",
+                         flag_values=values)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(argv, __doc__, define, body)
+
+
+def body(values: flags.FlagValues) -> None:
+    if not values.workdir:
+        raise UserError("--workdir=DIR is missing: which run should speak?")
+    columns = [sample(workdir, values) for workdir in values.workdir]
+    print(side_by_side(columns, shutil.get_terminal_size((100, 40)).columns))
+
+
+def sample(workdir: str, values: flags.FlagValues) -> list[str]:
+    """The lines of one model's column: a head, the text, the figures."""
+    from qkvjax.attention.spec import sharing_name
+    from qkvjax.generation.decode import continuation, generate, prompt_ids
+    from qkvjax.training.restore import load_model
+
+    model, tokenizer, config, step = load_model(workdir, values.step)
+    made = generate(
+        model,
+        prompt_ids(tokenizer, values.prompt),
+        num_ids=tokenizer.num_ids,
+        max_tokens=values.max_tokens,
+        temperature=values.temperature,
+        seed=values.seed,
+        layout=values.cache_layout,
+        cache_length=values.cache_length,
+        dtype=config.train.compute_dtype,
+    )
+    per_token = made.cache_bytes // made.cache_length
+    return [
+        f"{workdir}, step {step}: {sharing_name(config.model.sharing)}",
+        "",
+        *(values.prompt + continuation(tokenizer, made.ids[0])).splitlines(),
+        "",
+        f"{made.tokens_per_second:,.1f} tokens/s",
+        f"cache {made.cache_bytes:,} bytes: {made.cache_length} tokens x {per_token:,}",
+    ]
+
+
+def side_by_side(columns: list[list[str]], width: int) -> str:
+    """Columns of wrapped text beside each other; a single one is left as it is."""
+    if len(columns) == 1:
+        return "\n".join(columns[0])
+    each = max(20, (width - 3 * (len(columns) - 1)) // len(columns))
+    wrapped = [
+        [part for line in column for part in textwrap.wrap(
+            line.expandtabs(4), each, drop_whitespace=False, replace_whitespace=False) or [""]]
+        for column in columns
+    ]  # fmt: skip
+    rows = zip_longest(*wrapped, fillvalue="")
+    return "\n".join(" | ".join(f"{cell:<{each}}" for cell in row).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sampling through the decode cache."""

@@ -1,0 +1,1 @@
+"""The hot path: attention over given queries, keys and values."""

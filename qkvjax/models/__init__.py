@@ -1,0 +1,1 @@
+"""Language models built around the attention layer."""

@@ -1,0 +1,112 @@
+"""The decoder-only language model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkvjax.attention.position import sincos
+from qkvjax.attention.projection import Linear, named_key
+from qkvjax.errors import UserError
+from qkvjax.models.spec import ModelSpec
+from qkvjax.models.transformer import Stack, dropout, norm
+from qkvjax.parallel import rules
+
+
+class LanguageModel(nnx.Module):
+    """Token ids to logits.
+
+    A plain pytree: give it to `jax.jit`, `jax.value_and_grad` and optax as it is. Every leaf
+    is learned; `spec` says everything else.
+
+    Args:
+      spec: what to build.
+      key: a PRNG key; initial values depend on it and on each parameter's name.
+    """
+
+    def __init__(self, spec: ModelSpec, *, key):
+        self.spec = spec
+        # Rows of unit expected norm where they are also the head; GPT-2's 0.02 in the paper's.
+        std = 0.02 if spec.init == "normal" else spec.d_model**-0.5
+        shape = (spec.vocab_size, spec.d_model)
+        self.embedding = nnx.Param(std * jax.random.normal(named_key(key, "embedding"), shape))
+        table = (spec.max_length, spec.d_model)
+        self.positions = (
+            nnx.Param(std * jax.random.normal(named_key(key, "positions"), table))
+            if spec.position == "learned"
+            else None
+        )
+        self.stack = Stack(spec, key=named_key(key, "stack"))
+        self.norm = norm(spec)
+        self.head = (
+            None
+            if spec.tie_embeddings
+            else Linear(spec.d_model, spec.vocab_size, key=named_key(key, "head"), std=std)
+        )
+
+    def __call__(
+        self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
+        impl: str = "auto",
+    ) -> jax.Array:  # fmt: skip
+        """Logits of the next token.
+
+        Args:
+          inputs: int [B, T] token ids.
+          positions: int [B, T]; None means 0, 1, ...
+          segment_ids: int [B, T] documents of packed sequences, or None.
+          key: a PRNG key turns dropout on.
+          dtype: of activations and matrix products.
+          impl: the implementation of attention.
+
+        Returns:
+          [B, T, V] in float32 or wider.
+
+        Raises:
+          UserError: T exceeds a learned table.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        stem, inner = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, stem)
+        x = self.stack(x, positions, segment_ids, inner, impl=impl)
+        return self.logits(x)
+
+    def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
+        """int [B, T] -> [B, T, D]: token embedding plus what positions add at the input."""
+        self.check_length(inputs.shape[1])
+        x = rules.embed(self.embedding[...].astype(dtype), inputs)
+        if self.spec.init != "normal":
+            x = x * jnp.asarray(self.spec.d_model**0.5, dtype)  # unit variance into the stack
+        if self.positions is not None:
+            x = x + rules.embed(self.positions[...].astype(dtype), positions)
+        elif self.spec.position == "sincos":
+            x = x + sincos(positions, self.spec.d_model).astype(dtype)
+        return x
+
+    def logits(self, x) -> jax.Array:
+        """[B, T, D] -> [B, T, V] in float32 or wider."""
+        x = self.norm(x)
+        if self.head is None:
+            y = rules.matmul(x, rules.gather(self.embedding[...]).T.astype(x.dtype))
+        else:
+            y = self.head(x)
+        return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+    def check_length(self, length: int) -> None:
+        """Raises UserError when `length` positions exceed a learned table."""
+        if self.spec.position == "learned" and length > self.spec.max_length:
+            raise UserError(
+                f"a sequence of {length} tokens exceeds the learned table of"
+                f" {self.spec.max_length} positions: shorten it, or train with position='rope'"
+            )
+
+
+def build(spec: ModelSpec, seed: int = 0) -> LanguageModel:
+    """A model with initial values, compiled as one program."""
+    return jax.jit(lambda key: LanguageModel(spec, key=key))(jax.random.key(seed))
+
+
+def count(model) -> int:
+    """Numbers in the leaves that are really there."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))

@@ -1,0 +1,116 @@
+"""The host process: its memory allocator and what there is to know about the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+# Dense bfloat16 peak in FLOP/s by jax's device kind; a device that is not here has no MFU.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed blocks instead of returning them to the kernel.
+
+    XLA's CPU client allocates a program's temporary memory anew at each call. Above 32 MiB
+    glibc maps fresh pages each time, and faulting them in cost a third of the step of a small
+    model (LOG.md has the figures). Without glibc this does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_top_pad, 2**26)
+
+
+def environment() -> dict[str, object]:
+    """Versions, devices and the code's revision, for `run.json` and reports. No secrets."""
+    import jax
+
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    }
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **versions,
+        "qkvjax": version(),
+        "git": revision(),
+        "platform": device.platform,
+        "device": device_name(),
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def version() -> str:
+    """The installed version, or "source" when run from a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("qkvjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def revision() -> str | None:
+    """The git commit of this code, with "+" when files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def device_name() -> str:
+    """What people call the device: the GPU's or TPU's kind, or the processor's name."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"CPU, {line.partition(':')[2].strip()}"
+    except OSError:
+        pass  # no /proc: a Mac, say
+    return f"CPU, {platform.processor() or platform.machine()}"
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 FLOP/s of all devices, or None where the kind is not in the table."""
+    import jax
+
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return peak * jax.device_count() if peak else None

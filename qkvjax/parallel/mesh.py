@@ -1,0 +1,45 @@
+"""The device mesh: five axes, always there, all of size 1 on one device.
+
+The axes are Explicit: an array's type says how it is sharded, and what cannot be sharded as
+asked is an error while tracing, not a silent copy. `jax.jit` with `NamedSharding` under
+`jax.set_mesh` is what pjit has become.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from qkvjax.errors import UserError
+
+AXES = ("replica", "fsdp", "context", "tensor", "expert")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.sharding.Mesh:
+    """Builds the mesh from the `mesh` group of a config.
+
+    Args:
+      sizes: axis name to size; axes left out have size 1; at most one is -1, which takes the
+        devices that are left.
+      devices: what to use; None means all that jax sees.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"mesh={dict(sizes)}: sizes are at least 1, and at most one is -1")
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if -1 in shape or math.prod(shape) > len(devices):
+        raise UserError(
+            f"mesh={dict(sizes)} needs a multiple of {known} devices and {len(devices)} are here:"
+            " change config.mesh.replica or config.mesh.fsdp"
+        )
+    used = devices[: math.prod(shape)]
+    types = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=used)

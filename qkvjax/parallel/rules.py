@@ -1,0 +1,94 @@
+"""The only file that names mesh axes: where each named dimension lives, and the four places
+where the model has to say so.
+
+Without a mesh (notebooks, analysis) every helper is the plain operation.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+# Named dimension -> mesh axes. Parameters are sharded over "embed", never over "layers".
+RULES = {
+    "batch": ("replica", "fsdp"),
+    "length": "context",
+    "embed": "fsdp",
+    "heads": None,
+    "mlp": None,
+    "vocab": None,
+    "layers": None,
+}
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions carry these names (None: not sharded)."""
+    return PartitionSpec(*(RULES[name] if name else None for name in names))
+
+
+def has_mesh() -> bool:
+    """Whether `jax.set_mesh` is in force."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def sharding(mesh: jax.sharding.Mesh, *names: str | None) -> NamedSharding:
+    """The NamedSharding of such an array on `mesh`."""
+    return NamedSharding(mesh, spec(*names))
+
+
+def gather(array: jax.Array) -> jax.Array:
+    """A parameter whole on every device, as FSDP does just before using it."""
+    if not has_mesh():
+        return array
+    return jax.sharding.reshard(array, PartitionSpec(*(None,) * array.ndim))
+
+
+def embed(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Looks ids up in a table: [V, D], int [B, T] -> [B, T, D]."""
+    if not has_mesh():
+        return table_VD[ids_BT]
+    return gather(table_VD).at[ids_BT].get(out_sharding=spec("batch", "length", None))
+
+
+def matmul(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """[B, T, D] @ [D, F] -> [B, T, F].
+
+    Tokens are flattened to one axis first: XLA's CPU takes a slow path for weight gradients
+    that contract over two axes (1.5 times the step of a small model). Where the sequence is
+    sharded the reshape would move data, so it is left alone.
+    """
+    w_DF = gather(w_DF)
+    batch, length, width = x_BTD.shape
+    if not has_mesh():
+        return (x_BTD.reshape(batch * length, width) @ w_DF).reshape(batch, length, -1)
+    if jax.sharding.get_abstract_mesh().shape["context"] > 1:
+        return jnp.einsum("btd,df->btf", x_BTD, w_DF, out_sharding=spec("batch", "length", None))
+    flat = jax.lax.reshape(x_BTD, (batch * length, width), out_sharding=spec("batch", None))
+    flat = jnp.matmul(flat, w_DF, out_sharding=spec("batch", None))
+    out = (batch, length, w_DF.shape[1])
+    return jax.lax.reshape(flat, out, out_sharding=spec("batch", "length", None))
+
+
+def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:
+    """[B, T, N*H] -> [B, T, N, H]."""
+    shape = (*x_BTF.shape[:2], heads, x_BTF.shape[2] // heads)
+    if not has_mesh():
+        return x_BTF.reshape(shape)
+    return jax.lax.reshape(x_BTF, shape, out_sharding=spec("batch", "length", "heads", None))
+
+
+def merge_heads(x_BTNH: jax.Array) -> jax.Array:
+    """[B, T, N, H] -> [B, T, N*H]."""
+    batch, length, heads, width = x_BTNH.shape
+    if not has_mesh():
+        return x_BTNH.reshape(batch, length, heads * width)
+    shape = (batch, length, heads * width)
+    return jax.lax.reshape(x_BTNH, shape, out_sharding=spec("batch", "length", None))
+
+
+def gather_sequence(array: jax.Array) -> jax.Array:
+    """Keys, values, positions or segment ids whole along their second axis, the sequence."""
+    if not has_mesh():
+        return array
+    return jax.sharding.reshard(array, spec("batch", *(None,) * (array.ndim - 1)))

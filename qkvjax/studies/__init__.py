@@ -1,0 +1,1 @@
+"""A study: its grid, its runs and the processes that train them."""

@@ -1,0 +1,86 @@
+"""What a study shows while it runs: a table on a terminal, a line a finished run elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from qkvjax.studies.grid import Study, Task
+from qkvjax.training.loop import duration
+from qkvjax.training.metrics import read_lines
+
+
+class Live:
+    """Progress of the pending tasks.
+
+    Args:
+      study: whose runs they are.
+      pending: the tasks of this call.
+      expected: seconds that all of them should take.
+      jobs: runs at a time.
+    """
+
+    def __init__(self, study: Study, pending: list[Task], expected: float, jobs: int):
+        self.study, self.pending, self.jobs = study, pending, jobs
+        self.expected, self.began = expected, time.monotonic()
+        self.done: list[tuple[Task, dict, float]] = []
+        self._rows = 0
+        self._terminal = sys.stdout.isatty()
+
+    def expected_run(self, estimate: float) -> float:
+        """Seconds that one more run should take."""
+        taken = [seconds for _, line, seconds in self.done if line["status"] == "done"]
+        return sum(taken) / len(taken) if taken else estimate * self.jobs
+
+    def left(self) -> float:
+        """Seconds until the end: from the runs that ended, or the estimate before any has."""
+        if not self.done:
+            return max(0.0, self.expected - (time.monotonic() - self.began))
+        mean = sum(seconds for _, _, seconds in self.done) / len(self.done)
+        return mean * (len(self.pending) - len(self.done)) / self.jobs
+
+    def finished(self, task: Task, line: dict, seconds: float) -> None:
+        """Takes note of a run that ended, and prints it."""
+        self.done.append((task, line, seconds))
+        if line["status"] == "done":
+            told = f"{line['score']:.4f} bits per byte"
+        else:
+            told = f"failed: {line['error'].splitlines()[0]}"
+        width = max(len(label) for label in self.study.labels)
+        self._clear()
+        print(
+            f"[{len(self.done):>{len(str(len(self.pending)))}}/{len(self.pending)}]"
+            f" {task.label:<{width}}  seed {task.seed}  {told}  {duration(seconds)}"
+            + (f", about {duration(self.left())} left" if self.left() else ""),
+            flush=True,
+        )
+
+    def show(self, running: list[Task]) -> None:
+        """Redraws the table of running tasks, on a terminal."""
+        if not self._terminal:
+            return
+        self._clear()
+        width = max(len(label) for label in self.study.labels)
+        lines = []
+        for task in running:
+            records = read_lines(self.study.workdir / task.folder / "metrics.jsonl")
+            last = records[-1] if records else {}
+            losses = [r["train/loss"] for r in records if "train/loss" in r]
+            scores = [r["eval/bits_per_byte"] for r in records if "eval/bits_per_byte" in r]
+            lines.append(
+                f"  {task.label:<{width}}  seed {task.seed}  step {last.get('step', 0):>7,}"
+                f"  loss {losses[-1] if losses else float('nan'):7.4f}"
+                f"  bits per byte {scores[-1] if scores else float('nan'):7.4f}"
+            )
+        lines.append(f"  about {duration(self.left())} left")
+        print("\n".join(lines), flush=True)
+        self._rows = len(lines)
+
+    def close(self) -> None:
+        """Removes the table."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._rows:
+            print(f"\033[{self._rows}A\033[J", end="")
+            self._rows = 0

@@ -1,0 +1,146 @@
+"""The processes of a study: measuring first, then runs side by side.
+
+Each run is a process of its own, `qkvjax study ... --point=K`: a crash takes nothing with it,
+and a job array does the same with other means. On CPU each process is pinned to a core: small
+models train faster on one core than on two.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from qkvjax.errors import UserError
+from qkvjax.studies.grid import Study, Task
+from qkvjax.studies.live import Live
+from qkvjax.studies.point import failure
+from qkvjax.training.loop import duration
+from qkvjax.training.metrics import append_line, read_json, read_lines, write_json
+
+OVERHEAD_SECONDS = 12.0  # of a run's process: imports, compilation, evaluations, saving
+POLL_SECONDS = 0.5
+
+
+def measure_here(study: Study) -> int:
+    """Writes measurements.json: what each point costs on this machine."""
+    from qkvjax.analysis.measure import measure
+
+    found = measure(study.configs())
+    write_json(study.workdir / "measurements.json", found | {"labels": study.labels})
+    return 0
+
+
+def run_all(
+    study: Study, arguments: list[str], *, jobs: int | None, max_seconds: float | None
+) -> int:
+    """Trains everything that is pending; returns how many runs failed.
+
+    Args:
+      arguments: the study's own command line, which its processes get with --point=K.
+      jobs: processes at a time; None means one a core on CPU, else one.
+      max_seconds: no run starts that would probably end later than this.
+    """
+    began = time.monotonic()
+    pending = study.pending()
+    total = len(study.tasks)
+    if not pending:
+        print(f"all {total} runs are finished")
+        return 0
+    print(f"{len(study.points)} variants x {len(study.seeds)} seeds: {total} runs,"
+          f" {total - len(pending)} finished")  # fmt: skip
+    measured = _measurements(study, arguments)
+    on_cpu = measured.get("environment", {}).get("platform", "cpu") == "cpu"
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    jobs = min(jobs or (len(cores) if on_cpu else 1), len(pending))
+    each = _estimates(study, measured)
+    expected = sum(each[task.label] for task in pending) + OVERHEAD_SECONDS * len(pending) / jobs
+    print(f"about {duration(expected)} for {len(pending)} runs, {jobs} at a time", flush=True)
+
+    live = Live(study, pending, expected, jobs)
+    waiting, running, failed, skipped = list(pending), {}, 0, 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                task = waiting.pop(0)
+                left = None if max_seconds is None else max_seconds - (time.monotonic() - began)
+                if left is not None and live.expected_run(each[task.label]) > left:
+                    skipped += 1
+                    continue
+                free = next(slot for slot in range(jobs) if slot not in running)
+                core = cores[free % len(cores)] if on_cpu and jobs > 1 else None
+                running[free] = (task, _start(study, task, arguments, core), time.monotonic())
+            time.sleep(POLL_SECONDS)
+            for slot, (task, process, since) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[slot]
+                line = _outcome(study, task, process.returncode)
+                failed += line["status"] == "failed"
+                live.finished(task, line, time.monotonic() - since)
+            live.show([task for task, _, _ in running.values()])
+    except BaseException:
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+        raise
+    finally:
+        live.close()
+    if skipped:
+        print(f"--max_seconds={max_seconds:g} left no time for {skipped} runs;"
+              " the same command goes on with them")  # fmt: skip
+    return failed
+
+
+def _measurements(study: Study, arguments: list[str]) -> dict:
+    """measurements.json, measured in a process of its own when it is not there."""
+    path = study.workdir / "measurements.json"
+    found = read_json(path)
+    if found.get("labels") == study.labels:
+        return found
+    print("measuring what each variant costs on this machine", flush=True)
+    log = study.workdir / "measure.log"
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "qkvjax.study", *arguments, "--measure"]
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+    if code:
+        print(f"  that failed (exit code {code}, see {log}); the report will say not measured")
+        return found
+    found = read_json(path)
+    study.claim("", keep_command=True)  # with the environment that was measured in
+    return found
+
+
+def _estimates(study: Study, measured: dict) -> dict[str, float]:
+    """Seconds of training of one run of each label, 0 where nothing is known."""
+    step = {row["label"]: row["step_seconds"] for row in measured.get("rows", [])}
+    steps = measured.get("steps", 0)
+    return {label: step.get(label, 0.0) * steps for label in study.labels}
+
+
+def _start(study: Study, task: Task, arguments: list[str], core: int | None) -> subprocess.Popen:
+    folder = study.workdir / task.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror})") from None
+    command = [sys.executable, "-m", "qkvjax.study", *arguments, f"--point={task.number}"]
+    pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
+    with (folder / "train.log").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin)
+
+
+def _outcome(study: Study, task: Task, code: int) -> dict:
+    """The run's line; a process that died without writing one gets a line here."""
+    lines = [r for r in read_lines(study.results) if r["identity"] == task.identity]
+    if lines and (code == 0) == (lines[-1]["status"] == "done"):
+        return lines[-1]
+    log = study.workdir / task.folder / "train.log"
+    told = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    last = f" ({told[-1]})" if told else ""
+    error = f"the process ended with code {code}{last}: see {task.folder}/train.log"
+    line = failure(study, task, error)
+    append_line(study.results, line)
+    return line

@@ -1,0 +1,79 @@
+"""Train every point of a grid, several seeds each, and write the report.
+
+  qkvjax study --config=configs/quickstart.py --workdir=runs/quickstart
+  qkvjax study --config=configs/quickstart.py --workdir=runs/quickstart --jobs=2
+  qkvjax study --config=configs/quickstart.py --workdir=W --list       points and their state
+  qkvjax study --config=configs/quickstart.py --workdir=W --point=3    one of them (job arrays)
+  qkvjax study --config=configs/quickstart.py --workdir=W --report_only
+
+The config is the base of all points and has a group `study`: points (made with qkvjax.sweep;
+the first is the baseline), seeds (how many), prompt and title. The runs of a seed see the same
+batches, so differences are paired. Finished points are skipped when the study is started again;
+failed ones are recorded and tried again. The workdir gets results.jsonl (a line a run),
+results.csv (a line a variant), measurements.json, report.md, report.html and runs/.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from qkvjax import cli
+from qkvjax.errors import UserError
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "where the study is kept", flag_values=values)
+    flags.DEFINE_integer(
+        "jobs", None, "runs at a time; unset means one a core on CPU, else one", flag_values=values
+    )
+    flags.DEFINE_bool("list", False, "print the points and their state", flag_values=values)
+    flags.DEFINE_integer("point", None, "train this one only", flag_values=values)
+    flags.DEFINE_bool(
+        "measure", False, "only measure what each point costs on this machine", flag_values=values
+    )
+    flags.DEFINE_bool("report_only", False, "write the report of what is there", flag_values=values)
+    flags.DEFINE_float("max_seconds", None, "start no run that would not end in time",
+                       flag_values=values)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv if argv is None else argv)
+    arguments = given if given and given[0].startswith("-") else given[1:]
+    return cli.run(argv, __doc__, define, lambda values: body(values, arguments), config="required")
+
+
+def body(values: flags.FlagValues, arguments: list[str]) -> int:
+    from qkvjax.studies.grid import Study
+    from qkvjax.studies.point import train_point
+    from qkvjax.studies.scheduler import measure_here, run_all
+    from qkvjax.training.run import open_workdir
+
+    if values.jobs is not None and values.jobs < 1:
+        raise UserError(f"--jobs={values.jobs} must be at least 1")
+    study = Study(values.config, open_workdir(values.workdir))
+    if values.list:
+        print(study.listing())
+        return 0
+    if values.measure:
+        return measure_here(study)
+    part = values.report_only or values.point is not None
+    study.claim("qkvjax study " + shlex.join(arguments), keep_command=part)
+    if values.point is not None:
+        return train_point(study, values.point)
+    failed = 0
+    if not values.report_only:
+        failed = run_all(study, arguments, jobs=values.jobs, max_seconds=values.max_seconds)
+    from qkvjax.analysis.report import write_report
+
+    print(f"report: {write_report(study.workdir).resolve()}")
+    if failed:
+        print(f"{failed} runs failed; the report names them, and the same command tries them again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Train one model; go on by itself when the workdir has a checkpoint.
+
+  qkvjax train --config=configs/lm.py:depth=2 --workdir=runs/first
+  qkvjax train --config=configs/lm.py:depth=4,sharing=q-k=v --workdir=runs/tied \\
+      --config.data.source=text:my_folder --config.train.steps=2ep
+  qkvjax train --config=configs/lm.py:size=124m --dry_run      the cost table, and stop
+
+The workdir gets config.json, metrics.jsonl, checkpoints/STEP/, TensorBoard events and
+run.json. Exit codes: 0 done, 2 bad input, 45 no intact checkpoint, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from qkvjax import cli
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print the cost table and stop", flag_values=values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(argv, __doc__, define, body, config="required")
+
+
+def body(values: flags.FlagValues) -> int:
+    if values.dry_run:
+        train(values.config, None)
+    else:
+        from qkvjax.training.run import open_workdir
+
+        train(values.config, open_workdir(values.workdir))
+    return 0
+
+
+def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> dict:
+    """Trains to the end of `config`, from the newest intact checkpoint in `workdir` if any.
+
+    Args:
+      config: the configuration.
+      workdir: None only prints the cost table.
+      log: gets every line.
+
+    Returns:
+      The summary: step, seconds, and the last evaluation ("eval/bits_per_byte", ...).
+    """
+    from qkvjax.parallel import host
+
+    host.keep_freed_memory()
+    import jax
+
+    from qkvjax import config as configs
+    from qkvjax.evaluation.language import make_evaluators
+    from qkvjax.training import loop
+    from qkvjax.training.checkpoint import Checkpoints
+    from qkvjax.training.metrics import Metrics, check_wandb, read_lines, write_json
+    from qkvjax.training.report import cost_table
+    from qkvjax.training.run import claim_workdir, prepare_run
+
+    # ---- data, model, mesh ------------------------------------------------------------------
+    check_wandb(config.train.wandb)
+    run = prepare_run(config, log=log)
+    log(cost_table(run))
+    if workdir is None:
+        return {}
+    claim_workdir(workdir, config, run.dataset.digest)
+    peak = host.peak_flops()
+
+    with jax.set_mesh(run.mesh):
+        # ---- state: restored or new -------------------------------------------------------------
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
+        evaluators = make_evaluators(config, run.dataset, run.mesh)
+        steps = run.durations.steps
+        if checkpoints.steps():
+            state, done = checkpoints.restore(run.abstract, log=log)
+            checkpoints.set_aside(after=done, log=log)
+            log(f"resumed after step {done} of {steps}")
+        else:
+            state, done = run.init(), 0
+        earlier = [r for r in read_lines(workdir / "metrics.jsonl") if r["step"] <= done]
+        if done >= steps:
+            log(f"nothing left to train: {workdir} is at step {done} of {steps}")
+            checkpoints.close()
+            return earlier[-1] if earlier else {"step": done}
+
+        # ---- compile ----------------------------------------------------------------------------
+        began = time.perf_counter()
+        train_step = run.compile_step(state)
+        compile_seconds = time.perf_counter() - began
+        memory = train_step.memory_analysis()
+        log(f"compiled in {compile_seconds:.1f} s")
+        facts = {
+            "environment": host.environment(),
+            "costs": costs(run),
+            "data": {
+                "source": config.data.source,
+                "description": run.dataset.description,
+                "digest": run.dataset.digest,
+                "num_documents": run.dataset.num_documents,
+                "num_train_tokens": run.dataset.num_train_tokens,
+                "num_validation_tokens": run.dataset.num_validation_tokens,
+            },
+            "compile_seconds": compile_seconds,
+            "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
+        }
+        write_json(workdir / "run.json", facts)
+
+        # ---- train ------------------------------------------------------------------------------
+        metrics = Metrics(
+            workdir, done, wandb_project=config.train.wandb, config=configs.to_dict(config)
+        )
+        try:
+            state, summary = loop.fit(
+                state,
+                train_step,
+                mesh=run.mesh,
+                make_batch=run.batch,
+                steps=steps,
+                tokens_per_step=run.tokens_per_step,
+                flops_per_token=run.train_flops_per_token,
+                peak_flops=peak,
+                log_every=run.durations.log_every,
+                eval_every=run.durations.eval_every,
+                checkpoint_every=run.durations.checkpoint_every,
+                max_seconds=config.train.max_seconds,
+                evaluators=evaluators,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                seconds=earlier[-1]["seconds"] if earlier else 0.0,
+                log=log,
+            )
+        finally:
+            metrics.close()
+            checkpoints.close()
+    log(f"done: {workdir}")
+    return summary
+
+
+def costs(run) -> dict:
+    """The exact costs of a run's model, for run.json and the results of a study."""
+    seq_len = run.config.data.seq_len
+    return {
+        "num_params": run.spec.num_params,
+        "forward_macs": run.spec.forward_macs(seq_len),
+        "seq_len": seq_len,
+        "train_flops_per_token": run.train_flops_per_token,
+        "cache_bytes_per_token": run.spec.cache_bytes_per_token("bfloat16"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""State, step, loss, optimizer, checkpoints and the loop."""

@@ -1,0 +1,268 @@
+"""Checkpoints: the only importer of Orbax, plus fingerprints of every array.
+
+A checkpoint is `checkpoints/STEP/` with the arrays of the train state under the names of
+their tree paths, and a manifest with each array's shape, dtype and fingerprint. Orbax does
+not notice flipped bits in array data; the fingerprints, checked on restore, do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from qkvjax.errors import UserError
+
+NO_INTACT_CHECKPOINT = 45
+_MANIFEST = "manifest"
+_STATE = "state"
+
+
+def _mix(h: jax.Array, seed: int) -> jax.Array:
+    """A 32-bit finalizer in the manner of MurmurHash3."""
+    h = (h ^ jnp.uint32(seed)) * jnp.uint32(0x9E3779B1)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    return h ^ (h >> 13)
+
+
+def fingerprint(x: jax.Array) -> jax.Array:
+    """64 bits of an array, uint32 [2], whatever its sharding.
+
+    The sum modulo 2^32 of a hash of each element's bits and index: integer sums commute, so
+    mesh, processes and reduction order do not matter, and the hash is one to one in the bits, so
+    every change of a single element changes the value. Elements of 8 bytes count as two.
+    """
+    size = x.dtype.itemsize
+    if x.dtype == jnp.bool_:
+        bits = x.astype(jnp.uint32)
+    else:
+        lane = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size]
+        bits = jax.lax.bitcast_convert_type(x, lane).astype(jnp.uint32)
+    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        step = jnp.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step
+        stride *= bits.shape[axis]
+    # A product of bits and weights would not do: it does not see two flipped signs.
+    sums = [jnp.sum(_mix(bits ^ _mix(index, s), s), dtype=jnp.uint32) for s in (1, 0xDEADBEEF)]
+    return jnp.stack(sums)
+
+
+_fingerprints = jax.jit(lambda arrays: jax.tree.map(fingerprint, arrays))
+
+
+def named_arrays(tree) -> dict[str, jax.Array]:
+    """The leaves of a tree under stable names such as "model.stack.blocks.0.mlp.up.weight"."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        named[name.removesuffix(".value").replace(".value.", ".")] = leaf
+    return named
+
+
+def manifest(arrays: dict[str, jax.Array]) -> dict[str, dict]:
+    """Shape, dtype and fingerprint (16 hex digits) of each array."""
+    prints = jax.device_get(_fingerprints(arrays))
+    return {
+        name: {
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "fingerprint": "{:08x}{:08x}".format(*prints[name]),
+        }
+        for name, array in arrays.items()
+    }
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, saved in the background.
+
+    Args:
+      folder: `workdir/checkpoints`; made when something is saved.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, create=False
+        )
+        self._options = options
+        self._open_manager = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._open_manager is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._open_manager = ocp.CheckpointManager(self.folder, options=self._options)
+        return self._open_manager
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, in order."""
+        return sorted(self._manager.all_steps()) if self.folder.is_dir() else []
+
+    def save(self, step: int, state) -> None:
+        """Starts saving; the state may be donated as soon as this returns."""
+        arrays = named_arrays(state)
+        items = ocp.args.Composite(**{
+            _STATE: ocp.args.PyTreeSave(arrays),
+            _MANIFEST: ocp.args.JsonSave(_signed(manifest(arrays))),
+        })  # fmt: skip
+        self._manager.save(step, args=items)
+
+    def restore(self, abstract, step: int | None = None, *, log=print):
+        """The newest intact state, or the one of `step`, placed as `abstract` says.
+
+        Args:
+          abstract: a tree of ShapeDtypeStructs with shardings, of the state's structure. A
+            part of the state will do (the model alone, say) when its names are those of the
+            saved tree.
+          step: None means the newest that is intact.
+          log: gets a line for each checkpoint that is passed over.
+
+        Returns:
+          (state, step).
+
+        Raises:
+          UserError: there is no such step (code 2), or none is intact (code 45).
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self.folder} has no step {step}; it has {steps or 'none'}")
+        if not steps:
+            raise UserError(f"{self.folder} holds no checkpoint: train first")
+        for candidate in [step] if step is not None else reversed(steps):
+            try:
+                return self._restore(abstract, candidate), candidate
+            except Damaged as damage:
+                log(f"checkpoint {candidate} is damaged and passed over: {damage}")
+        raise UserError(
+            f"no intact checkpoint in {self.folder} (tried {step or steps}): restore it from a"
+            " copy, or delete the folder to train again",
+            code=NO_INTACT_CHECKPOINT,
+        )
+
+    def _restore(self, abstract, step: int):
+        wanted = named_arrays(abstract)
+        try:
+            saved = self._manager.restore(
+                step, args=ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()})
+            )[_MANIFEST]
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
+        if saved != _signed(saved.get("arrays")):
+            raise Damaged("its manifest is not what was saved")
+        saved = saved["arrays"]
+        _check_names(wanted, saved, self.folder)
+        item = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with _damage():
+            arrays = self._manager.restore(step, args=ocp.args.Composite(**{_STATE: item}))[_STATE]
+        found = manifest(arrays)
+        differing = [name for name in wanted if found[name] != saved[name]]
+        if differing:
+            raise Damaged(f"the fingerprint of {', '.join(differing)} differs")
+        leaves = [arrays[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+    def set_aside(self, after: int, *, log=print) -> None:
+        """Renames the checkpoints of later steps, which were passed over, to STEP.damaged.
+
+        Orbax saves no step up to the newest that is there, so they would be in the way.
+        """
+        later = [step for step in self.steps() if step > after]
+        if not later:
+            return
+        self.close()
+        for step in later:
+            damaged = self.folder / f"{step}.damaged"
+            shutil.rmtree(damaged, ignore_errors=True)
+            (self.folder / str(step)).rename(damaged)
+            log(f"checkpoint {step} is now {damaged}")
+
+    def wait(self) -> None:
+        """Until what is being saved is on disk."""
+        if self._open_manager is not None:
+            self._open_manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and frees the background threads."""
+        if self._open_manager is not None:
+            self._open_manager.close()
+            self._open_manager = None
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read or whose arrays are not what was saved."""
+
+
+@contextlib.contextmanager
+def _damage():
+    """Turns what Orbax raises on unreadable arrays into Damaged, and keeps it quiet.
+
+    Arrays are read at the same time; those that fail after the first write pages to stderr, by
+    way of Python's hooks, its warnings and the log.
+    """
+    hooks, log, damage = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio"), None
+    sys.unraisablehook = sys.excepthook = lambda *told: None
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        try:
+            yield
+        except Exception as error:
+            # Orbax raises the bare Exception for array data.
+            known = (ValueError, OSError, KeyError, TypeError)
+            if not isinstance(error, known) and type(error) is not Exception:
+                raise
+            damage = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        if damage:
+            time.sleep(0.5)  # for the reads that are still under way
+            with warnings.catch_warnings(action="ignore"):
+                gc.collect()
+            raise Damaged(damage)
+    finally:
+        sys.unraisablehook, sys.excepthook = hooks
+        log.setLevel(level)
+
+
+def _signed(arrays: dict) -> dict:
+    """A manifest with a digest of itself, so that damage to it is not taken for another model."""
+    text = json.dumps(arrays, sort_keys=True)
+    return {"arrays": arrays, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _check_names(wanted: dict, saved: dict, folder: Path) -> None:
+    """Refuses a checkpoint of another model, which is no damage."""
+    groups = {name.partition(".")[0] for name in wanted}
+    for name in wanted | saved:
+        if name.partition(".")[0] not in groups:
+            continue  # of a part that is not asked for
+        model, file = wanted.get(name), saved.get(name)
+        model = "nothing" if model is None else f"{model.dtype} {list(model.shape)}"
+        file = "nothing" if file is None else f"{file['dtype']} {file['shape']}"
+        if model != file:
+            raise UserError(
+                f"the checkpoint in {folder} has {file} for {name} where the model has {model}: it"
+                " was saved by another configuration"
+            )
+
+
+def digest(tree) -> str:
+    """One text for all arrays of a tree: equal only when every bit is."""
+    prints = manifest(named_arrays(tree))
+    text = "".join(f"{name}{entry['fingerprint']}" for name, entry in sorted(prints.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,197 @@
+"""The training loop: steps, a log line now and then, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from qkvjax.parallel import rules
+
+Evaluator = Callable[[object], Mapping[str, float]]
+
+
+def prefetch(make: Callable[[int], dict], start: int, stop: int) -> Iterator[dict]:
+    """make(start), ..., make(stop - 1), each computed by a thread while the last is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(make, start) if start < stop else None
+        for step in range(start, stop):
+            batch = ahead.result()
+            if step + 1 < stop:
+                ahead = pool.submit(make, step + 1)
+            yield batch
+
+
+def place(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes."""
+    return {
+        name: jax.device_put(
+            array, rules.sharding(mesh, *(None,) * (array.ndim - 2), "batch", "length")
+        )
+        for name, array in batch.items()
+    }
+
+
+class Clock:
+    """Seconds of training alone: evaluation, saving and logging pause it."""
+
+    def __init__(self, spent: float = 0.0):
+        self.spent = spent
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        self.spent += time.perf_counter() - self._since
+
+    def go(self) -> None:
+        self._since = time.perf_counter()
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done each `every` steps (0: never) is due after `step` of `last`."""
+    return step == last or bool(every) and step % every == 0
+
+
+def fit(
+    state,
+    train_step: Callable,
+    *,
+    mesh,
+    make_batch: Callable[[int], dict],
+    steps: int,
+    tokens_per_step: int,
+    flops_per_token: float,
+    peak_flops: float | None,
+    log_every: int,
+    eval_every: int,
+    checkpoint_every: int,
+    max_seconds: float | None,
+    evaluators: Mapping[str, Evaluator],
+    checkpoints,
+    metrics,
+    seconds: float = 0.0,
+    log: Callable[[str], None] = print,
+):
+    """Trains from `state.step` to `steps`.
+
+    Args:
+      train_step: compiled (state, batch) -> (state, metrics).
+      make_batch: step -> host arrays, for any step.
+      seconds: training seconds that earlier parts of the run took.
+      evaluators: name -> (state -> metrics), each written as "name/metric".
+
+    Returns:
+      (state, summary): the summary has step, seconds and the last evaluation's metrics.
+    """
+    start = int(state.step)
+    clock, began, waiting = Clock(seconds), time.perf_counter(), []
+    summary: dict[str, float] = {}
+    since_step, since_seconds = start, seconds
+    bar, log = _progress_bar(start, steps, log)
+
+    step = start
+    for batch in prefetch(make_batch, start, steps):
+        state, values = train_step(state, place(batch, mesh))
+        step += 1
+        waiting.append(values)  # on the device: nothing waits for the step to end
+        out_of_time = max_seconds is not None and time.perf_counter() - began >= max_seconds
+        last = step if out_of_time else steps
+        bar(step)
+        wants_eval = bool(evaluators) and due(step, eval_every, last)
+        wants_save = due(step, checkpoint_every, last)
+        # A save closes the window of means, so that a resumed run writes the same lines.
+        wants_log = wants_save or due(step, log_every, last)
+        if step == start + 1 and not wants_log:
+            # The first step compiles; it would spoil the first line's speed.
+            jax.block_until_ready(state.step)
+            clock.pause()
+            since_step, since_seconds = step, clock.spent
+            clock.go()
+        if not (wants_log or wants_eval):
+            continue
+
+        jax.block_until_ready(state.step)
+        clock.pause()
+        line: dict[str, float] = {"seconds": clock.spent, "tokens": step * tokens_per_step}
+        if wants_log:
+            line |= _mean(jax.device_get(waiting))
+            waiting = []
+            passed = max(clock.spent - since_seconds, 1e-9)
+            speed = (step - since_step) * tokens_per_step / passed if step > since_step else 0.0
+            since_step, since_seconds = step, clock.spent
+            line["tokens_per_second"] = speed
+            if peak_flops:
+                line["mfu"] = speed * flops_per_token / peak_flops
+        if wants_eval:
+            for name, evaluate in evaluators.items():
+                scores = {f"{name}/{k}": v for k, v in evaluate(state).items()}
+                line |= scores
+                summary |= scores
+        metrics.write(step, line)
+        if wants_log or wants_eval:
+            left = (steps - step) * tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
+            log(_log_line(step, steps, line, left if wants_log and not out_of_time else None))
+        if wants_save:
+            checkpoints.save(step, state)
+        clock.go()
+        if out_of_time and step < steps:
+            log(f"stopped after {max_seconds:g} s, as train.max_seconds says")
+            break
+    bar(None)
+    checkpoints.wait()
+    return state, summary | {"step": step, "seconds": clock.spent}
+
+
+def _mean(records: list[dict]) -> dict[str, float]:
+    """Means of a window of steps; the learning rate is the last step's."""
+    return {
+        "train/loss": float(np.mean([r["loss"] for r in records])),
+        "train/grad_norm": float(np.mean([r["grad_norm"] for r in records])),
+        "train/learning_rate": float(records[-1]["learning_rate"]),
+    }
+
+
+def _log_line(step: int, steps: int, line: Mapping[str, float], left: float | None) -> str:
+    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+    if "train/loss" in line:
+        mfu = f"{100 * line['mfu']:.1f} %" if "mfu" in line else "n/a"
+        parts += [
+            f"loss {line['train/loss']:.4f}",
+            f"lr {line['train/learning_rate']:.2e}",
+            f"{line['tokens_per_second']:,.0f} tokens/s",
+            f"MFU {mfu}",
+        ]
+    parts += [
+        f"{name} {value:.4f}"
+        for name, value in line.items()
+        if name.endswith(("/bits_per_byte", "/loss")) and not name.startswith("train/")
+    ]
+    if left is not None and step < steps:
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "48 s", "3 min 20 s", "2 h 05 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _progress_bar(start: int, steps: int, log: Callable[[str], None]):
+    """(move, log): `move(step)` sets the bar and `move(None)` ends it; `log` prints above it.
+
+    Without a terminal on stderr there is no bar.
+    """
+    if not sys.stderr.isatty():
+        return lambda step: None, log
+    from tqdm import tqdm
+
+    bar = tqdm(total=steps, initial=start, unit="step", leave=False, dynamic_ncols=True)
+    return lambda step: bar.close() if step is None else bar.update(step - bar.n), bar.write

@@ -1,0 +1,164 @@
+"""Where numbers go: `metrics.jsonl`, which is the truth, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from qkvjax.errors import UserError
+
+
+def append_line(path: Path, record: Mapping) -> None:
+    """Appends one JSON object as one line; a lock keeps the lines of several processes apart.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    line = json.dumps(record, default=float, allow_nan=False) + "\n"
+    try:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _end_last_line(file)
+            file.write(line.encode())
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _end_last_line(file) -> None:
+    """Cuts off a line that a crash left torn, on which the next one would be lost."""
+    if not file.seek(0, os.SEEK_END):
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+        return
+    file.seek(0)
+    whole, newline, last = file.read().rpartition(b"\n")
+    if _record(last) is None:
+        file.truncate(len(whole + newline))
+    else:
+        file.write(b"\n")
+
+
+def _record(line: bytes | str) -> dict | None:
+    """The JSON object of a line, or None."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file; a torn last line, from a crash in mid-write, is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif line.strip() and number < len(lines):
+            raise UserError(f"{path}, line {number}, is no JSON object: repair or delete it")
+    return records
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a JSON file whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(value, indent=1, default=float) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file that `write_json` wrote and that can be made again; {} without it.
+
+    Raises:
+      UserError: it holds something else.
+    """
+    try:
+        record = _record(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    if record is None:
+        raise UserError(f"{path} is no JSON object: restore it from a copy, or delete it")
+    return record
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror}): make room or check its folder")
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises UserError when a Weights & Biases project is named and the package is missing."""
+    found = importlib.util.find_spec("wandb") if project else None
+    if project and (found is None or found.origin is None):  # a folder of logs has no origin
+        raise UserError(
+            "train.wandb needs Weights & Biases: pip install 'qkvjax[wandb]', or unset it"
+        )
+
+
+class Metrics:
+    """The metrics of one run.
+
+    Args:
+      workdir: where `metrics.jsonl` and the TensorBoard events go.
+      start: the step the run goes on from; later lines, written before a crash, are dropped, so
+        that no step stands twice.
+      wandb_project: None leaves Weights & Biases alone.
+      config: shown by Weights & Biases.
+    """
+
+    def __init__(self, workdir: Path, start: int = 0, wandb_project=None, config=None):
+        from tensorboardX import SummaryWriter
+
+        self.path = workdir / "metrics.jsonl"
+        kept = [record for record in read_lines(self.path) if record["step"] <= start]
+        if self.path.exists():
+            draft = self.path.with_name(".metrics.jsonl")
+            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            draft.replace(self.path)
+        self._events = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start + 1 if start else None
+        )
+        self._wandb = None
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=wandb_project, dir=str(workdir), config=config, resume="allow"
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of plain numbers; NaN and infinity are written as null."""
+        plain = {
+            name: value if math.isfinite(value) else None
+            for name, value in ((name, float(value)) for name, value in values.items())
+        }
+        append_line(self.path, {"step": step, **plain})
+        for name, value in plain.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(plain, step=step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._events.close()
+        if self._wandb:
+            self._wandb.finish()

@@ -1,0 +1,44 @@
+"""The cost table that a run starts with."""
+
+from __future__ import annotations
+
+from qkvjax.attention.spec import sharing_name
+from qkvjax.kernels import dispatch
+from qkvjax.parallel import host
+
+
+def cost_table(run) -> str:
+    """What the run is and what it costs, a line each."""
+    config, spec, seq_len = run.config, run.spec, run.config.data.seq_len
+    sharings = list(dict.fromkeys(layer.sharing for layer in spec.layers))
+    first = spec.layers[0]
+    steps, per_step = run.durations.steps, run.tokens_per_step
+    flops = run.train_flops_per_token
+    shape = "x".join(str(n) for n in run.mesh.shape.values())
+    rows = [
+        ("sharing", ", ".join(sharing_name(sharing) for sharing in sharings)),
+        (
+            "model",
+            f"{spec.num_layers} layers, width {spec.d_model}, {first.num_heads} query heads,"
+            f" {first.num_kv_heads} key-value heads of {first.head_dim}",
+        ),
+        ("parameters", f"{spec.num_params:,}"),
+        ("forward MACs a sequence", f"{spec.forward_macs(seq_len):,} at {seq_len} tokens"),
+        ("training FLOPs a token", f"{flops:.4g}"),
+        (
+            "cache bytes a token",
+            f"{spec.cache_bytes_per_token('bfloat16'):,} in bfloat16,"
+            f" {spec.cache_bytes_per_token('float32'):,} in float32",
+        ),
+        ("state", f"{12 * spec.num_params / 2**20:,.1f} MiB of parameters and moments"),
+        (
+            "run",
+            f"{steps:,} steps of {per_step:,} tokens: {steps * per_step:,} tokens,"
+            f" {steps * per_step * flops:.3g} FLOPs",
+        ),
+        ("attention", dispatch.choose("auto")),
+        ("device", f"{host.device_name()}; mesh {shape} ({', '.join(run.mesh.shape)})"),
+        ("precision", f"{config.train.compute_dtype}, parameters float32"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)

@@ -1,0 +1,174 @@
+"""From a resolved configuration to everything a run needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from qkvjax import config as configs
+from qkvjax.data.dataset import Dataset, prepare
+from qkvjax.errors import UserError
+from qkvjax.models.spec import ModelSpec, model_spec
+from qkvjax.parallel.mesh import make_mesh
+from qkvjax.training.step import init_state, make_optimizer, make_train_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Durations:
+    """What the config's durations are in steps."""
+
+    steps: int
+    warmup: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run before its first step."""
+
+    config: object
+    dataset: Dataset
+    spec: ModelSpec
+    durations: Durations
+    mesh: jax.sharding.Mesh
+    optimizer: object
+    rate: Callable
+    abstract: object  # the train state as ShapeDtypeStructs with shardings
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.data.batch_size * self.config.data.seq_len
+
+    @property
+    def train_flops_per_token(self) -> float:
+        """Two FLOPs a multiply-add; the backward pass costs twice the forward."""
+        seq_len = self.config.data.seq_len
+        return 3 * 2 * self.spec.forward_macs(seq_len) / seq_len
+
+    def batch(self, step: int) -> dict:
+        """The host arrays of a step, [A, B/A, T]."""
+        c = self.config
+        return self.dataset.batch(c.seed, step, c.data.batch_size, c.train.accumulation)
+
+    def init(self):
+        """The state before the first step, on the mesh."""
+        # Drawn without a mesh and placed afterwards: initial values do not depend on it.
+        state = jax.jit(lambda: init_state(self.spec, self.optimizer, self.config.seed))()
+        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
+
+    def compile_step(self, state):
+        """The compiled train step, (state, batch) -> (state, metrics), state donated."""
+        from qkvjax.training.loop import place
+
+        step = jax.jit(make_train_step(self.config, self.optimizer, self.rate), donate_argnums=0)
+        return step.lower(state, place(self.batch(0), self.mesh)).compile()
+
+
+def resolve_durations(config, dataset: Dataset) -> Durations:
+    """The durations of a config in steps, given how long an epoch is."""
+    common = {
+        "tokens_per_step": config.data.batch_size * config.data.seq_len,
+        "steps_per_epoch": dataset.steps_per_epoch(config.data.batch_size),
+    }
+    steps = configs.to_steps(config.train.steps, "train.steps", **common)
+    if steps < 1:
+        raise UserError(f"train.steps={config.train.steps!r}: there is nothing to train")
+
+    def within(group, field):
+        value = config[group][field]
+        if value is None:
+            return 0
+        return configs.to_steps(value, f"{group}.{field}", total=steps, **common)
+
+    return Durations(
+        steps=steps,
+        warmup=within("optimizer", "warmup_steps"),
+        log_every=within("train", "log_every"),
+        eval_every=within("train", "eval_every"),
+        checkpoint_every=within("train", "checkpoint_every"),
+    )
+
+
+def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> Run:
+    """Validates the config, prepares its data, its mesh and the state's shapes.
+
+    Call it, and everything on the run, under `jax.set_mesh(run.mesh)` from here on.
+
+    Raises:
+      UserError: anything in the config or the data that does not fit.
+    """
+    configs.validate(config)
+    data = config.data
+    dataset = prepare(data.source, data.tokenizer, data.seq_len, data.score_pads, log=log)
+    spec = model_spec(configs.plain(config.model), dataset.tokenizer.num_ids, data.seq_len)
+    durations = resolve_durations(config, dataset)
+    mesh = make_mesh(dict(config.mesh), devices)
+    ways = mesh.shape["replica"] * mesh.shape["fsdp"]
+    if (data.batch_size // config.train.accumulation) % ways:
+        raise UserError(
+            f"a micro-batch of {data.batch_size // config.train.accumulation} sequences does not"
+            f" divide over {ways} devices (mesh.replica x mesh.fsdp): change data.batch_size,"
+            " train.accumulation or the mesh"
+        )
+    optimizer, rate = make_optimizer(config, durations.steps, durations.warmup)
+    shapes = jax.eval_shape(lambda: init_state(spec, optimizer, config.seed))
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        state_shardings(shapes, mesh),
+    )
+    return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
+
+
+def open_workdir(workdir: str | None) -> Path:
+    """The workdir as a folder that can be written to; made when absent."""
+    if not workdir:
+        raise UserError("--workdir=DIR is missing: where should the run be kept?")
+    path = Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # a name of its own: others may be probing too
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be written ({error.strerror}): choose another with"
+            " --workdir"
+        ) from None
+    return path
+
+
+def claim_workdir(workdir: Path, config, digest: str) -> None:
+    """Refuses a workdir that holds another run, then writes `config.json` there."""
+    from qkvjax.training.metrics import read_json, write_json
+
+    saved = workdir / "config.json"
+    if saved.exists():
+        old, new = configs.identity(configs.load(saved)), configs.identity(config)
+        if _only_longer(old, new):
+            old["train.steps"] = new["train.steps"]
+        lines = configs.differing(old, new)
+        if lines:
+            raise UserError(
+                f"{workdir} holds a run with another configuration; choose another --workdir, or"
+                " go on with its own values:\n  " + "\n  ".join(lines)
+            )
+        before = read_json(workdir / "run.json").get("data", {}).get("digest", digest)
+        if before != digest:
+            raise UserError(
+                f"{workdir} was trained on other data (digest {before[:12]}, now {digest[:12]}):"
+                " restore the data or choose another --workdir"
+            )
+    write_json(saved, configs.to_dict(config))
+
+
+def _only_longer(old: dict, new: dict) -> bool:
+    """Whether the new run is the old one with more steps, under a schedule that allows it."""
+    steps = old["train.steps"], new["train.steps"]
+    counted = all(isinstance(value, int) for value in steps)
+    return counted and steps[1] >= steps[0] and new["optimizer.schedule"] in ("constant", "wsd")

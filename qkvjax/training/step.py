@@ -1,0 +1,112 @@
+"""The train state and one step of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qkvjax.models.lm import LanguageModel
+from qkvjax.models.spec import ModelSpec
+from qkvjax.parallel import rules
+from qkvjax.training.loss import cross_entropy
+from qkvjax.training.optimizer import adamw, is_matrix, schedule
+
+Batch = Mapping[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything that training changes: one pytree, saved and restored as a whole."""
+
+    model: LanguageModel
+    optimizer: optax.OptState
+    step: jax.Array  # int32 scalar, steps done
+
+
+def init_state(spec: ModelSpec, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    model = LanguageModel(spec, key=jax.random.key(seed))
+    return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32))
+
+
+def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Where each leaf lives: matrices over the "embed" rule's axes, everything else whole.
+
+    Of a matrix the larger dimension that the mesh divides is sharded, never the axis of
+    stacked layers.
+    """
+    ways = mesh.shape["fsdp"]
+
+    def place(path, leaf):
+        names = [None] * leaf.ndim
+        if is_matrix(path):
+            sizes = [n if n % ways == 0 else 0 for n in leaf.shape[-2:]]
+            if max(sizes):
+                names[leaf.ndim - 2 + sizes.index(max(sizes))] = "embed"
+        return rules.sharding(mesh, *names)
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def make_optimizer(config, total_steps: int, warmup_steps: int):
+    """(transformation, learning rate as a function of the step) for a config."""
+    o = config.optimizer
+    rate = schedule(o.schedule, o.learning_rate, o.final_learning_rate, warmup_steps, total_steps)
+    return adamw(o, rate), rate
+
+
+def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch], tuple]:
+    """The function (state, batch) -> (state, metrics), to be compiled by the caller.
+
+    The batch has arrays [A, B/A, T]: A micro-batches one after another. Losses and weights are
+    summed over all of them and divided once, so accumulation does not change the loss.
+
+    Metrics are scalars: loss (nats a label, without the z-loss), grad_norm (before clipping),
+    learning_rate.
+    """
+    dtype = jnp.dtype(config.train.compute_dtype)
+    z_loss, clip = config.optimizer.z_loss, config.optimizer.clip_norm
+    seed, has_dropout = config.seed, config.model.dropout > 0
+
+    def objective(model, batch, key, total):
+        logits = model(batch["inputs"], batch["positions"], batch["segment_ids"], key, dtype=dtype)
+        nats, squares = cross_entropy(logits, batch["targets"], batch["weights"])
+        loss = jnp.sum(nats) / total
+        return loss + z_loss * jnp.sum(squares) / total, loss
+
+    def train_step(state: TrainState, batch: Batch):
+        total = jnp.maximum(jnp.sum(batch["weights"]), 1)
+        micro_batches = batch["inputs"].shape[0]
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradient = jax.value_and_grad(objective, has_aux=True)
+
+        def micro(i, part):
+            dropout_key = jax.random.fold_in(key, i) if has_dropout else None
+            (_, loss), grads = gradient(state.model, part, dropout_key, total)
+            return loss, grads
+
+        if micro_batches == 1:
+            loss, grads = micro(0, jax.tree.map(lambda a: a[0], batch))
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.model)
+
+            def add(carry, scanned):
+                return jax.tree.map(jnp.add, carry, micro(*scanned)), None
+
+            order = jnp.arange(micro_batches)
+            (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), (order, batch))
+
+        norm = optax.global_norm(grads)
+        if clip:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-12)), grads)
+        updates, optimizer = tx.update(grads, state.optimizer, state.model)
+        model = optax.apply_updates(state.model, updates)
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
+        return TrainState(model, optimizer, state.step + 1), metrics
+
+    return train_step

@@ -1,0 +1,66 @@
+"""What several folders of tests share."""
+
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkvjax import cli
+from qkvjax import config as configs
+from qkvjax.models.lm import LanguageModel
+from qkvjax.models.spec import model_spec
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """Runs a recipe: ("configs/lm.py", "depth=2") -> its configuration."""
+    return lambda path, arg=None: runpy.run_path(cli.find_config(path))["get_config"](arg)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Makes the spec of a tiny language model; arguments are fields of the `model` group."""
+
+    def make(tokenizer_size=61, seq_len=16, **fields):
+        model = configs.plain(configs.default().model)
+        model.update(d_model=32, num_layers=2, num_heads=4, mlp_ratio=1.0)
+        return model_spec(model | fields, tokenizer_size, seq_len)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def filled():
+    """Makes the module that a function would build, with random numbers in every parameter.
+
+    No bias is zero and no gain one, so that neither hides anything; and nothing is compiled.
+    """
+
+    def fill(path, leaf, rng):
+        noise = rng.normal(size=leaf.shape)
+        kind = jax.tree_util.keystr(path[-2:])
+        if "gain" in kind:
+            return 1 + 0.2 * noise
+        return 0.2 * noise if "bias" in kind else noise * leaf.shape[-2] ** -0.5
+
+    def make(build, seed=0):
+        rng = np.random.default_rng(seed)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.asarray(fill(path, leaf, rng), leaf.dtype),
+            jax.eval_shape(build),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(tiny, filled):
+    """Makes a tiny language model of random numbers; arguments as for `tiny`."""
+
+    def make(**fields):
+        spec = tiny(**fields)
+        return filled(lambda: LanguageModel(spec, key=jax.random.key(0)))
+
+    return make

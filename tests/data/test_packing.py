@@ -1,0 +1,84 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkvjax.data.packing import (
+    num_windows,
+    packed_rows,
+    scored_batch,
+    training_batch,
+    window,
+)
+
+SEPARATOR = 9
+BYTES = np.array([1] * 9 + [0], np.int32)
+documents = st.lists(
+    st.lists(st.integers(0, 8), min_size=1, max_size=40).map(np.array), min_size=1, max_size=8
+)
+lengths = st.integers(1, 12)
+
+
+def windows(document, seq_len):
+    count = num_windows(len(document), seq_len)
+    return np.stack([window(document, i, SEPARATOR, seq_len) for i in range(count)])
+
+
+@given(documents, lengths)
+def test_packed_rows_are_slices_of_one_stream(docs, seq_len):
+    stream = np.concatenate([[SEPARATOR, *doc] for doc in docs])
+    rows = list(packed_rows(docs, SEPARATOR, seq_len))
+    assert len(rows) == (len(stream) - 1) // seq_len
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(row, stream[i * seq_len : i * seq_len + seq_len + 1])
+
+
+@given(documents, lengths)
+def test_every_token_is_a_scored_target_once(docs, seq_len):
+    for doc in docs:
+        batch = scored_batch(windows(doc, seq_len), SEPARATOR, False, BYTES)
+        scored = batch["targets"][batch["weights"] > 0]
+        np.testing.assert_array_equal(scored, doc)
+        assert batch["weights"].sum() == batch["num_bytes"].sum() == len(doc)
+        assert batch["pad_labels"].sum() == 0
+
+
+@given(documents, lengths)
+def test_a_window_reads_the_separator_then_only_its_own_document(docs, seq_len):
+    for doc in docs:
+        read = windows(doc, seq_len)[:, :-1].reshape(-1)
+        np.testing.assert_array_equal(read[: len(doc)], [SEPARATOR, *doc[:-1]])
+
+
+@given(documents, lengths)
+def test_positions_and_segments_follow_the_separators(docs, seq_len):
+    rows = list(packed_rows(docs, SEPARATOR, seq_len))
+    if not rows:
+        return
+    batch = training_batch(np.stack(rows), SEPARATOR, False)
+    assert (batch["weights"] == 1).all()
+    for inputs, positions, segments in zip(
+        batch["inputs"], batch["positions"], batch["segment_ids"]
+    ):
+        position, segment = -1, 1
+        for i, token in enumerate(inputs):
+            fresh = token == SEPARATOR or i == 0
+            position = 0 if fresh else position + 1
+            segment += fresh and i > 0
+            assert (positions[i], segments[i]) == (position, segment)
+
+
+def test_score_pads_is_one_segment_and_every_label_counts():
+    rows = np.stack([window(np.array([1, 2]), 0, SEPARATOR, 4), np.array([SEPARATOR, 3, 4, 5, 6])])
+    batch = scored_batch(rows, SEPARATOR, True, BYTES)
+    np.testing.assert_array_equal(batch["targets"], [[1, 2, 9, 9], [3, 4, 5, 6]])
+    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 3]] * 2)
+    assert (batch["segment_ids"] == 1).all() and (batch["weights"] == 1).all()
+    np.testing.assert_array_equal(batch["pad_labels"], [2, 0])
+    np.testing.assert_array_equal(batch["num_bytes"], [2, 4])
+
+
+def test_dtypes():
+    batch = scored_batch(windows(np.array([1, 2, 3]), 2), SEPARATOR, False, BYTES)
+    dtypes = {name: array.dtype.name for name, array in batch.items()}
+    assert dtypes.pop("weights") == "float32"
+    assert set(dtypes.values()) == {"int32"}

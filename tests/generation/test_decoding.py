@@ -1,0 +1,106 @@
+"""Decoding through the cache is the full forward pass, for every variant and layout."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkvjax.attention import cache as caches
+from qkvjax.attention.spec import SHARINGS
+from qkvjax.generation import decode as decoding
+from qkvjax.models.lm import LanguageModel
+
+B, T = 2, 9
+
+
+def legal():
+    """Every sharing with every number of heads and, under RoPE, every value it allows.
+
+    Positions that enter at the input take turns, and so does the query-key norm; where it
+    matters most, at a raw value of a rotated and normed key, both occur.
+    """
+    turns = itertools.cycle(("none", "learned", "sincos"))
+    norms = itertools.cycle((True, False, False, True, True))
+    for sharing, heads in itertools.product(SHARINGS, (4, 2, 1)):
+        if "q=" in sharing and heads < 4:
+            continue
+        common = {"sharing": sharing, "num_kv_heads": heads}
+        yield common | {"position": next(turns), "qk_norm": next(norms)}
+        shared_value = sharing in ("q-k=v", "q=v-k", "q=k=v")
+        for values in ("raw", "rotated", "unrotated_output") if shared_value else ("raw",):
+            rope = common | {"position": "rope", "rotary_values": values}
+            both = values == "raw" and shared_value and heads == 4
+            for qk_norm in (True, False) if both else (next(norms),):
+                yield rope | {"qk_norm": qk_norm}
+
+
+def name(fields):
+    return "-".join(str(value) for value in fields.values())
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return jnp.asarray(np.random.default_rng(5).integers(0, 61, (B, T)))
+
+
+def in_pieces(model, ids, sizes, layout, length=T + 3):
+    """Logits [B, T, V] of `sizes` tokens at a time, through caches with room to spare."""
+    blocks = model.stack.layers()
+    cache = decoding.empty_caches(model, B, length, jnp.float32, layout)
+    size, start, out = caches.num_bytes(cache), 0, []
+    for n in sizes:
+        piece = ids[:, start : start + n]
+        logits, cache = decoding.decode(
+            model, blocks, cache, piece, jnp.int32(start), dtype=jnp.float32
+        )
+        out.append(logits)
+        start += n
+    assert caches.num_bytes(cache) == size
+    assert size == B * length * model.spec.cache_bytes_per_token(jnp.float32, layout)
+    return jnp.concatenate(out, axis=1)
+
+
+def one_by_one(model, ids):
+    """The full forward pass without its scan, which would be compiled for each variant."""
+    positions = jnp.tile(jnp.arange(T), (B, 1))
+    x = model.embed(ids, positions)
+    for block in model.stack.layers():
+        x = block(x, positions)
+    return model.logits(x)
+
+
+def check(model, ids, full, layouts):
+    full = np.asarray(full)
+    for layout in layouts:
+        for sizes in ([1] * T, [4, 4, 1]):
+            got = np.asarray(in_pieces(model, ids, sizes, layout))
+            np.testing.assert_allclose(got, full, atol=1e-5 * abs(full).max(), err_msg=layout)
+            np.testing.assert_array_equal(got.argmax(-1), full.argmax(-1))
+
+
+@pytest.mark.parametrize("fields", legal(), ids=name)
+def test_cached_is_full(model, ids, fields):
+    m = model(num_layers=1, **fields)
+    check(m, ids, one_by_one(m, ids), ("kv", "shared") if m.spec.layers[0].shares_kv else ("kv",))
+
+
+def test_cached_is_full_in_a_pattern_of_layers(model, ids):
+    """Windows, a shared layer between others, biases and LayerNorm; half of each head rotated."""
+    m = model(
+        num_layers=4, rotary_fraction=0.5, norm="layernorm", mlp="gelu", use_bias=True,
+        tie_embeddings=False,
+        layer_overrides=({"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 1}),
+    )  # fmt: skip
+    check(m, ids, m(ids), (None, "kv"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_allocated_bytes_of_a_pattern(tiny, dtype):
+    """Each layer in its smallest layout: two tensors of 4 heads, or one of 1 head."""
+    spec = tiny(num_layers=4, layer_overrides=({}, {"sharing": "q-k=v", "num_kv_heads": 1}))
+    model = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
+    size = caches.num_bytes(decoding.empty_caches(model, 3, 20, jnp.dtype(dtype)))
+    assert size == 3 * 20 * spec.cache_bytes_per_token(dtype)
+    assert size == 3 * 20 * 2 * (2 * 32 + 8) * jnp.dtype(dtype).itemsize

@@ -1,0 +1,154 @@
+"""Every implementation against the reference, and the reference against plain loops."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkvjax.errors import UserError
+from qkvjax.kernels import dispatch
+
+B, T, N, H, P = 2, 13, 4, 6, 3
+OTHERS = [name for name in dispatch.IMPLEMENTATIONS if name != "reference"]
+SEGMENTS = jnp.array([[0] * 5 + [1] * 8, [0] * 13])
+
+
+def inputs(num_kv_heads, dtype=jnp.float32):
+    """q, k, v, q_pe, k_pe."""
+    shapes = [(N, H), (num_kv_heads, H), (num_kv_heads, H), (N, P), (num_kv_heads, P)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return tuple(
+        (1.5 * jax.random.normal(key, (B, T, *shape))).astype(dtype)
+        for key, shape in zip(keys, shapes)
+    )
+
+
+def looped(q, k, v, q_pe, k_pe, *, causal, window, segments, scale, softcap):
+    """One score at a time, in float64."""
+    q, k, v, q_pe, k_pe = (np.asarray(a, np.float64) for a in (q, k, v, q_pe, k_pe))
+    out = np.zeros((B, T, N, H))
+    for b, n, i in np.ndindex(B, N, T):
+        g = n // (N // k.shape[2])
+        weights = {}
+        for j in range(T):
+            hidden = causal and j > i or abs(i - j) >= window or segments[b][i] != segments[b][j]
+            if not hidden:
+                score = scale * (q[b, i, n] @ k[b, j, g] + q_pe[b, i, n] @ k_pe[b, j, g])
+                weights[j] = math.exp(softcap * math.tanh(score / softcap))
+        out[b, i, n] = sum(w * v[b, j, g] for j, w in weights.items()) / sum(weights.values())
+    return out
+
+
+@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize(("causal", "num_kv_heads"), [(True, 2), (False, 1)])
+def test_against_loops(impl, causal, num_kv_heads):
+    q, k, v, q_pe, k_pe = inputs(num_kv_heads)
+    expected = looped(
+        q, k, v, q_pe, k_pe, causal=causal, window=4, segments=SEGMENTS.tolist(), scale=0.3,
+        softcap=5.0,
+    )  # fmt: skip
+    got = dispatch.attention(
+        q, k, v, causal=causal, window=4, segment_ids=SEGMENTS, scale=0.3, softcap=5.0,
+        q_pe=q_pe, k_pe=k_pe, impl=impl,
+    )  # fmt: skip
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+def call(impl, options, operands):
+    return dispatch.attention(**operands, **options, impl=impl)
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "dtype"),
+    [
+        (2, jnp.float32), (1, jnp.bfloat16),
+        pytest.param(1, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(4, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(2, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("impl", OTHERS)
+def test_forward_and_gradient_are_the_references(impl, num_kv_heads, dtype):
+    """Masks, softcap, K = V and a second part of the scores, at an odd length.
+
+    Eight of the 64 combinations, in which every two switches meet in every way; fewer in
+    bfloat16.
+    """
+    switches = itertools.product((False, True), repeat=3)
+    step = 1 if dtype == jnp.float32 else 3
+    q, k, v, q_pe, k_pe = inputs(num_kv_heads, dtype)
+    for causal, banded, packed in itertools.islice(switches, 0, None, step):
+        capped, one_tile, pe = causal ^ banded, banded ^ packed, causal ^ packed
+
+        options = {
+            "causal": causal, "window": 4 if banded else None,
+            "segment_ids": SEGMENTS if packed else None, "softcap": 5.0 if capped else None,
+        }  # fmt: skip
+        operands = {"q": q, "k": k}
+        operands |= {} if one_tile else {"v": v}
+        operands |= {"q_pe": q_pe, "k_pe": k_pe} if pe else {}
+        found, back = jax.vjp(functools.partial(call, impl, options), operands)
+        truth, truth_back = jax.vjp(functools.partial(call, "reference", options), operands)
+        assert found.dtype == dtype and found.shape == (B, T, N, H)
+        cotangent = jnp.cos(truth)
+        results = {"out": (found, truth)}
+        for name, gradient in truth_back(cotangent)[0].items():
+            results[name] = back(cotangent)[0][name], gradient
+        for name, (a, b) in results.items():
+            where = f"{name}: {causal=} {banded=} {packed=} {capped=} {one_tile=} {pe=}"
+            assert relative(a, b) < (1e-6 if dtype == jnp.float32 else 0.02), where
+
+
+@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+def test_what_is_hidden_stays_hidden_however_large_the_scores(impl):
+    """The first query sees one key, of score about -1e4, and hidden ones of about 1e4."""
+    _, _, v, *_ = inputs(4)
+    q = jnp.full((B, T, N, H), 50.0)
+    k = jnp.full((B, T, N, H), 100.0).at[:, 0].set(-100.0)
+    got = dispatch.attention(q, k, v, impl=impl)
+    np.testing.assert_allclose(got[:, 0], v[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(got[:, 1], v[:, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+def test_no_values_means_the_keys(impl):
+    q, k, *_ = inputs(2)
+    got = dispatch.attention(q, k, impl=impl)
+    np.testing.assert_array_equal(got, dispatch.attention(q, k, k, impl=impl))
+    alone = jax.grad(lambda k: jnp.sum(jnp.sin(dispatch.attention(q, k, impl=impl))))(k)
+    both = jax.grad(
+        lambda k, v: jnp.sum(jnp.sin(dispatch.attention(q, k, v, impl=impl))), argnums=(0, 1)
+    )(k, k)
+    np.testing.assert_allclose(alone, sum(both), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+def test_decoding_reads_nothing_behind_the_query(impl, window):
+    """The last tokens of a causal sequence, against a cache with rubbish behind them."""
+    q, k, v, *_ = inputs(2)
+    whole = dispatch.attention(q, k, v, window=window, impl=impl)
+    k, v = (jnp.pad(a, [(0, 0), (0, 6), (0, 0), (0, 0)], constant_values=1e4) for a in (k, v))
+    positions = jnp.tile(jnp.arange(9, T), (B, 1))
+    got = dispatch.decode_attention(
+        q[:, 9:], k, v, positions=positions, window=window, impl=impl
+    )  # fmt: skip
+    np.testing.assert_allclose(got, whole[:, 9:], atol=1e-6)
+
+
+def test_unknown_implementation_lists_what_is_here():
+    q, k, v, *_ = inputs(2)
+    with pytest.raises(UserError, match="'flash'.*xla, reference"):
+        dispatch.attention(q, k, v, impl="flash")
+    with pytest.raises(UserError, match="did you mean 'reference'"):
+        dispatch.choose("refrence")
+    assert dispatch.choose("auto") in dispatch.IMPLEMENTATIONS

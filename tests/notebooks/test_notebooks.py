@@ -1,0 +1,59 @@
+"""The notebooks run from top to bottom, on little data."""
+
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+ROOT = Path(__file__).parents[2]
+
+
+def execute(name, tmp_path, monkeypatch, **variables):
+    """Runs a notebook with other values for the variables of its first code cell."""
+    monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for variable, value in variables.items():
+        lines = first.source.splitlines()
+        found = [i for i, line in enumerate(lines) if line.startswith(f"{variable} = ")]
+        assert len(found) == 1, variable
+        lines[found[0]] = f"{variable} = {value!r}"
+        first.source = "\n".join(lines)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    return client.execute()
+
+
+def text_of(notebook):
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    return "".join(o.get("text", "") for o in outputs)
+
+
+def test_first_tour(tmp_path, monkeypatch):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("for line in open(path): print(line)\n" * 400)
+    notebook = execute(
+        "01_first_tour.ipynb",
+        tmp_path,
+        monkeypatch,
+        WORKDIR=str(tmp_path / "runs"),
+        STEPS=6,
+        SOURCE=f"text:{corpus}",
+    )
+    text = text_of(notebook)
+    told = [line for line in text.splitlines() if line.startswith("--- ")]
+    sizes = [line.split("cache ")[1].split(" bytes")[0] for line in told]
+    whole, half = (int(size.replace(",", "")) for size in sizes)
+    assert whole == 2 * half
+    figures = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(figures) == 2

@@ -1,0 +1,121 @@
+"""The tasks of a study, and which of them are done. Nothing is trained here."""
+
+import json
+
+import ml_collections
+import pytest
+
+from qkvjax import config as configs
+from qkvjax.errors import UserError
+from qkvjax.studies.grid import Study
+from qkvjax.sweep import axis
+from qkvjax.training.metrics import append_line
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """study(points, seeds, **fields) in a workdir of its own."""
+    monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path / "data"))
+    book = tmp_path / "book.txt"
+    book.write_text("a few words of text. " * 50)
+
+    def make(points, seeds=2, **fields):
+        config = configs.default()
+        config.model.update(d_model=16, num_layers=1, num_heads=2)
+        config.data.update(source=f"text:{book}", seq_len=16, batch_size=2)
+        for name, value in fields.items():
+            configs.set_field(config, name.replace("__", "."), value)
+        config.study = ml_collections.ConfigDict({"points": points, "seeds": seeds})
+        (tmp_path / "study").mkdir(exist_ok=True)
+        return Study(config, tmp_path / "study")
+
+    return make
+
+
+SHARED = axis("model.sharing", ("q-k-v", "q-k=v", "q=k=v"))
+
+
+def test_tasks_go_seed_by_seed(study):
+    tasks = study(SHARED, seeds=2, seed=5).tasks
+    assert [(t.number, t.label, t.seed) for t in tasks] == [
+        (0, "QKV", 5), (1, "Q-K=V", 5), (2, "Q=K=V", 5),
+        (3, "QKV", 6), (4, "Q-K=V", 6), (5, "Q=K=V", 6),
+    ]  # fmt: skip
+    assert len({t.identity for t in tasks}) == len({t.folder for t in tasks}) == 6
+    assert tasks[4].config.model.sharing == "q-k=v" and tasks[4].config.seed == 6
+    assert "study" not in tasks[0].config
+
+
+def test_equal_runs_with_two_labels_are_two_tasks(study):
+    """An A/A study: a field that fixes nothing, or the label alone."""
+    for points in (axis("train.log_every", (1, 2)), ({"label": "one"}, {"label": "two"})):
+        tasks = study(points, seeds=1).tasks
+        assert tasks[0].identity != tasks[1].identity and tasks[0].folder != tasks[1].folder
+
+
+def test_what_a_run_is_fixes_its_identity(study):
+    first = study(SHARED).tasks[0].identity
+    assert study(SHARED).tasks[0].identity == first
+    assert study(SHARED, train__log_every=7).tasks[0].identity == first
+    for field, value in (("optimizer__b1", 0.8), ("train__steps", 7), ("data__batch_size", 4)):
+        assert study(SHARED, **{field: value}).tasks[0].identity != first
+
+
+def test_done_is_by_identity_and_data(study, tmp_path):
+    made = study(SHARED)
+    digest = made.dataset.digest
+
+    def line(task, **changes):
+        append_line(
+            made.results,
+            {"identity": task.identity, "status": "done", "data_digest": digest} | changes,
+        )
+
+    line(made.tasks[0])
+    line(made.tasks[1], status="failed")
+    line(made.tasks[2], data_digest="of other data")
+    line(made.tasks[3], status="failed")
+    line(made.tasks[3])
+    assert [t.number for t in made.pending()] == [1, 2, 4, 5]
+    states = [row.split()[1] for row in made.listing().splitlines()[1:]]
+    assert states == ["done", "failed", "-", "done", "-", "-"]
+
+
+def test_claim_keeps_the_base(study):
+    made = study(SHARED)
+    made.claim("first")
+    made.claim("second", keep_command=True)
+    record = json.loads((made.workdir / "study.json").read_text())
+    assert record["command"] == "first" and record["baseline"] == "QKV"
+    assert [p["label"] for p in record["points"]] == ["QKV", "Q-K=V", "Q=K=V"]
+    # Another grid or more seeds of the same base go on in the same workdir; another base does not.
+    study(SHARED[:2], seeds=4).claim("third")
+    with pytest.raises(UserError, match="another base.*\n  optimizer.b1: 0.9 -> 0.8"):
+        study(SHARED, optimizer__b1=0.8).claim("fourth")
+
+
+def test_claim_notices_other_data(study, tmp_path):
+    study(SHARED).claim("first")
+    (tmp_path / "book.txt").write_text("something else altogether. " * 50)
+    with pytest.raises(UserError, match="data: [0-9a-f]{12} -> [0-9a-f]{12}"):
+        study(SHARED).claim("second")
+
+
+@pytest.mark.parametrize(
+    ("points", "seeds", "message"),
+    [
+        ((), 2, "no grid"),
+        ((1,), 2, "is no grid"),
+        (SHARED, 0, "study.seeds=0 must be at least 1"),
+        ((*SHARED, SHARED[0]), 1, "two points of the grid are called 'QKV'"),
+        (axis("seed", (1, 2)), 1, "sets `seed`"),
+        (axis("model.num_heads", (2, 3)), 1, "point 'num_heads=3' is no legal"),
+        (axis("model.layer_overrides", ((), 3)), 1, "point 'layer_overrides=3'"),
+        (axis("model.d_model", (16, "wide")), 1, "point 'd_model=wide'.*no int"),
+        (axis("modle.d_model", (16,)), 1, "did you mean 'model.d_model'"),
+    ],
+)
+def test_bad_grids_are_refused_before_anything_is_prepared(study, tmp_path, points, seeds, message):
+    with pytest.raises(UserError, match=message):
+        study(points, seeds)
+    assert not (tmp_path / "data").exists()

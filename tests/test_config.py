@@ -1,0 +1,260 @@
+"""The configuration: fields, durations, validation, what is saved."""
+
+import json
+import math
+
+import ml_collections
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from ml_collections import config_dict
+
+from qkvjax import config as configs
+from qkvjax.errors import UserError
+
+COMMON = {"tokens_per_step": 4096, "steps_per_epoch": 50}
+
+
+def steps(value, **options):
+    return configs.to_steps(value, "train.steps", **(COMMON | options))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, 0), (1, 1), (300, 300), ("300", 300), ("300 steps", 300), ("1 step", 1), ("1k", 1000),
+        ("1_000", 1000), ("2ep", 100), ("2 epochs", 100), ("1 epoch", 50), ("0.5ep", 25),
+        ("10M tokens", 2441), ("4096 tokens", 1), ("1 token", 1), ("1b tokens", 244_141),
+        (" 10m TOKENS ", 2441), ("0 tokens", 0), (2.5, 2), ("0.001ep", 1),
+    ],
+)  # fmt: skip
+def test_durations(value, expected):
+    assert steps(value) == expected
+
+
+def test_parts_of_the_whole():
+    assert steps("5%", total=300) == 15
+    assert steps("12.5 %", total=360) == 45
+    assert steps("0.1%", total=300) == 1 and steps("0%", total=300) == 0
+    with pytest.raises(UserError, match="a part of itself: give steps, epochs or tokens"):
+        steps("5%")
+
+
+@pytest.mark.parametrize("value", [None, True, "", "ten", "-5", -5, "1e3", "2 years", "1.2.3", "%",
+                                   "ep", ".", "5 %%", [3], "nan", "inf", "٣"])  # fmt: skip
+def test_nonsense_durations(value):
+    with pytest.raises(UserError, match="train.steps=.*is no duration: write steps"):
+        steps(value, total=100)
+
+
+@given(st.text() | st.from_regex(r"[0-9.]{1,400} ?[kmb]?(ep|tokens|steps|%)?", fullmatch=True))
+@example("9" * 400)
+@example("9" * 30 + "b ep")
+@example("0." + "0" * 400 + "1")
+def test_any_text_is_steps_or_a_user_error(text):
+    for total in (None, 1000):
+        try:
+            found = steps(text, total=total)
+        except UserError as error:
+            assert str(error).startswith("train.steps=")
+        else:
+            assert isinstance(found, int) and 0 <= found < 2**31
+
+
+# ---- fields ---------------------------------------------------------------------------------
+
+
+def test_fields_are_few_and_explained():
+    assert len(configs.FIELDS) <= 60
+    for name, (_, text) in configs.FIELDS.items():
+        assert text and "\n" not in text and len(text) < 100, name
+    flat = configs.flatten(configs.to_dict(configs.default()))
+    assert {name for name in flat if not name.startswith("evals.")} == configs.FIELDS.keys()
+
+
+def test_the_default_is_valid_and_fresh():
+    one, two = configs.default(), configs.default()
+    configs.validate(one)
+    one.model.num_kv_heads, one.train.steps = 2, "2ep"
+    assert two.model.num_kv_heads is None and two.train.steps == 1000
+
+
+def test_saved_and_read_again(tmp_path):
+    config = configs.default()
+    config.model.layer_overrides = ({"window": 8}, {})
+    config.model.num_kv_heads = 2
+    config.train.steps = "10M tokens"
+    config.evals.second = ml_collections.ConfigDict({"kind": "bits_per_byte", "split": "train"})
+    saved = configs.to_dict(config)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    loaded = configs.load(tmp_path / "config.json")
+    assert configs.to_dict(loaded) == saved
+    assert loaded.model.layer_overrides == ({"window": 8}, {})
+    configs.validate(loaded)
+
+
+def test_an_older_file_gets_the_defaults_of_newer_fields(tmp_path):
+    values = configs.to_dict(configs.default())
+    del values["model"]["qk_norm"], values["mesh"]
+    loaded = configs.from_dict(values)
+    assert configs.to_dict(loaded) == configs.to_dict(configs.default())
+
+
+def test_evaluators_are_those_that_were_saved():
+    assert list(configs.from_dict({"evals": {}}).evals) == []
+
+
+NASTY = {
+    int: [0, -1, 1, 3, 2**31, 10**30],
+    float: [0.0, -1.0, 0.5, 1.0, 1e300, math.nan, math.inf, -math.inf],
+    str: ["", "nonsense", "q=k", "\x00", "q-k=v"],
+    bool: [True, False],
+    tuple: [(), ({},), (1,), ({"window": 0},), ({"sharing": 3},), ({"nonsense": 3},), "text"],
+    object: [0, -1, None, "", "5%", "nonsense", 10**30],
+}
+
+
+def kind_of(name):
+    default = configs.FIELDS[name][0]
+    if isinstance(default, config_dict.FieldReference):
+        return default.get_type()
+    return type(default)
+
+
+@pytest.mark.parametrize("name", configs.FIELDS)
+def test_no_value_gives_a_traceback(name):
+    """Any value of any field passes or is a UserError that can be read."""
+    for value in [*NASTY[kind_of(name)], None, "text", 3, 2.5, [1], {"a": 1}]:
+        config = configs.default()
+        try:
+            configs.set_field(config, name, value)
+            configs.validate(config)
+        except UserError as error:
+            assert len(str(error)) > 15 and "Traceback" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.sharng", "q", "no field 'model.sharng'; did you mean 'model.sharing'"),
+        ("modle.sharing", "q", "did you mean 'model.sharing'"),
+        ("model.d_model", "wide", "config.model.d_model='wide' is no int"),
+        ("model.d_model", None, "config.model.d_model cannot be unset"),
+        ("model", 3, "config.model=3 is no group"),
+        ("bogus", 3, "no field 'bogus'"),
+    ],
+)
+def test_set_field_refuses(name, value, message):
+    with pytest.raises(UserError, match=message):
+        configs.set_field(configs.default(), name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", -1, "seed=-1 must be at least 0 and below 2147483648"),
+        ("seed", 2**31, "below 2147483648"),  # jax would take it for another seed
+        ("optimizer.b1", 1.0, "optimizer.b1=1.0 must be at least 0 and below 1"),
+        ("optimizer.learning_rate", math.nan, "learning_rate=nan"),
+        ("optimizer.learning_rate", 0.0, "trains nothing"),
+        ("optimizer.decay", "none", "is none of matrices, all"),
+        ("optimizer.name", "sgd", "is none of adamw"),
+        ("train.compute_dtype", "float16", "did you mean 'bfloat16'"),
+        ("train.accumulation", 3, "does not divide data.batch_size=16"),
+        ("evals.eval.kind", "accuracy", "is none of bits_per_byte"),
+        ("evals.eval.max_labels", 0, "must be at least 1"),
+        ("evals.eval.splt", "train", "no field 'splt'.*did you mean 'split'"),
+        ("model.layer_overrides", ({"num_heads": "x"},), "num_heads='x' is no int"),
+    ],
+)
+def test_validate_refuses(name, value, message):
+    config = configs.default()
+    with config.unlocked():
+        configs.set_field(config, name, value)
+    with pytest.raises(UserError, match=message):
+        configs.validate(config)
+
+
+# ---- what fixes a run -----------------------------------------------------------------------
+
+
+def test_identity_keys():
+    flat = configs.identity(configs.default())
+    groups = {name.split(".")[0] for name in flat}
+    assert groups == {"seed", "model", "data", "optimizer", "train"}
+    kept = {name for name in flat if name.startswith("train.")}
+    assert kept == {"train.steps", "train.accumulation", "train.compute_dtype"}
+
+
+def test_differing_lines():
+    assert configs.differing({"a": 1, "b": "x"}, {"b": "y", "a": 1, "c": None}) == ["b: 'x' -> 'y'"]
+    assert configs.differing({"a": 1}, {}) == ["a: 1 -> None"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "old", "new", "allowed"),
+    [
+        ("wsd", 10, 20, True),
+        ("constant", 10, 20, True),
+        ("cosine", 10, 20, False),
+        ("wsd", 20, 10, False),
+        ("constant", "1ep", "2ep", False),
+        ("cosine", 10, 10, True),
+    ],
+)
+def test_steps_may_grow_under_schedules_that_do_not_know_the_end(
+    tmp_path, schedule, old, new, allowed
+):
+    from qkvjax.training.run import claim_workdir
+
+    config = configs.default()
+    config.optimizer.schedule, config.train.steps = schedule, old
+    claim_workdir(tmp_path, config, "digest")
+    before = (tmp_path / "config.json").read_text()
+    config.train.steps = new
+    if allowed:
+        claim_workdir(tmp_path, config, "digest")
+        assert configs.load(tmp_path / "config.json").train.steps == new
+    else:
+        with pytest.raises(UserError, match=f"train.steps: {old!r} -> {new!r}"):
+            claim_workdir(tmp_path, config, "digest")
+        assert (tmp_path / "config.json").read_text() == before
+
+
+# ---- recipes --------------------------------------------------------------------------------
+
+
+def test_items_split_at_the_first_equals_sign():
+    found = configs.parse_arg("size=124m,sharing=q-k=v", size=None, sharing="q-k-v", depth=2)
+    assert found.to_dict() == {"size": "124m", "sharing": "q-k=v", "depth": 2}
+    assert configs.parse_arg(None, depth=2).depth == 2
+    assert configs.parse_arg("", rate=0.5).rate == 0.5
+    assert configs.parse_arg("rate=1e-3,depth=4", rate=0.5, depth=2).to_dict() == {
+        "rate": 1e-3, "depth": 4
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sise=3", "no argument 'sise'.*NAME=VALUE with one of size, depth; did you mean 'size'"),
+        ("size", "no argument 'size'"),
+        ("=3", "no argument ''"),
+        ("depth=x", "depth='x' is no int"),
+    ],
+)
+def test_bad_recipe_arguments(text, message):
+    with pytest.raises(UserError, match=message):
+        configs.parse_arg(text, size=None, depth=2)
+
+
+@pytest.mark.parametrize("arg", ["", "depth=2", "size=30m", "size=124m,sharing=q=k=v",
+                                 "size=300m,recipe=paper", "size=1.2b,num_kv_heads=4"])  # fmt: skip
+def test_recipes_are_valid(recipe, arg):
+    configs.validate(recipe("configs/lm.py", arg))
+
+
+def test_the_quickstart_is_a_valid_study(recipe):
+    config = recipe("configs/quickstart.py", "seeds=2,depth=1,steps=5")
+    configs.validate(config)
+    assert len(config.study.points) == 5 and config.study.seeds == 2

@@ -1,0 +1,222 @@
+"""The house rules that a machine can check: packages, imports, sizes."""
+
+import ast
+import configparser
+import importlib.metadata
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from qkvjax import cli
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qkvjax"
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "configs").rglob("*.py")])
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
+DOORS = set(cli.DOORS)
+# Imports run downwards; what has one number may import each other.
+RANK = {
+    "errors": 0, "kernels": 1, "attention": 2, "models": 3, "config": 4, "sweep": 4,
+    "training": 5, "evaluation": 6, "generation": 6, "interop": 6, "analysis": 7, "studies": 8,
+    "cli": 8, **dict.fromkeys(DOORS, 9),
+}  # fmt: skip
+BESIDE = {"data", "parallel"}  # import nothing of ours but errors; anything may import them
+
+
+def imports(file):
+    """Modules that a file imports, anywhere in it: "qkvjax.data.split", "numpy", ..."""
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(file):
+    """Which part of the house a file of the package is: "training", "train", ..."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def parts_imported(file):
+    found = {name.split(".")[1] for name in imports(file) if name.startswith("qkvjax.")}
+    return found - {part(file)}
+
+
+IN_PACKAGE = [file for file in FILES if file.is_relative_to(PACKAGE)]
+
+
+def test_setup_lists_every_package():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    listed = parser["options"]["packages"].split()
+    folders = {file.parent.relative_to(ROOT) for file in IN_PACKAGE}
+    found = {".".join(folder.parts) for folder in folders} | {"qkvjax.configs"}
+    assert sorted(found) == sorted(listed)
+    for folder in folders:
+        assert (ROOT / folder / "__init__.py").is_file(), folder
+    recipes = {file.parent for file in FILES} - {file.parent for file in IN_PACKAGE}
+    assert recipes == {ROOT / "configs"}  # a folder of recipes below it would not be installed
+
+
+def test_every_door_is_documented_and_runs_as_a_module():
+    for door in DOORS:
+        text = (PACKAGE / f"{door}.py").read_text()
+        assert f"qkvjax {door} " in ast.get_docstring(TREES[PACKAGE / f"{door}.py"])
+        assert text.endswith('if __name__ == "__main__":\n    sys.exit(main())\n')
+
+
+def loaded_after(program):
+    """Top-level modules that a fresh interpreter holds after running a program."""
+    program += "; import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+def test_importing_qkvjax_is_light():
+    loaded = loaded_after("import qkvjax")
+    heavy = {"jax", "flax", "numpy", "tensorflow", "tensorflow_datasets", "matplotlib", "orbax"}
+    assert not heavy & loaded
+
+
+def test_help_needs_no_jax():
+    doors = "; ".join(f"cli.main(['qkvjax', '{door}', '-h'])" for door in sorted(DOORS))
+    program = "import contextlib, io; from qkvjax import cli"
+    program += f"\nwith contextlib.redirect_stdout(io.StringIO()): {doors}\n0"
+    assert not {"jax", "tensorflow_datasets", "matplotlib"} & loaded_after(program)
+
+
+def test_a_configuration_is_checked_without_jax():
+    loaded = loaded_after("from qkvjax import config; config.validate(config.default())")
+    assert not {"jax", "flax", "tensorflow_datasets"} & loaded
+
+
+@pytest.mark.parametrize("file", IN_PACKAGE, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_run_one_way(file):
+    me = part(file)
+    if me == "__init__":
+        return  # offers `load`, which imports when it is called
+    for other in parts_imported(file):
+        if other in BESIDE:
+            assert me not in BESIDE or other == me, f"{me} imports {other}"
+        elif me in BESIDE:
+            assert other == "errors", f"{me} imports {other}"
+        elif (me, other) in {("config", "models"), ("studies", "train")}:
+            pass  # specs validate a config; a study runs `train` in its process
+        else:
+            assert RANK[other] < RANK[me], f"{me} imports {other}"
+    assert not (me == "training" and "evaluation" in parts_imported(file))
+
+
+def test_every_part_of_the_house_has_a_rank():
+    assert {part(file) for file in IN_PACKAGE} - {"__init__"} == RANK.keys() | BESIDE
+
+
+def test_mesh_axes_are_named_in_one_place():
+    """Only parallel/ makes PartitionSpecs, and only it writes the axes' names in shardings."""
+    for file in IN_PACKAGE:
+        if part(file) == "parallel":
+            continue
+        names = {node.id for node in ast.walk(TREES[file]) if isinstance(node, ast.Name)}
+        names |= {node.attr for node in ast.walk(TREES[file]) if isinstance(node, ast.Attribute)}
+        assert not names & {"PartitionSpec", "NamedSharding", "pjit"}, file
+        assert not any(name.endswith("PartitionSpec") for name in imports(file)), file
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("orbax", {"training/checkpoint.py"}),
+        ("tensorflow_datasets", {"data/builder.py", "data/tfds_source.py"}),
+        ("tensorboardX", {"training/metrics.py"}),
+        ("wandb", {"training/metrics.py"}),
+        ("grain", {"data/dataset.py"}),
+        ("pickle", set()),
+        ("tensorflow", set()),
+        ("torch", set()),
+        ("transformers", set()),
+    ],
+)
+def test_one_importer(module, allowed):
+    found = {
+        str(file.relative_to(PACKAGE))
+        for file in IN_PACKAGE
+        if any(name.split(".")[0] == module for name in imports(file))
+    }
+    assert found == allowed
+
+
+def test_no_pickle_and_no_eval():
+    for file in FILES:
+        calls = [n.func for n in ast.walk(TREES[file]) if isinstance(n, ast.Call)]
+        called = {c.id for c in calls if isinstance(c, ast.Name)}
+        assert not called & {"eval", "exec", "compile", "__import__"}, file
+        assert "pickle" not in file.read_text(), file
+
+
+def test_no_exception_is_swallowed():
+    """What catches every exception raises again, and nothing is caught without saying what."""
+    for file in FILES:
+        for node in ast.walk(TREES[file]):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            where = f"{file}:{node.lineno}"
+            assert node.type is not None, f"{where}: bare except"
+            if isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"):
+                assert any(isinstance(inner, ast.Raise) for inner in ast.walk(node)), where
+
+
+def test_nothing_is_left_to_do():
+    for file in FILES:
+        text = file.read_text()
+        assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text), file
+
+
+def code_lines(file):
+    """Lines of code: without blank lines, comments and docstrings."""
+    skipped = {
+        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }  # fmt: skip
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+        if token.type not in skipped:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_files_stay_small():
+    long = {str(f): n for f in FILES if (n := len(f.read_text().splitlines())) > 400}
+    assert not long
+    assert sum(map(code_lines, IN_PACKAGE)) < 8000
+
+
+def test_requirements_are_what_is_imported():
+    """Every third-party module that the package imports is a requirement or an extra."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    required = parser["options"]["install_requires"].split("\n")
+    for extra in parser["options.extras_require"].values():
+        required += extra.split("\n")
+    named = {re.split(r"[\[<>=; ]", line.strip())[0].lower().replace("_", "-") for line in required}
+    # absl: of ml-collections; scipy: of jax; pyarrow: of tensorflow-datasets.
+    named |= {"absl-py", "scipy", "pyarrow"}
+    providers = importlib.metadata.packages_distributions()
+    for file in FILES:
+        for name in {name.split(".")[0] for name in imports(file)}:
+            if name == "qkvjax" or name in sys.stdlib_module_names:
+                continue
+            offered = {d.lower().replace("_", "-") for d in providers.get(name, [name])}
+            assert offered & named, f"{file} imports {name}"

@@ -1,0 +1,300 @@
+"""Fingerprints, damage, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkvjax.errors import UserError
+from qkvjax.training.checkpoint import Checkpoints, digest, fingerprint, manifest, named_arrays
+
+DTYPES = ["float32", "bfloat16", "float16", "int8", "uint8", "int32", "uint32", "bool"]
+WIDE = ["float64", "int64"]
+print_of = jax.jit(fingerprint)
+
+
+def array(dtype, shape=(6, 7), seed=0):
+    values = np.random.default_rng(seed).normal(0, 40, shape)
+    return np.asarray(values > 0) if dtype == "bool" else values.astype(jnp.dtype(dtype))
+
+
+def flipped(values, bit):
+    """The array with one of its bits flipped; a bool has one bit in each byte."""
+    stored = np.frombuffer(values.tobytes(), np.uint8).copy()
+    byte, bit = (bit % stored.size, 0) if values.dtype == bool else divmod(bit, 8)
+    stored[byte] ^= 1 << bit
+    return np.frombuffer(stored.tobytes(), values.dtype).reshape(values.shape)
+
+
+def prints(arrays):
+    return np.asarray(jax.vmap(print_of)(jnp.stack([jnp.asarray(a) for a in arrays])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES + WIDE)
+def test_every_flipped_bit_changes_the_fingerprint(dtype):
+    with jax.enable_x64(dtype in WIDE):
+        values = array(dtype, (60, 50))
+        assert jnp.asarray(values).dtype == values.dtype
+        bits = np.random.default_rng(1).integers(0, values.nbytes * 8, 500)
+        found = prints([flipped(values, int(bit)) for bit in bits])
+        original = np.asarray(print_of(values))
+    assert found.shape == (500, 2) and found.dtype == np.uint32
+    assert np.all(np.any(found != original, axis=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swapped_rows_change_the_fingerprint(dtype):
+    values = array(dtype)
+    changed = [values]
+    for i in range(6):
+        for j in range(i):
+            swapped = values.copy()
+            swapped[[i, j]] = values[[j, i]]
+            changed.append(swapped)
+    found = {tuple(row) for row in prints(changed)}
+    assert len(found) == len(changed)  # and no two swaps agree
+
+
+def test_two_flipped_signs_change_the_fingerprint():
+    """The top bits of two elements: they cancel in a sum of products with odd weights."""
+    values = array("float32")
+    changed = [values]
+    for i in range(values.size):
+        other = values.copy().ravel()
+        other[[i, (i + 1) % values.size]] *= -1
+        changed.append(other.reshape(values.shape))
+    assert len({tuple(row) for row in prints(changed)}) == len(changed)
+
+
+def test_shape_and_dtype_stand_in_the_manifest():
+    values = jnp.arange(12, dtype=jnp.float32)
+    one, two = manifest({"w": values.reshape(3, 4)}), manifest({"w": values.reshape(4, 3)})
+    assert one["w"]["shape"] == [3, 4] and one["w"]["dtype"] == "float32" and one != two
+    assert len(one["w"]["fingerprint"]) == 16
+    assert digest({"a": values}) != digest({"b": values}) != digest({"b": -values})
+
+
+MESHES = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from qkvjax.parallel.mesh import make_mesh
+from qkvjax.training.checkpoint import manifest
+
+values = {
+    "f": np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32),
+    "b": np.arange(64, dtype=np.int8).reshape(8, 8),
+}
+for sizes in ({"fsdp": 8}, {"replica": 2, "fsdp": 4}, {"replica": 8}):
+    mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        for spec in ((None, "fsdp"), (("replica", "fsdp"), None)):
+            place = NamedSharding(mesh, PartitionSpec(*spec))
+            found = manifest({name: jax.device_put(v, place) for name, v in values.items()})
+            print(len(mesh.devices.ravel()), found["f"]["fingerprint"], found["b"]["fingerprint"])
+"""
+
+
+def test_fingerprints_do_not_depend_on_the_mesh():
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES], capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["8"] * 6
+    here = manifest({
+        "f": jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)),
+        "b": jnp.arange(64, dtype=jnp.int8).reshape(8, 8),
+    })  # fmt: skip
+    expected = [here[name]["fingerprint"] for name in ("f", "b")]
+    assert all(row[1:] == expected for row in rows)
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+def state(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "model": {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32), "g": jnp.ones(3)},
+        "optimizer": {"mu": jnp.asarray(rng.normal(size=(64, 64)), jnp.bfloat16)},
+        "step": jnp.int32(seed),
+    }
+
+
+def abstract(tree):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the checkpoints of steps 1 and 2."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2):
+        checkpoints.save(step, state(step))
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restored(folder, step=None, tree=None):
+    """(state, step, what was logged)."""
+    told = []
+    checkpoints = Checkpoints(folder)
+    try:
+        found, step = checkpoints.restore(abstract(tree or state(0)), step, log=told.append)
+    finally:
+        checkpoints.close()
+    return found, step, told
+
+
+def array_files(folder, step):
+    """Files that hold array data, the largest first."""
+    files = (folder / str(step) / "state").rglob("d/*")
+    return sorted(files, key=lambda file: -file.stat().st_size)
+
+
+def test_what_was_saved_comes_back(saved):
+    for wanted, step in ((None, 2), (1, 1)):
+        found, at, told = restored(saved, wanted)
+        assert at == step and not told
+        assert digest(found) == digest(state(step))
+        assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(
+            lambda a: a.dtype, state(step)
+        )
+    part, _, _ = restored(saved, tree={"model": state(0)["model"]})
+    assert digest(part) == digest({"model": state(2)["model"]})
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.steps() == []
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step))
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.close()
+
+
+def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    tree, checkpoints = state(5), Checkpoints(tmp_path)
+    expected = digest(tree)
+    checkpoints.save(5, tree)
+    tree = jax.jit(lambda t: jax.tree.map(lambda a: a * 2, t), donate_argnums=0)(tree)
+    checkpoints.close()
+    assert digest(restored(tmp_path)[0]) == expected != digest(tree)
+
+
+def flip(file, at=None):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 8
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped bit": lambda folder: [flip(f) for f in array_files(folder, 2) if len(f.read_bytes())],
+    "truncated": lambda folder: [f.write_bytes(b"") for f in array_files(folder, 2)],
+    "array files gone": lambda folder: [f.unlink() for f in array_files(folder, 2)],
+    "no manifest": lambda folder: (folder / "2" / "manifest" / "metadata").unlink(),
+    "empty manifest": lambda folder: (folder / "2" / "manifest" / "metadata").write_bytes(b""),
+    "no tree": lambda folder: (folder / "2" / "state" / "manifest.ocdbt").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_falls_back_to_the_older_one_and_says_so(saved, damage, capfd):
+    DAMAGES[damage](saved)
+    found, step, told = restored(saved)
+    assert step == 1 and digest(found) == digest(state(1))
+    (line,) = told
+    assert line.startswith("checkpoint 2 is damaged and passed over: ")
+    assert len(line.splitlines()) == 1
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(UserError, match="no intact checkpoint") as error:
+        restored(saved, step=2)
+    assert error.value.code == 45
+
+
+def test_a_flip_anywhere_in_the_manifest_is_damage(saved):
+    """Never taken for another model's checkpoint, and never believed."""
+    file = saved / "2" / "manifest" / "metadata"
+    content = file.read_bytes()
+    for at in range(0, len(content), 41):
+        file.write_bytes(content)
+        flip(file, at)
+        _, step, told = restored(saved, tree={"step": state(0)["step"]})
+        assert step == 1 and "manifest" in told[0], at
+
+
+def test_everything_damaged(saved):
+    DAMAGES["flipped bit"](saved)
+    for file in array_files(saved, 1):
+        flip(file)
+    with pytest.raises(UserError) as error:
+        restored(saved)
+    assert error.value.code == 45 and "delete the folder to train again" in str(error.value)
+
+
+def test_a_bug_is_not_taken_for_damage(saved, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    real = ocp.CheckpointManager.restore
+
+    def out_of_memory(self, step, args):
+        if "state" in args:
+            raise MemoryError("no room")
+        return real(self, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", out_of_memory)
+    with pytest.raises(MemoryError):
+        restored(saved)
+
+
+def test_damaged_ones_are_set_aside_for_new_ones(saved):
+    DAMAGES["flipped bit"](saved)
+    checkpoints, told = Checkpoints(saved), []
+    _, step = checkpoints.restore(abstract(state(0)), log=told.append)
+    checkpoints.set_aside(after=step, log=told.append)
+    assert checkpoints.steps() == [1] and "2.damaged" in told[-1]
+    checkpoints.save(2, state(7))
+    checkpoints.close()
+    found, step, told = restored(saved)
+    assert step == 2 and not told and digest(found) == digest(state(7))
+    assert (saved / "2.damaged" / "manifest").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": jnp.zeros((64, 32))}, r"has float32 \[64, 64\] for model.w .*float32 \[64, 32\]"),
+        ({"w": jnp.zeros((64, 64), jnp.bfloat16)}, r"model.w where the model has bfloat16"),
+        ({"u": jnp.zeros(2)}, r"has nothing for model.u where the model has float32 \[2\]"),
+        ({"g": None}, r"has float32 \[3\] for model.g where the model has nothing"),
+    ],
+)
+def test_another_model_is_no_damage(saved, change, message):
+    model = {k: v for k, v in (state(0)["model"] | change).items() if v is not None}
+    with pytest.raises(UserError, match=message) as error:
+        restored(saved, tree={"model": model})
+    assert error.value.code == 2 and "another configuration" in str(error.value)
+
+
+@pytest.mark.parametrize(("step", "message"), [(3, r"no step 3; it has \[1, 2\]")])
+def test_a_step_that_is_not_there(saved, tmp_path, step, message):
+    with pytest.raises(UserError, match=message):
+        restored(saved, step)
+    with pytest.raises(UserError, match="holds no checkpoint: train first"):
+        restored(tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_names_are_those_of_the_tree(saved):
+    assert sorted(named_arrays(state(0))) == ["model.g", "model.w", "optimizer.mu", "step"]
+    kept = json.loads((saved / "2" / "manifest" / "metadata").read_text())
+    assert sorted(kept["arrays"]) == ["model.g", "model.w", "optimizer.mu", "step"]

@@ -1,0 +1,97 @@
+"""Schedules at steps computed by hand, decay, clipping."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkvjax import config as configs
+from qkvjax.models.lm import LanguageModel
+from qkvjax.training.optimizer import adamw, decayed, schedule
+
+
+def rates(name, steps, warmup=10, total=100, peak=1.0, final=0.1):
+    rate = schedule(name, peak, final, warmup, total)
+    return [float(rate(jnp.int32(step))) for step in steps]
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_warm_up_rises_by_one_part_a_step(name):
+    assert rates(name, [0, 1, 4, 9]) == pytest.approx([0.1, 0.2, 0.5, 1.0], rel=1e-6)
+    assert rates(name, [0], warmup=0) == pytest.approx([1.0])
+
+
+def test_cosine():
+    middle = 10 + 45
+    quarter = 0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2
+    found = rates("cosine", [10, 40, middle, 100, 150])
+    assert found == pytest.approx([1.0, quarter, 0.55, 0.1, 0.1], rel=1e-5)
+
+
+def test_wsd_falls_in_the_last_fifth():
+    assert rates("wsd", [10, 79, 80]) == [1.0, 1.0, 1.0]
+    assert rates("wsd", [81, 90, 95, 100]) == pytest.approx([0.955, 0.55, 0.325, 0.1], rel=1e-5)
+
+
+def test_constant_stays():
+    assert rates("constant", [10, 50, 99, 1000]) == [1.0] * 4
+
+
+def test_no_warm_up_longer_than_the_run_breaks_it():
+    for name in ("cosine", "wsd", "constant"):
+        found = rates(name, range(0, 6), warmup=20, total=5)
+        assert found == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25, 0.3]) or name == "wsd"
+        assert all(0 < rate < 0.31 for rate in found)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    spec = tiny(use_bias=True, norm="layernorm", position="learned", num_layers=1)
+    shapes = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
+    return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+
+
+def test_matrices_decay_and_gains_and_biases_do_not(model):
+    """One step with a gradient of zero: what moves is what decays."""
+    optimizer = configs.default().optimizer
+    optimizer.weight_decay = 0.5
+    moved = {}
+    for optimizer.decay in ("matrices", "all"):
+        tx = adamw(optimizer, lambda step: 0.1)
+        updates, _ = tx.update(jax.tree.map(np.zeros_like, model), tx.init(model), model)
+        moved[optimizer.decay] = {
+            jax.tree_util.keystr(path, simple=True, separator="."): float(np.unique(leaf).item())
+            for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+        }
+    names = moved["all"].keys()
+    assert all(moved["all"][name] == pytest.approx(-0.05) for name in names)
+    vectors = {name for name in names if name.split(".")[-2] in ("gain", "bias")}
+    assert vectors and any(".bias" in n for n in vectors) and any(".gain" in n for n in vectors)
+    for name, value in moved["matrices"].items():
+        assert value == (0 if name in vectors else pytest.approx(-0.05)), name
+    assert any("positions" in name for name in names - vectors)
+
+
+def test_every_leaf_of_two_dimensions_decays_except_stacked_vectors(model):
+    """The scan stacks gains to two dimensions; a rule by dimension would decay them."""
+    pairs = zip(jax.tree.leaves(decayed(model)), jax.tree.leaves(model))
+    flags = {(bool(flag), leaf.ndim) for flag, leaf in pairs}
+    assert (False, 2) in flags and (True, 2) in flags and (True, 1) not in flags
+
+
+def test_adamw_by_hand():
+    """Two steps on one number."""
+    optimizer = configs.default().optimizer
+    optimizer.update(b1=0.9, b2=0.95, weight_decay=0.1, decay="all")
+    tx = adamw(optimizer, lambda step: 0.01)
+    weight, state = jnp.float32(2.0), None
+    state, mu, nu, w = tx.init(weight), 0.0, 0.0, 2.0
+    for t, gradient in enumerate((0.5, -0.25), 1):
+        updates, state = tx.update(jnp.float32(gradient), state, weight)
+        weight = weight + updates
+        mu, nu = 0.9 * mu + 0.1 * gradient, 0.95 * nu + 0.05 * gradient**2
+        direction = mu / (1 - 0.9**t) / (math.sqrt(nu / (1 - 0.95**t)) + 1e-8)
+        w -= 0.01 * (direction + 0.1 * w)
+    assert float(weight) == pytest.approx(w, rel=1e-6)

@@ -1,0 +1,159 @@
+"""One step: accumulation, clipping, the z-loss, dropout."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qkvjax import config as configs
+from qkvjax.training.loss import cross_entropy
+from qkvjax.training.step import init_state, make_optimizer, make_train_step
+
+STEPS = 4
+QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
+
+
+@pytest.fixture(scope="module")
+def step(tiny):
+    """step(accumulation, **fields) -> (jitted step, state before the first one), made once."""
+
+    @functools.cache
+    def make(accumulation=1, seed=0, **fields):
+        config = configs.default()
+        config.seed, config.train.accumulation = seed, accumulation
+        config.optimizer.update(learning_rate=1e-2, final_learning_rate=1e-3)
+        for name, value in fields.items():
+            configs.set_field(config, name.replace("__", "."), value)
+        spec = tiny(num_layers=1, sharing="q-k=v", dropout=config.model.dropout)
+        tx, rate = make_optimizer(config, total_steps=20, warmup_steps=2)
+        one = jax.jit(make_train_step(config, tx, rate), compiler_options=QUICK)
+        return one, init_state(spec, tx, seed)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def train(step):
+    """train(steps, accumulation, **fields) -> (state, metrics), on random batches with padding."""
+
+    @functools.cache
+    def run(steps=STEPS, accumulation=1, **fields):
+        one, state = step(accumulation, **fields)
+        found = []
+        for i in range(steps):
+            state, metrics = one(state, batch(i, accumulation))
+            found.append(jax.device_get(metrics))
+        return state, found
+
+    return run
+
+
+def batch(seed, accumulation, size=8, length=12):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 61, (size, length + 1), dtype=np.int32)
+    # Rows have different numbers of labels, so that a mean of means is another number.
+    weights = np.arange(length) < rng.integers(1, length + 1, (size, 1))
+    arrays = {
+        "inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": weights.astype(np.float32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (size, length)),
+        "segment_ids": np.ones((size, length), np.int32),
+    }  # fmt: skip
+    return {k: a.reshape(accumulation, -1, length) for k, a in arrays.items()}
+
+
+def losses(found):
+    return np.array([metrics["loss"] for metrics in found])
+
+
+def test_accumulation_does_not_change_the_loss(train):
+    whole, one = train(accumulation=1)
+    for parts in (2, 4):
+        state, found = train(accumulation=parts)
+        np.testing.assert_allclose(losses(found), losses(one), rtol=1e-5)
+        norms = [[m["grad_norm"] for m in metrics] for metrics in (one, found)]
+        np.testing.assert_allclose(*norms, rtol=1e-4)
+        for a, b in zip(jax.tree.leaves(whole.model), jax.tree.leaves(state.model)):
+            np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_the_loss_is_that_of_the_batch(step, train):
+    """The mean over scored labels of all micro-batches, from the model itself."""
+    _, before = step()
+    data = {k: a[0] for k, a in batch(0, 1).items()}
+    logits = before.model(data["inputs"], data["positions"], data["segment_ids"])
+    nats, _ = cross_entropy(logits, data["targets"], data["weights"])
+    expected = float(nats.sum() / data["weights"].sum())
+    state, found = train(accumulation=4)
+    assert found[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert int(before.step) == 0 and int(state.step) == STEPS
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.0])
+def test_clipping(train, clip):
+    """After one step the first moment is (1 - b1) times the clipped gradient."""
+    state, found = train(steps=1, optimizer__clip_norm=clip)
+    norm = float(found[0]["grad_norm"])
+    assert 0.1 < norm < 100
+    clipped = float(optax.global_norm(state.optimizer[0].mu)) / (1 - 0.9)
+    assert clipped == pytest.approx(min(norm, clip) if clip else norm, rel=1e-4)
+
+
+def test_the_z_loss_keeps_log_z_small(train):
+    def log_z(state):
+        data = {k: a[0] for k, a in batch(0, 1).items()}
+        logits = state.model(data["inputs"], data["positions"], data["segment_ids"])
+        return float(jnp.mean(jax.nn.logsumexp(logits, -1) ** 2))
+
+    plain, one = train(steps=12, optimizer__clip_norm=0.0)
+    small, other = train(steps=12, optimizer__clip_norm=0.0, optimizer__z_loss=1.0)
+    # The metric is the loss without the penalty: equal before the first update, not after it.
+    assert losses(one)[0] == losses(other)[0] and losses(one)[1] != losses(other)[1]
+    assert log_z(small) < 0.8 * log_z(plain)
+
+
+def test_z_loss_and_nats_by_hand():
+    logits = jnp.log(jnp.array([[[1.0, 3.0], [2.0, 2.0], [1.0, 1.0]]]))
+    nats, squares = cross_entropy(logits, jnp.array([[1, 0, 0]]), jnp.array([[1.0, 2.0, 0.0]]))
+    np.testing.assert_allclose(nats, [[np.log(4 / 3), 2 * np.log(2), 0]], rtol=1e-6)
+    np.testing.assert_allclose(squares, [[np.log(4) ** 2, 2 * np.log(4) ** 2, 0]], rtol=1e-6)
+
+
+def test_dropout_follows_from_seed_and_step(step, train):
+    one, before = step(model__dropout=0.5)
+    _, first = one(before, batch(0, 1))
+    _, same = one(before, batch(0, 1))
+    _, later = one(dataclasses.replace(before, step=jnp.int32(1)), batch(0, 1))
+    without = losses(train()[1])[0]
+    found = [float(metrics["loss"]) for metrics in (first, same, later)]
+    assert found[0] == found[1] and len({*found, float(without)}) == 3
+
+
+def test_micro_batches_have_masks_of_their_own(step):
+    """The same rows as first and as second micro-batch, the other one not scored."""
+    one, before = step(2, model__dropout=0.5)
+    data = {name: np.stack([a[0], a[0]]) for name, a in batch(0, 2).items()}
+    lost = []
+    for scored in (0, 1):
+        weights = np.zeros_like(data["weights"])
+        weights[scored] = data["weights"][scored]
+        lost.append(float(one(before, data | {"weights": weights})[1]["loss"]))
+    assert abs(lost[0] - lost[1]) > 1e-4
+
+
+def test_bfloat16_keeps_float32_state(train):
+    state, found = train(train__compute_dtype="bfloat16")
+    _, exact = train()
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves((state.model, state.optimizer))}
+    assert kinds == {"float32", "int32"}  # int32: the optimizer's counter
+    np.testing.assert_allclose(losses(found), losses(exact), rtol=0.02)
+    assert np.any(losses(found) != losses(exact))
+
+
+def test_the_learning_rate_of_each_step_is_reported(train):
+    _, found = train()
+    rates = [float(metrics["learning_rate"]) for metrics in found]
+    assert rates[:2] == pytest.approx([5e-3, 1e-2]) and rates[3] < rates[2] <= 1e-2
