@@ -41,7 +41,7 @@ def get_config(arg=None):
             raise UserError(f"size={given.size!r} is none of {', '.join(SIZES)}{near}")
         layers, width, heads, data.seq_len, data.batch_size = SIZES[given.size]
         data.source, data.tokenizer = "tokens:data", "gpt2:data/gpt2"
-        config.train.steps = "20 tokens".replace("20", str(20 * _params(layers, width)))
+        config.train.steps = f"{20 * 12 * layers * width**2} tokens"  # 20 a parameter
         config.train.compute_dtype = "bfloat16"
     else:
         layers = given.depth or 4
@@ -58,10 +58,6 @@ def get_config(arg=None):
     elif given.recipe != "modern":
         raise UserError(f"recipe={given.recipe!r} is none of modern, paper")
     return config
-
-
-def _params(layers, width):
-    return 12 * layers * width**2
 
 
 def _paper(config, width):

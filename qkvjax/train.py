@@ -3,7 +3,7 @@
   qkvjax train --config=configs/lm.py:depth=2 --workdir=runs/first
   qkvjax train --config=configs/lm.py:depth=4,sharing=q-k=v --workdir=runs/tied \\
       --config.data.source=text:my_folder --config.train.steps=2ep
-  qkvjax train --config=configs/lm.py:size=124m --dry_run      the cost table, and stop
+  qkvjax train --config=configs/lm.py:depth=8 --dry_run      the cost table, and stop
 
 The workdir gets config.json, metrics.jsonl, checkpoints/STEP/, TensorBoard events and
 run.json. Exit codes: 0 done, 2 bad input, 45 no intact checkpoint, 130 interrupted.

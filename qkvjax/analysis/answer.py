@@ -121,7 +121,7 @@ def _decoding(row: Row) -> str:
         return ""
     if low <= 1 <= high:
         return " No difference in decoding time was measured."
-    return f" Decoding a token took {ratio:.2f} x the time here ({low:.2f} to {high:.2f})."
+    return f" Decoding a token took {ratio:.2f} × the time here ({low:.2f} to {high:.2f})."
 
 
 def _counted(summary: Summary) -> list[str]:

@@ -22,7 +22,7 @@ from qkvjax.parallel import host
 from qkvjax.training.loop import place
 from qkvjax.training.run import Run, prepare_run
 
-ROUNDS = 7
+ROUNDS = 15
 DECODE_BATCH = 8
 DECODE_TOKENS = 32
 

@@ -200,12 +200,13 @@ def _gap(summary: Summary):
     room = 0.12 * max(max(shown) - min(shown), 0.1)
     axes.set_ylim(min(shown) - room, max(shown) + room)
     axes.axhline(0, color=INK, linewidth=1.2)
-    start = min(tokens[0] for tokens, _ in gaps.values())
-    for text, height in marks:
+    for _, height in marks:
         axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    if marks:  # one text for both, since the lines may lie close together
+        listed = ", ".join(f"{text} {formats.percent(h / 100)}" for text, h in marks)
         axes.annotate(
-            f"{text}: {formats.percent(height / 100)}", (start, height), fontsize=8.5, va="center",
-            bbox=_BEHIND, zorder=5,
+            f"dotted: {listed}", (0.99, max(h for _, h in marks)), xytext=(0, 3), fontsize=8.5,
+            xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
         )  # fmt: skip
     axes.set_ylabel(f"gap to {summary.baseline.label}, % of its bits")
     _tokens_axis(axes)

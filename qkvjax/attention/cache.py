@@ -54,7 +54,7 @@ def attend(
     }
     held = {name: array.astype(x.dtype) for name, array in cache.items()}
     slots = jnp.arange(next(iter(cache.values())).shape[1])
-    k, v = layer.expand(held, jnp.broadcast_to(slots, (batch, slots.size)))
+    k, v = layer.expand(held, slots[None])  # the same slots in each sequence
     out = dispatch.decode_attention(
         q, k, v, positions=positions, window=layer.spec.window, impl=impl
     )
