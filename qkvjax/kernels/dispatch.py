@@ -70,7 +70,11 @@ def attention(
         k_segments=None if segment_ids is None else rules.gather_sequence(segment_ids),
     )
     run = IMPLEMENTATIONS[choose(impl)]
-    return run(q, k, v, mask=mask, scale=scale, softcap=softcap, q_pe=q_pe, k_pe=k_pe)
+    skips = causal and not rules.shards_sequence()  # tiles of queries would cross devices
+    return run(
+        q, k, v, mask=mask, causal=skips, window=window, scale=scale, softcap=softcap, q_pe=q_pe,
+        k_pe=k_pe,
+    )  # fmt: skip
 
 
 def decode_attention(

@@ -36,7 +36,9 @@ def visible(
     return mask
 
 
-def attention(q, k, v=None, *, mask, scale=None, softcap=None, q_pe=None, k_pe=None) -> jax.Array:
+def attention(
+    q, k, v=None, *, mask, causal=False, window=None, scale=None, softcap=None, q_pe=None, k_pe=None
+) -> jax.Array:
     """softmax(scale (Q K^T + Q_pe K_pe^T)) V in float32 (Vaswani et al. 2017, equation 1).
 
     Args:
@@ -44,6 +46,9 @@ def attention(q, k, v=None, *, mask, scale=None, softcap=None, q_pe=None, k_pe=N
       k: [B, S, K, H] keys; each serves N / K query heads.
       v: [B, S, K, H'] values; None means that the keys are the values.
       mask: bool [B or 1, T, S], True where the query sees the key.
+      causal: promises that T = S and that the mask hides key s from query t < s, so that an
+        implementation may skip those pairs (this one does not).
+      window: with causal, promises the same of pairs at least `window` apart.
       scale: None means 1 / sqrt(H).
       softcap: scores become softcap * tanh(scores / softcap).
       q_pe, k_pe: [B, T, N, P] and [B, S, K, P], added to the scores before scaling.

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qkvjax.attention.projection import Linear, named_key
 from qkvjax.models.spec import ModelSpec
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) with the normal distribution's Phi (Hendrycks & Gimpel 2016), in float32 or wider.
+
+    By erf: `jax.nn.gelu` goes by erfc, which makes a feed-forward layer's gradient a third slower
+    on CPU.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
 class MLP(nnx.Module):
-    """GELU (two matrices, exact erf) or SwiGLU (three; Shazeer 2020)."""
+    """GELU (two matrices) or SwiGLU (three; Shazeer 2020)."""
 
     def __init__(self, spec: ModelSpec, *, key, std=None, out_std=None):
         make = lambda name, inputs, outputs, std: Linear(  # noqa: E731
@@ -22,5 +33,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.gate is None:
-            return self.down(jax.nn.gelu(self.up(x), approximate=False))
+            return self.down(gelu(self.up(x)))
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

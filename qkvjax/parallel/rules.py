@@ -32,6 +32,11 @@ def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def shards_sequence() -> bool:
+    """Whether the mesh in force spreads sequences over devices."""
+    return has_mesh() and jax.sharding.get_abstract_mesh().shape["context"] > 1
+
+
 def sharding(mesh: jax.sharding.Mesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of such an array on `mesh`."""
     return NamedSharding(mesh, spec(*names))
@@ -62,7 +67,7 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
     batch, length, width = x_BTD.shape
     if not has_mesh():
         return (x_BTD.reshape(batch * length, width) @ w_DF).reshape(batch, length, -1)
-    if jax.sharding.get_abstract_mesh().shape["context"] > 1:
+    if shards_sequence():
         return jnp.einsum("btd,df->btf", x_BTD, w_DF, out_sharding=spec("batch", "length", None))
     flat = jax.lax.reshape(x_BTD, (batch * length, width), out_sharding=spec("batch", None))
     flat = jnp.matmul(flat, w_DF, out_sharding=spec("batch", None))
