@@ -35,6 +35,8 @@ FIELDS = {
     "model.rotary_fraction": (1.0, "part of each head that is rotated"),
     "model.rotary_base": (10_000.0, "base of the rotary frequencies"),
     "model.qk_norm": (True, "RMS norm with a learned gain on queries and keys"),
+    "model.score": ((), "modifiers of the scores in order: score2d(m) score_scale column_bias"
+                    " role_bias role_gain"),
     "model.window": (INT, "keys a query sees, itself included; unset means all"),
     "model.norm": ("rmsnorm", "rmsnorm or layernorm, before each branch"),
     "model.mlp": ("swiglu", "swiglu or gelu"),

@@ -43,7 +43,8 @@ def filled():
         kind = jax.tree_util.keystr(path[-2:])
         if "gain" in kind:
             return 1 + 0.2 * noise
-        return 0.2 * noise if "bias" in kind else noise * leaf.shape[-2] ** -0.5
+        small = "bias" in kind or leaf.ndim < 2
+        return 0.2 * noise if small else noise * leaf.shape[-2] ** -0.5
 
     def make(build, seed=0):
         rng = np.random.default_rng(seed)

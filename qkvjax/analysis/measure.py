@@ -133,9 +133,9 @@ def _train_timer(run: Run) -> tuple[Callable[[], float], int | None]:
 
 
 def _decode_length(run: Run) -> int:
-    """Four training sequences, or the learned table's one."""
+    """Four training sequences, or the one that a bounded model has positions for."""
     seq_len = run.config.data.seq_len
-    return seq_len if run.spec.position == "learned" else 4 * seq_len
+    return seq_len if run.spec.bounded else 4 * seq_len
 
 
 def _decode_timer(run: Run) -> Callable[[], float]:

@@ -56,6 +56,7 @@ def attend(
     slots = jnp.arange(next(iter(cache.values())).shape[1])
     k, v = layer.expand(held, slots[None])  # the same slots in each sequence
     out = dispatch.decode_attention(
-        q, k, v, positions=positions, window=layer.spec.window, impl=impl
-    )
+        q, k, v, positions=positions, window=layer.spec.window, impl=impl,
+        **layer.columns(q, k, slots[None]),
+    )  # fmt: skip
     return layer.finish(out, positions), cache

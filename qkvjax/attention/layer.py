@@ -16,6 +16,7 @@ from flax import nnx
 
 from qkvjax.attention.position import rotate
 from qkvjax.attention.projection import Linear, RMSNorm, named_key
+from qkvjax.attention.score import Score
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.kernels import dispatch
 from qkvjax.parallel import rules
@@ -49,6 +50,7 @@ class Attention(nnx.Module):
         )  # fmt: skip
         normed = {"".join(spec.block(role)) for role in "qk"} if spec.qk_norm else ()
         self.norms = nnx.Dict({name: RMSNorm(spec.head_dim) for name in sorted(normed)})
+        self.score = Score(spec, key=named_key(key, "score")) if spec.score else None
 
     def __call__(self, x, positions, segment_ids=None, *, impl: str = "auto") -> jax.Array:
         """Attention of whole sequences.
@@ -60,10 +62,11 @@ class Attention(nnx.Module):
         """
         q, entry = self.project(x, positions)
         entry = jax.tree.map(rules.gather_sequence, entry)
-        k, v = self.expand(entry, rules.gather_sequence(positions))
+        places = rules.gather_sequence(positions)
+        k, v = self.expand(entry, places)
         out = dispatch.attention(
             q, k, v, causal=self.spec.causal, window=self.spec.window,
-            segment_ids=segment_ids, impl=impl,
+            segment_ids=segment_ids, impl=impl, **self.columns(q, k, places),
         )  # fmt: skip
         return self.finish(out, positions)
 
@@ -75,13 +78,18 @@ class Attention(nnx.Module):
             role: rules.split_heads(states["".join(spec.block(role))], spec.num_role_heads(role))
             for role in "qkv"
         }
-        q = self._scored("q", state["q"], positions)
+        q = scored = self._scored("q", state["q"], positions)
+        if (
+            self.score is not None
+            and (factor := self.score.affine(positions, q.dtype)[0]) is not None
+        ):
+            q = q * factor
         raw = spec.rotary_values == "raw"
         if spec.check_layout(layout) == "shared":
             return q, {"kv": state["k"] if raw else self._scored("k", state["k"], positions)}
         k = self._scored("k", state["k"], positions)
         # A value that is not raw is the rotated state of the role it shares with.
-        rotated = k if spec.shares_kv else q
+        rotated = k if spec.shares_kv else scored
         return q, {"k": k, "v": state["v"] if raw else rotated}
 
     def expand(self, entry: Entry, positions) -> tuple[jax.Array, jax.Array | None]:
@@ -93,6 +101,22 @@ class Attention(nnx.Module):
             return shared, None
         return self._scored("k", shared, positions), shared
 
+    def columns(self, q, k, positions) -> dict[str, jax.Array]:
+        """What score modifiers add for each key: `q_pe` and `k_pe` of the attention op, or nothing.
+
+        Args:
+          q, k: [B, T, N, H] and [B, S, K, H], for their shapes.
+          positions: int [B or 1, S], of the keys.
+        """
+        column = None if self.score is None else self.score.affine(positions, k.dtype)[1]
+        if column is None:
+            return {}
+        unscaled = q.shape[-1] ** 0.5  # the op divides by it
+        ones = jax.numpy.ones_like
+        return {
+            "q_pe": unscaled * ones(q[..., :1]), "k_pe": column[:, :, None, None] * ones(k[..., :1])
+        }  # fmt: skip
+
     def finish(self, out, positions) -> jax.Array:
         """From attention's output [B, T, N, H] to [B, T, D]."""
         if self.spec.rotary_values == "unrotated_output":
@@ -100,7 +124,9 @@ class Attention(nnx.Module):
         return self.output(rules.merge_heads(out))
 
     def _scored(self, role: str, state, positions):
-        """The state as it enters the scores: normed, then rotated."""
+        """The state as it enters the scores: with its role's own numbers, normed, rotated."""
+        if self.score is not None:
+            state = self.score.on_role(role, state)
         if self.spec.qk_norm:
             state = self.norms["".join(self.spec.block(role))](state)
         return self._rotate(state, positions) if self.spec.rope else state

@@ -18,6 +18,8 @@ SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
 POSITIONS = ("none", "learned", "sincos", "rope")
 ROTARY_VALUES = ("raw", "rotated", "unrotated_output")
 CACHE_LAYOUTS = ("kv", "shared")
+# What may be done to the scores; qkvjax/attention/score.py says how.
+MODIFIERS = ("score2d(m)", "score_scale", "column_bias", "role_bias", "role_gain")
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -57,6 +59,27 @@ def parse_sharing(sharing: str) -> tuple[tuple[str, ...], ...]:
     )
 
 
+@functools.cache
+def parse_modifier(text: str) -> tuple[str, int]:
+    """Splits a score modifier: "score2d(10)" -> ("score2d", 10), "score_scale" -> (..., 0).
+
+    Raises:
+      UserError: it is none of MODIFIERS.
+    """
+    name, bracket, rest = str(text).partition("(")
+    number = rest.removesuffix(")")
+    if name == "score2d" and number.isdecimal() and rest.endswith(")") and int(number) >= 2:
+        return name, int(number)
+    if name in MODIFIERS and not bracket:
+        return name, 0
+    if name == "score2d":
+        raise UserError(f"score modifier {text!r}: write score2d(m) with m at least 2")
+    raise UserError(
+        f"score modifier {text!r} is unknown: use {', '.join(MODIFIERS)}"
+        f"{did_you_mean(name, MODIFIERS)}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """One attention layer: its variant, its shapes and its costs.
@@ -79,6 +102,9 @@ class AttentionSpec:
       window: keys a query sees, itself included; None means all.
       causal: whether a query sees only keys at or before its position.
       use_bias: biases on the input and output projections.
+      score: modifiers of the scores in order, of MODIFIERS, as ("score2d(10)", "score_scale").
+      max_length: positions that column_bias has numbers for and score2d features; other
+        layers have no limit.
     """
 
     d_model: int
@@ -94,6 +120,8 @@ class AttentionSpec:
     window: int | None = None
     causal: bool = True
     use_bias: bool = False
+    score: tuple[str, ...] = ()
+    max_length: int | None = None
 
     def __post_init__(self):
         def require(condition, message):
@@ -154,6 +182,31 @@ class AttentionSpec:
                 f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns pairs",
             )
             require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
+        fill("score", tuple(self.score))
+        names = [name for name, _ in self.modifiers]
+        require(
+            len(set(names)) == len(names),
+            f"score={self.score} names a modifier twice: two of a kind are one",
+        )
+        require(
+            self.rope or "role_gain" not in names,
+            "score modifier 'role_gain' without position='rope' leaves the scores of tied roles"
+            " symmetric and folds into the projections of others: use 'role_bias', or RoPE",
+        )
+        require(
+            self.max_length is not None or not self.bounded,
+            "score modifiers 'column_bias' and 'score2d' need max_length, the longest sequence",
+        )
+
+    @property
+    def modifiers(self) -> tuple[tuple[str, int], ...]:
+        """The score modifiers as (name, m)."""
+        return tuple(parse_modifier(text) for text in self.score)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the scores are defined up to `max_length` positions only."""
+        return bool({"column_bias", "score2d"} & {name for name, _ in self.modifiers})
 
     @property
     def blocks(self) -> tuple[tuple[str, ...], ...]:
@@ -182,7 +235,8 @@ class AttentionSpec:
     @property
     def values_are_keys(self) -> bool:
         """Whether the very tensor that serves as key is the value (one tile, used twice)."""
-        transformed = self.rope or self.qk_norm
+        own = any(name.startswith("role_") for name, _ in self.modifiers)
+        transformed = self.rope or self.qk_norm or own
         return self.shares_kv and (self.rotary_values != "raw" or not transformed)
 
     def num_role_heads(self, role: str) -> int:
@@ -212,7 +266,7 @@ class AttentionSpec:
 
     @property
     def num_params(self) -> int:
-        """Learned numbers of the layer: projections, output, biases, norm gains."""
+        """Learned numbers of the layer: projections, output, biases, gains, score modifiers."""
         widths = [self.num_role_heads(block[0]) * self.head_dim for block in self.blocks]
         inner = self.num_heads * self.head_dim
         total = self.d_model * (sum(widths) + inner)
@@ -220,7 +274,9 @@ class AttentionSpec:
             total += sum(widths) + self.d_model
         if self.qk_norm:
             total += self.head_dim * len({self.block("q"), self.block("k")})
-        return total
+        roles = (self.num_heads + self.num_kv_heads) * self.head_dim
+        sizes = {"score_scale": 1, "column_bias": self.max_length}
+        return total + sum(sizes.get(name, m + 1 if m else roles) for name, m in self.modifiers)
 
     def forward_macs(self, length: int) -> int:
         """Multiply-adds of one sequence of `length` tokens.

@@ -85,6 +85,8 @@ def decode_attention(
     positions: jax.Array,
     window: int | None = None,
     scale: float | None = None,
+    q_pe: jax.Array | None = None,
+    k_pe: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """Causal attention of a few new tokens onto a cache that already holds them.
@@ -95,10 +97,12 @@ def decode_attention(
         position may hold anything finite.
       v: [B, S, K, H] values; None says that the keys are the values.
       positions: int [B, T], the queries' places.
+      q_pe, k_pe: [B, T, N, P] and [B, S, K, P], a second part of the scores.
 
     Returns:
       [B, T, N, H] in the dtype of q.
     """
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
-    return IMPLEMENTATIONS[choose(impl)](q, k, v, mask=mask, scale=scale)
+    run = IMPLEMENTATIONS[choose(impl)]
+    return run(q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)

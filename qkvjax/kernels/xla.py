@@ -6,6 +6,8 @@ them, H head width.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -25,26 +27,31 @@ def attention(
     batch, length, heads, width = q.shape
     scale = width**-0.5 if scale is None else scale
     q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, width)
-    # Heads first: XLA's CPU multiplies batches of matrices three times as fast when they lie whole.
+    v = k if v is None else v
+    score = functools.partial(_attend, softcap=softcap)
+    if length != k.shape[1]:  # a few tokens onto a cache, which is read as it lies
+        out = score("btkgh", "bskh", q, k, v, mask)
+        return out.reshape(batch, length, heads, v.shape[-1])
+    # Heads first: XLA's CPU multiplies batches of matrices twice as fast when they lie whole.
     q_BKGTH = q.transpose(0, 2, 3, 1, 4)
-    k_BKSH = k.transpose(0, 2, 1, 3)
-    v_BKSH = k_BKSH if v is None else v.transpose(0, 2, 1, 3)
+    k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
     size = max(SMALLEST_TILE, -(-length // TILES)) if causal else length
-    accumulator = jnp.promote_types(q.dtype, jnp.float32)
     tiles = []
     for start in range(0, length, size):
         first = max(0, start - window + 1) if causal and window else 0
-        last = start + size if causal else k.shape[1]
-        rows, seen = slice(start, start + size), slice(first, last)
-        scores = jnp.einsum(
-            "bkgth,bksh->bkgts", q_BKGTH[..., rows, :], k_BKSH[:, :, seen],
-            preferred_element_type=accumulator,
-        )  # fmt: skip
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        visible = mask[:, None, None, rows, seen]
-        scores = jnp.where(visible, scores, jnp.finfo(accumulator).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        tiles.append(jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH[:, :, seen]))
+        rows, seen = slice(start, start + size), slice(first, start + size)
+        tile = q_BKGTH[..., rows, :], k_BKSH[:, :, seen], v_BKSH[:, :, seen], mask[:, rows, seen]
+        tiles.append(score("bkgth", "bksh", *tile))
     out = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v_BKSH.shape[-1])
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v.shape[-1])
+
+
+def _attend(q_axes, k_axes, q, k, v, mask, softcap):
+    """Scores, softmax and values of scaled queries; the axes as in einsum."""
+    accumulator = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum(f"{q_axes},{k_axes}->bkgts", q, k, preferred_element_type=accumulator)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(accumulator).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum(f"bkgts,{k_axes}->{q_axes}", weights, v)

@@ -94,11 +94,12 @@ class LanguageModel(nnx.Module):
         return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
     def check_length(self, length: int) -> None:
-        """Raises UserError when `length` positions exceed a learned table."""
-        if self.spec.position == "learned" and length > self.spec.max_length:
+        """Raises UserError when `length` positions exceed what the model has numbers for."""
+        if self.spec.bounded and length > self.spec.max_length:
             raise UserError(
-                f"a sequence of {length} tokens exceeds the learned table of"
-                f" {self.spec.max_length} positions: shorten it, or train with position='rope'"
+                f"a sequence of {length} tokens exceeds the {self.spec.max_length} positions of"
+                " the model's learned table or score modifiers: shorten it, or train with"
+                " position='rope' and without 'column_bias' and 'score2d'"
             )
 
 

@@ -17,7 +17,7 @@ INITS = ("normal", "fan_in")
 # Fields of the attention layer that `layer_overrides` may change.
 OVERRIDABLE = (
     "sharing", "num_heads", "num_kv_heads", "head_dim", "position", "rotary_values",
-    "rotary_fraction", "rotary_base", "qk_norm", "window",
+    "rotary_fraction", "rotary_base", "qk_norm", "window", "score",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ class ModelSpec:
       vocab_size: V, rows of the embedding (at least the tokenizer's ids).
       d_model: D.
       layers: one AttentionSpec a layer.
-      max_length: rows of the learned position table; other positions have no limit.
+      max_length: rows of the learned position table, and of scores that have a limit.
       position: "none", "learned", "sincos" (added to the embedding) or "rope".
       norm: "layernorm" (gain, and a bias where use_bias or the paper's init) or "rmsnorm".
       mlp: "gelu" (two matrices) or "swiglu" (three).
@@ -71,6 +71,11 @@ class ModelSpec:
     def num_layers(self) -> int:
         """L."""
         return len(self.layers)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether sequences end at `max_length`: learned positions, or scores that end there."""
+        return self.position == "learned" or any(layer.bounded for layer in self.layers)
 
     @property
     def period(self) -> int:
@@ -141,6 +146,7 @@ def model_spec(model: Mapping, tokenizer_size: int, seq_len: int) -> ModelSpec:
     if model["num_layers"] < 1:
         raise UserError(f"model.num_layers={model['num_layers']} must be at least 1")
     base = {name: model[name] for name in (*OVERRIDABLE, "d_model", "use_bias")}
+    base["max_length"] = seq_len
     pattern = tuple(dict(overrides) for overrides in model["layer_overrides"]) or ({},)
     for overrides in pattern:
         for name in overrides:

@@ -53,7 +53,8 @@ def embed(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Looks ids up in a table: [V, D], int [B, T] -> [B, T, D]."""
     if not has_mesh():
         return table_VD[ids_BT]
-    return gather(table_VD).at[ids_BT].get(out_sharding=spec("batch", "length", None))
+    placed = jax.typeof(ids_BT).sharding.spec
+    return gather(table_VD).at[ids_BT].get(out_sharding=PartitionSpec(*placed, None))
 
 
 def matmul(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:

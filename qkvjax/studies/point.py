@@ -101,7 +101,7 @@ def _sample(study: Study, task: Task, folder) -> str:
 
     model, tokenizer, config, _ = load_model(folder)
     prompt = prompt_ids(tokenizer, study.prompt)
-    room = config.data.seq_len - len(prompt) if config.model.position == "learned" else None
+    room = config.data.seq_len - len(prompt) if model.spec.bounded else None
     made = generate(
         model,
         prompt,

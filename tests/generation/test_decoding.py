@@ -96,6 +96,14 @@ def test_cached_is_full_in_a_pattern_of_layers(model, ids):
     check(m, ids, m(ids), (None, "kv"))
 
 
+@pytest.mark.parametrize("values", ["raw", "unrotated_output"])
+def test_cached_is_full_with_modified_scores(model, ids, values):
+    """Every modifier at once, with a key that is built from the shared state when it is read."""
+    score = ("role_bias", "role_gain", "score2d(5)", "column_bias", "score_scale")
+    m = model(num_layers=1, sharing="q-k=v", num_kv_heads=2, score=score, rotary_values=values)
+    check(m, ids, one_by_one(m, ids), ("kv", "shared"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_allocated_bytes_of_a_pattern(tiny, dtype):
     """Each layer in its smallest layout: two tensors of 4 heads, or one of 1 head."""

@@ -77,7 +77,7 @@ def test_a_cache_too_short_says_how_many_bytes(sample):
     [
         (
             {"position": "learned", "seq_len": 10}, {},
-            "11 tokens exceeds the learned table of 10",
+            "11 tokens exceeds the 10 positions",
         ),
         ({}, {"layout": "shared"}, "'shared'.*'q-k-v'.*use layout 'kv'"),
         ({}, {"layout": "paged"}, "'paged' is unknown"),

@@ -78,7 +78,7 @@ def test_positions_enter_at_the_input(model, ids, position):
 
 
 def test_a_learned_table_ends(model):
-    with pytest.raises(UserError, match="17 tokens exceeds the learned table of 16.*rope"):
+    with pytest.raises(UserError, match="17 tokens exceeds the 16 positions.*rope"):
         model(position="learned")(jnp.zeros((1, 17), jnp.int32))
 
 
