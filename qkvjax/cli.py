@@ -23,6 +23,7 @@ DOORS = {
     "study": "train every point of a grid and write the report",
     "evaluate": "score a checkpoint",
     "generate": "sample from one model, or several side by side",
+    "analyze": "look into the weights and the attention of trained models",
     "plan": "what a model costs, ours or a stranger's, before anything is trained",
 }
 INTERRUPTED = 130

@@ -43,6 +43,7 @@ SMALL = {
     "generate": ["--max_tokens=5"],
     "evaluate": [],
     "plan": [],
+    "analyze": ["--num_sequences=2"],
 }
 
 

@@ -7,7 +7,9 @@ the HTML report replaces by its own (so that plots follow a dark page).
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +54,18 @@ _STYLE = {
 
 def draw(summary: Summary) -> dict[str, str]:
     """name -> SVG of the plots that this study has data for."""
+    plots = {"curves": _curves, "gap": _gap, "pareto": _pareto, "forest": _forest}
+    return drawn({name: functools.partial(plot, summary) for name, plot in plots.items()})
+
+
+def drawn(plots: Mapping[str, Callable[[], object]]) -> dict[str, str]:
+    """name -> SVG of what each function draws in the house's style; one may return None."""
     import matplotlib
 
     figures = {}
     with matplotlib.rc_context(_STYLE):
-        for name, plot in (("curves", _curves), ("gap", _gap), ("pareto", _pareto),
-                           ("forest", _forest)):  # fmt: skip
-            figure = plot(summary)
+        for name, plot in plots.items():
+            figure = plot()
             if figure is not None:
                 figures[name] = _svg(figure)
     return figures
@@ -71,14 +78,14 @@ def write(figures: dict[str, str], folder: Path) -> None:
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
-def _new(width: float, height: float):
-    """A figure outside pyplot, so that nothing global keeps it alive."""
+def new(width: float, height: float, columns: int = 1, rows: int = 1):
+    """(figure, its panels row by row), outside pyplot, so that nothing global keeps it alive."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _svg(figure) -> str:
@@ -144,7 +151,7 @@ def _curves(summary: Summary):
     rows = [row for row in summary.rows if row.curve is not None]
     if not rows or max(len(row.curve.tokens) for row in rows) < 2:
         return None
-    figure, axes = _new(8.6, 4.1)
+    figure, (axes,) = new(8.6, 4.1)
     look, ends = _look(summary), []
     for row in rows:
         line, style = row.curve, look[row.label]
@@ -177,7 +184,7 @@ def _gap(summary: Summary):
     gaps = {label: found for label, found in gaps.items() if found and len(found[0]) > 1}
     if not gaps:
         return None
-    figure, axes = _new(8.6, 4.1)
+    figure, (axes,) = new(8.6, 4.1)
     look, ends, shown = _look(summary), [], [0.0]
     for label, (tokens, values) in gaps.items():
         mean, style = 100 * values.mean(0), look[label]
@@ -219,7 +226,7 @@ def _pareto(summary: Summary):
     rows = [row for row in summary.rows if row.score and row.cache_bytes_per_token]
     if len(rows) < 2:
         return None
-    figure, axes = _new(8.6, 4.1)
+    figure, (axes,) = new(8.6, 4.1)
     look = _look(summary)
     sizes = sorted({row.cache_bytes_per_token for row in rows})
     places: list[tuple[Row, float]] = []
@@ -278,7 +285,7 @@ def _forest(summary: Summary):
     rows = sorted(summary.compared, key=lambda row: row.paired.mean, reverse=True)
     if not rows:
         return None
-    figure, axes = _new(8.6, 0.9 + 0.42 * len(rows))
+    figure, (axes,) = new(8.6, 0.9 + 0.42 * len(rows))
     look = _look(summary)
     axes.axvline(0, color=INK, linewidth=1.2)
     for y, row in enumerate(rows):

@@ -148,6 +148,27 @@ def prepare(
     return dataset
 
 
+def whole_rows(dataset: Dataset, count: int) -> np.ndarray:
+    """Up to `count` validation windows without padding, spaced evenly: int32 [count, T].
+
+    Raises:
+      UserError: no validation document is as long as a window.
+    """
+    rows = dataset.validation
+    for per_row in (4, 16, len(rows)):  # looks no further than it has to
+        tried = min(len(rows), per_row * count)
+        chosen = rows.read((np.arange(tried) * 2 + 1) * len(rows) // (2 * tried))
+        whole = chosen[(chosen[:, 1:] != dataset.tokenizer.separator).all(axis=1)]
+        if len(whole) >= count:
+            break
+    if not len(whole):
+        raise UserError(
+            f"no validation document has data.seq_len = {dataset.seq_len} tokens: give longer"
+            " text with --data"
+        )
+    return whole[(np.arange(min(count, len(whole))) * len(whole)) // min(count, len(whole)), :-1]
+
+
 def _from_documents(source: Source, tokenizer: Tokenizer, flags, log) -> Dataset:
     seq_len, score_pads, whole = flags
     key = _sha256([_FORMAT, source.key(), tokenizer.fingerprint, flags])

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qkvjax.errors import UserError
@@ -75,12 +75,25 @@ def write_json(path: Path, value) -> None:
     Raises:
       UserError: it cannot be written.
     """
+    _write(path, json.dumps(value, indent=1, default=float) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(value, indent=1, default=float) + "\n")
+        draft.write_text(text)
         draft.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def write_lines(path: Path, records: Iterable[Mapping]) -> None:
+    """Writes a JSONL file whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    _write(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def read_json(path: Path) -> dict:

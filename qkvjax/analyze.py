@@ -1,0 +1,74 @@
+"""Look inside a trained model: spectra of its projections, what they share, how it attends.
+
+  qkvjax analyze --workdir=runs/qkv
+  qkvjax analyze --workdir=runs/qkv --workdir=runs/tied --data=text:my_book.txt
+  qkvjax analyze --workdir=runs/tied --projections=q,kv --step=500
+
+For each layer and head: singular values, effective and stable rank of the projections and of
+W_q W_k^T; for each pair of projections the cosine of the weights, the angles between their
+spaces and the CKA of what they put out; asymmetry of the scores, attention to oneself, entropy
+and largest logit. qkvjax/analysis/spectra.py defines each with its equation. WORKDIR gets
+analysis.jsonl (a line a measure) and analysis/ with plots: spectra, heads, attention.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from qkvjax import cli
+from qkvjax.errors import UserError
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string("workdir", [], "a trained run; repeat it for several",
+                              flag_values=values)  # fmt: skip
+    flags.DEFINE_list("projections", None, "which, as the sharing has them: q,kv; all if unset",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_string("data", None, "another corpus, as data.source names it", flag_values=values)
+    flags.DEFINE_integer("step", None, "which checkpoint; the newest if unset", flag_values=values)
+    flags.DEFINE_integer("num_sequences", 8, "sequences that activations come from",
+                         lower_bound=1, flag_values=values)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(argv, __doc__, define, body)
+
+
+def body(values: flags.FlagValues) -> None:
+    if not values.workdir:
+        raise UserError("--workdir=DIR is missing: which run should be looked into?")
+    for workdir in values.workdir:
+        print("\n".join(look_into(Path(workdir), values)))
+
+
+def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
+    """Writes analysis.jsonl and the plots of one run; returns a table to print."""
+    from qkvjax.analysis import inside, inside_plots
+    from qkvjax.attention.spec import sharing_name
+    from qkvjax.data.dataset import prepare, whole_rows
+    from qkvjax.training.metrics import write_lines
+    from qkvjax.training.restore import load_model
+
+    model, _, config, step = load_model(workdir, values.step)
+    data = config.data
+    for layer in model.spec.layers:  # before the data are read
+        inside.blocks_of(layer.blocks, values.projections)
+    dataset = prepare(
+        data.source if values.data is None else values.data, data.tokenizer, data.seq_len,
+        whole=values.data is not None, log=print,
+    )  # fmt: skip
+    ids = whole_rows(dataset, values.num_sequences)
+    records, seen = inside.analyze(model, ids, values.projections)
+    facts = {"step": step, "data_digest": dataset.digest, "num_tokens": int(ids.size)}
+    write_lines(workdir / "analysis.jsonl", [facts | record for record in records])
+    places = inside_plots.write(records, seen, workdir / "analysis")
+    head = f"{workdir}, step {step}: {sharing_name(config.model.sharing)}, {ids.size:,} tokens"
+    return [head, "", *inside.table(records), "", f"plots: {', '.join(map(str, places))}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""`analyze`: a run looked into as a user does it."""
+
+import numpy as np
+
+
+def test_two_runs(door, tied, untied, copy, lines):
+    places = [copy(tied, "tied"), copy(untied, "untied")]
+    flags = [f"--workdir={place}" for place in places]
+    told = door("analyze", *flags, "--num_sequences=3")
+    assert told.code == 0, told.err
+    assert "Q-K=V, 48 tokens" in told.out and "QKV, 48 tokens" in told.out
+    for place, names in zip(places, ({"W_q", "W_kv"}, {"W_q", "W_k", "W_v"})):
+        records = lines(place / "analysis.jsonl")
+        assert names <= {r["what"] for r in records}
+        spectrum = next(r for r in records if r["metric"] == "singular_values")
+        assert np.all(np.diff(spectrum["values"]) <= 0) and spectrum["num_tokens"] == 48
+        assert {p.name for p in (place / "analysis").iterdir()} == {
+            "spectra.svg", "heads.svg", "attention.svg",
+        }  # fmt: skip
+
+
+def test_bad_input(door, tied, tmp_path):
+    told = door("analyze", f"--workdir={tied}", "--projections=k")
+    assert told.code == 2 and "no projection 'k' in sharing 'q-k=v': it has q, kv" in told.err
+    short = tmp_path / "short.txt"
+    short.write_text("brief")
+    told = door("analyze", f"--workdir={tied}", f"--data=text:{short}")
+    assert told.code == 2 and "no validation document has data.seq_len = 16" in told.err
+    assert door("analyze").code == 2
+    assert not (tied / "analysis.jsonl").exists()
