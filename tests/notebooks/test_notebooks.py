@@ -33,6 +33,11 @@ def text_of(notebook):
     return "".join(o.get("text", "") for o in outputs)
 
 
+def num_figures(notebook):
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
 def test_first_tour(tmp_path, monkeypatch):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("for line in open(path): print(line)\n" * 400)
@@ -49,11 +54,23 @@ def test_first_tour(tmp_path, monkeypatch):
     sizes = [line.split("cache ")[1].split(" bytes")[0] for line in told]
     whole, half = (int(size.replace(",", "")) for size in sizes)
     assert whole == 2 * half
-    figures = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(figures) == 2
+    assert num_figures(notebook) == 2
+
+
+def test_inside_the_weights(tmp_path, monkeypatch):
+    for i in range(30):  # documents, long enough to be looked at whole
+        (tmp_path / f"{i}.txt").write_text(f"for line {i} in open(path): print(line)\n" * 10)
+    notebook = execute(
+        "02_inside_the_weights.ipynb",
+        tmp_path,
+        monkeypatch,
+        WORKDIR=str(tmp_path / "runs"),
+        STEPS=4,
+        SOURCE=f"text:{tmp_path}/*.txt",
+    )
+    text = text_of(notebook)
+    assert "W_kv" not in text.split("--- Q-K=V")[0] and "W_qk" in text.split("--- Q=K-V")[1]
+    lines = [line.split() for line in text.split("CKA of activations")[1].splitlines()[1:]]
+    assert len(lines) == 6 and all(abs(float(line[-2])) < 0.2 for line in lines)
+    assert all(0 < float(line[-1]) <= 1 for line in lines)
+    assert num_figures(notebook) == 2
