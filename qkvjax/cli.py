@@ -7,6 +7,7 @@ into one message and an exit code.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -38,9 +39,12 @@ def entry() -> None:
 
 def for_a_reader(call: Callable[[], int]) -> int:
     """call(), unless the reader of stdout leaves before its end, as in `qkvjax plan | head`."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack “×” or “−”
     try:
         code = call()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell's >&-
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # The interpreter flushes stdout once more when it exits.
@@ -111,11 +115,25 @@ def _run(argv: list[str], doc: str, define, body, config: str | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(
+            f"error: {where}{error.strerror}; check the path, its permissions and the room there",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return 2
 
 
 def _parse(values: flags.FlagValues, argv: list[str], config: str | None) -> None:
     argv = _join_config(argv)
-    recipe = next((arg for arg in argv[1:] if arg.startswith("--config=")), None)
+    recipes = [arg for arg in argv[1:] if arg.startswith("--config=")]
+    if len(recipes) > 1:
+        raise UserError("--config is given twice: name one recipe")
+    recipe = next(iter(recipes), None)
     if config and recipe:
         from ml_collections import config_flags
 
@@ -130,7 +148,7 @@ def _parse(values: flags.FlagValues, argv: list[str], config: str | None) -> Non
         raise UserError("overrides like --config.train.steps=100 need --config=PATH before them")
     try:
         rest = values(argv)[1:]
-    except (UserError, flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (UserError, flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(_flag_message(error, values, argv)) from None
     if rest:
         raise UserError(f"{rest[0]!r} is no flag: write --name=value; --help lists them")

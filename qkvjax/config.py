@@ -96,8 +96,8 @@ _RANGES = {
     "model.num_layers": (1, 10_000),
     "model.mlp_ratio": (0, math.inf),
     "model.rotary_base": (1, math.inf),
-    "data.seq_len": (1, math.inf),
-    "data.batch_size": (1, math.inf),
+    "data.seq_len": (1, 2**31),
+    "data.batch_size": (1, 2**31),
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.final_learning_rate": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
@@ -176,6 +176,9 @@ def from_dict(values: Mapping) -> ml_collections.ConfigDict:
     config.evals = ml_collections.ConfigDict()
     with config.unlocked():
         for name, value in values.items():
+            is_group = isinstance(config.get(name), ml_collections.ConfigDict)
+            if is_group and not isinstance(value, Mapping):
+                raise UserError(f"config.{name}={value!r} is no group")
             if isinstance(value, Mapping) and name not in config:
                 config[name] = ml_collections.ConfigDict(value)
             elif isinstance(value, Mapping):
@@ -220,7 +223,7 @@ def load(path: str | Path) -> ml_collections.ConfigDict:
         raise UserError(f"{path} is missing: is this the workdir of a training run?") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise UserError(f"{path} is no JSON ({error}): restore it from a copy") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is no JSON object: restore it from a copy")

@@ -44,8 +44,8 @@ def body(values: flags.FlagValues) -> None:
             )
     if not values.workdir:
         raise UserError("--workdir=DIR is missing: which run should be scored?")
-    if values.batch_size is not None and values.batch_size < 1:
-        raise UserError(f"--batch_size={values.batch_size} must be at least 1")
+    if values.batch_size is not None and not 1 <= values.batch_size <= 2**20:
+        raise UserError(f"--batch_size={values.batch_size} must be at least 1 and at most 2^20")
     from qkvjax.parallel import host
 
     host.keep_freed_memory()

@@ -56,7 +56,7 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, default, help_text, flag_values=values)
     flags.DEFINE_integer(
         "context", None, "tokens of each user; unset means the model's maximum, at most 131072",
-        lower_bound=1, flag_values=values,
+        lower_bound=1, upper_bound=10**12, flag_values=values,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
     from qkvjax.studies.grid import Study
     from qkvjax.studies.point import train_point
     from qkvjax.studies.scheduler import measure_here, run_all
-    from qkvjax.training.run import open_workdir
+    from qkvjax.training.run import only_one, open_workdir
 
     if values.jobs is not None and values.jobs < 1:
         raise UserError(f"--jobs={values.jobs} must be at least 1")
@@ -66,12 +66,16 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
         return train_point(study, values.point)
     failed = 0
     if not values.report_only:
-        failed = run_all(study, arguments, jobs=values.jobs, max_seconds=values.max_seconds)
+        with only_one(study.workdir):
+            failed = run_all(study, arguments, jobs=values.jobs, max_seconds=values.max_seconds)
     from qkvjax.analysis.report import write_report
 
     print(f"report: {write_report(study.workdir).resolve()}")
+    told = f"{failed} runs failed; the report names them, and the same command tries them again"
+    if failed and not study.done():
+        raise UserError(f"no run has finished: {told}")
     if failed:
-        print(f"{failed} runs failed; the report names them, and the same command tries them again")
+        print(told)
     return 0
 
 

@@ -6,7 +6,7 @@
   qkvjax train --config=configs/lm.py:depth=8 --dry_run      the cost table, and stop
 
 The workdir gets config.json, metrics.jsonl, checkpoints/STEP/, TensorBoard events and
-run.json. Exit codes: 0 done, 2 bad input, 45 no intact checkpoint, 130 interrupted.
+run.json. Exit codes: 0 done, 2 bad input, 44 diverged, 45 no intact checkpoint, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     from qkvjax.training.checkpoint import Checkpoints
     from qkvjax.training.metrics import Metrics, check_wandb, read_lines, write_json
     from qkvjax.training.report import cost_table
-    from qkvjax.training.run import claim_workdir, prepare_run
+    from qkvjax.training.run import check_workdir, only_one, prepare_run
 
     # ---- data, model, mesh ------------------------------------------------------------------
     check_wandb(config.train.wandb)
@@ -70,10 +70,10 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     log(cost_table(run))
     if workdir is None:
         return {}
-    claim_workdir(workdir, config, run.dataset.digest)
+    check_workdir(workdir, config, run.dataset.digest)
     peak = host.peak_flops()
 
-    with jax.set_mesh(run.mesh):
+    with only_one(workdir), jax.set_mesh(run.mesh):
         # ---- state: restored or new -------------------------------------------------------------
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
         evaluators = make_evaluators(config, run.dataset, run.mesh)
@@ -84,11 +84,13 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
             log(f"resumed after step {done} of {steps}")
         else:
             state, done = run.init(), 0
-        earlier = [r for r in read_lines(workdir / "metrics.jsonl") if r["step"] <= done]
+        lines = read_lines(workdir / "metrics.jsonl", step=int)
+        earlier = [line for line in lines if line["step"] <= done]
         if done >= steps:
             log(f"nothing left to train: {workdir} is at step {done} of {steps}")
             checkpoints.close()
             return earlier[-1] if earlier else {"step": done}
+        write_json(workdir / "config.json", configs.to_dict(config))
 
         # ---- compile ----------------------------------------------------------------------------
         began = time.perf_counter()

@@ -205,20 +205,19 @@ def test_differing_lines():
 def test_steps_may_grow_under_schedules_that_do_not_know_the_end(
     tmp_path, schedule, old, new, allowed
 ):
-    from qkvjax.training.run import claim_workdir
+    from qkvjax.training.metrics import write_json
+    from qkvjax.training.run import check_workdir
 
     config = configs.default()
     config.optimizer.schedule, config.train.steps = schedule, old
-    claim_workdir(tmp_path, config, "digest")
-    before = (tmp_path / "config.json").read_text()
+    check_workdir(tmp_path, config, "digest")
+    write_json(tmp_path / "config.json", configs.to_dict(config))
     config.train.steps = new
     if allowed:
-        claim_workdir(tmp_path, config, "digest")
-        assert configs.load(tmp_path / "config.json").train.steps == new
+        check_workdir(tmp_path, config, "digest")
     else:
         with pytest.raises(UserError, match=f"train.steps: {old!r} -> {new!r}"):
-            claim_workdir(tmp_path, config, "digest")
-        assert (tmp_path / "config.json").read_text() == before
+            check_workdir(tmp_path, config, "digest")
 
 
 # ---- recipes --------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def _read_study(path: Path) -> dict:
         list(study["seeds"])
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): {remedy}") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} describes no study (it lacks {error}): {remedy}") from None
@@ -89,7 +89,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             value = None
         if isinstance(value, dict):
             objects.append(value)
@@ -114,7 +114,11 @@ def _read_measurements(path: Path, notes: list[str]) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         notes.append(f"measurements.json is unreadable ({error}); its columns say “not measured”.")
         return {}
-    return value if isinstance(value, dict) else {}
+    rows = value.get("rows", []) if isinstance(value, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        notes.append("measurements.json is damaged; its columns say “not measured”.")
+        return {}
+    return value
 
 
 def _checked(line: dict) -> dict:

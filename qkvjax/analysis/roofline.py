@@ -27,7 +27,7 @@ def parse_bytes(text: str, name: str, per_second: bool = False) -> int:
     rate = "/s" if per_second else ""
     match = re.fullmatch(r"([0-9]+\.?[0-9]*)\s*([KMGTP]?I?)B" + f"({rate})?", text.strip(), re.I)
     scale = _UNITS.get(match[2].upper()) if match else None
-    value = round(float(match[1]) * scale) if scale else 0
+    value = round(float(match[1]) * scale) if scale and len(match[1]) < 30 else 0
     if value < 1:
         raise UserError(
             f"{name}={text!r} is no {'bandwidth' if per_second else 'size'}: write for example"

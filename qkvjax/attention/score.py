@@ -71,7 +71,7 @@ class Score(nnx.Module):
                 factor, column = self.params["scale"][...], None
             elif name == "column_bias":
                 factor = None
-                column = rules.embed(self.params["column"][...][:, None], positions)[..., 0]
+                column = rules.lookup(self.params["column"][...], positions)
             elif name == "score2d":
                 mix = self.params["mix"][...]
                 features = sincos(positions, m - m // 2).astype(mix.dtype)

@@ -33,7 +33,7 @@ def itemsize(dtype) -> int:
 
 def sharing_name(sharing: str) -> str:
     """The sharing as reports write it: 'q-k-v' -> 'QKV', 'q-k=v' -> 'Q-K=V'."""
-    return "QKV" if sharing == "q-k-v" else sharing.upper()
+    return "QKV" if sharing == "q-k-v" else str(sharing).upper()
 
 
 @functools.cache
@@ -182,6 +182,10 @@ class AttentionSpec:
                 f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns pairs",
             )
             require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
+        require(
+            isinstance(self.score, (list, tuple)) and all(isinstance(s, str) for s in self.score),
+            f"score={self.score!r} is no tuple of modifiers: write ('score_scale',)",
+        )
         fill("score", tuple(self.score))
         names = [name for name, _ in self.modifiers]
         require(

@@ -15,7 +15,7 @@ from qkvjax.data.packing import num_windows, packed_rows, scored_batch, training
 from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
 from qkvjax.data.split import SPLITS, divide
-from qkvjax.data.store import find_or_make
+from qkvjax.data.store import damaged, find_or_make
 from qkvjax.data.token_files import open_tokens
 from qkvjax.data.tokenizers import Tokenizer, load_tokenizer
 from qkvjax.errors import UserError
@@ -289,11 +289,10 @@ def _check(source, split, num_rows, num_tokens, seq_len, whole):
 
 def _read_summary(folder: Path):
     try:
-        return json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(
-            f"the prepared data in {folder} is damaged: delete that folder, and it is made again"
-        ) from None
+        summary = json.loads((folder / "summary.json").read_text())
+        return {key: summary[key] for key in ("content", "num_documents", "num_bytes", "counts")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise damaged(folder, error) from None
 
 
 def _sha256(values) -> str:

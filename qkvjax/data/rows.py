@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax.data.packing import num_packed_rows, num_windows, window
+from qkvjax.data.store import damaged
 from qkvjax.data.token_files import TokenStream
 
 _MEMORY = 512 * 2**20
@@ -37,8 +38,12 @@ class PreparedRows:
         return builder.BLOCK_ROWS, functools.lru_cache(most)(lambda i: blocks[i]["tokens"])
 
     def read(self, indices):
-        size, block = self._blocks
-        return np.stack([block(int(i) // size)[int(i) % size] for i in indices]).astype(np.int32)
+        try:
+            size, block = self._blocks
+            rows = [block(int(i) // size)[int(i) % size] for i in indices]
+        except Exception as error:  # noqa: BLE001  (array_record, protobuf, TFDS: each its own)
+            raise damaged(self.folder, error) from error
+        return np.stack(rows).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _jsonl(name, rest):
 def _field_of_line(line, field, where):
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no JSON ({error}); correct or delete that line") from None
     if not isinstance(row, dict) or field not in row:
         keys = list(row) if isinstance(row, dict) else []
@@ -158,9 +158,15 @@ def _parquet(name, rest):
         for file in files:
             with opened(file) as table:
                 for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                    for value in batch.column(0).to_pylist():
+                    try:
+                        values = batch.column(0).to_pylist()
+                    except UnicodeDecodeError as error:
+                        raise UserError(
+                            f"{file}: column {column!r} is not UTF-8 ({error}): write it again"
+                        ) from None
+                    for value in values:
                         try:
-                            yield _as_bytes(value or "")
+                            yield _as_bytes("" if value is None else value)
                         except TypeError as error:
                             raise UserError(
                                 f"{file}: column {column!r} is no text ({error}); name another"
@@ -171,7 +177,7 @@ def _parquet(name, rest):
 
 
 def _tokens(name, path):
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         (file, *others) = _find(name, path)
         if others:
@@ -232,9 +238,21 @@ def _split_field(rest, default="text"):
     return path, field or default
 
 
+def expanded(path: str) -> Path:
+    """The path with its ~ or ~user replaced.
+
+    Raises:
+      UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}; write the folder in full") from None
+
+
 def _find(name, path, suffix="") -> tuple[Path, ...]:
     """A file, the files of a folder or the matches of a glob, sorted by relative path."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_file():
         return (place,)
     if place.is_dir():

@@ -56,3 +56,11 @@ def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    """What is said of a prepared copy that cannot be read."""
+    return UserError(
+        f"the prepared data in {folder} is damaged ({type(error).__name__}): delete that folder,"
+        " and it is made again"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 
 from qkvjax.data.sources import TokenFiles
 from qkvjax.data.split import HELD_OUT
-from qkvjax.data.store import find_or_make
+from qkvjax.data.store import damaged, find_or_make
 from qkvjax.data.tokenizers import Tokenizer
 from qkvjax.errors import UserError
 
@@ -70,17 +70,19 @@ def open_tokens(
         (folder / "scan.json").write_text(json.dumps(scan))
 
     folder = find_or_make(f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}", make)
-    scan = json.loads((folder / "scan.json").read_text())
-    if scan["largest"] >= tokenizer.num_ids:
+    try:
+        scan = json.loads((folder / "scan.json").read_text())
+        largest, content = int(scan["largest"]), str(scan["sha256"])
+        spans = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in parts}
+    except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
+        raise damaged(folder, error) from None
+    if largest >= tokenizer.num_ids:
         raise UserError(
             f"data.source={source.name!r} holds the id {scan['largest']:,} and the tokenizer"
             f" {tokenizer.name} has {tokenizer.num_ids:,}: set data.tokenizer to the one that"
             " wrote the file"
         )
-    return {
-        split: TokenStream(tokens, np.load(folder / f"{split}.npy", mmap_mode="r"))
-        for split, tokens in parts.items()
-    }, scan["sha256"]
+    return {split: TokenStream(parts[split], spans[split]) for split in parts}, content
 
 
 def document_spans(tokens: np.ndarray, separator: int) -> np.ndarray:

@@ -11,14 +11,15 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 
+from qkvjax.data.sources import expanded
 from qkvjax.errors import UserError, did_you_mean
 
 KINDS = ("bytes", "bpe", "gpt2")
 GPT2_SEPARATOR, GPT2_IDS = 50256, 50257
+_MOST_IDS = 10**8
 # Looked for in a tokenizer.json, in this order.
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>")
 
@@ -80,12 +81,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     if kind == "gpt2":
         files = encoder, merges = _gpt2_files(path)
         vocabulary = _read_json(encoder)
-        if len(vocabulary) != GPT2_IDS:
+        if not isinstance(vocabulary, dict) or len(vocabulary) != GPT2_IDS:
             raise UserError(
-                f"{encoder} has {len(vocabulary):,} ids and GPT-2 has {GPT2_IDS:,}: save the"
-                " tokenizer as a tokenizer.json and use bpe:PATH"
+                f"{encoder} is no vocabulary of GPT-2's {GPT2_IDS:,} ids: save another tokenizer as"
+                " a tokenizer.json and use bpe:PATH"
             )
-        table, separator = _table(vocabulary, (), GPT2_IDS, GPT2_SEPARATOR), GPT2_SEPARATOR
+        separator = GPT2_SEPARATOR
+        table = _table(encoder, vocabulary, (), GPT2_IDS, separator)
     else:
         files = (path,)
         table, separator = _read_tokenizer_json(path)
@@ -127,7 +129,7 @@ def _parse(name):
     if (kind == "bytes") == bool(path):
         what = "bytes alone" if kind == "bytes" else f"{kind}:PATH"
         raise UserError(f"data.tokenizer={name!r}: write {what}")
-    return kind, Path(path).expanduser()
+    return kind, expanded(path)
 
 
 def _encode_bytes(document):
@@ -153,17 +155,27 @@ def _encode_bpe(bpe, table, name, document):
     return np.array(ids, np.int32)
 
 
-def _table(vocabulary, added, num_ids, separator):
+def _table(path, vocabulary, added, num_ids, separator):
     """The bytes of each id: byte-level characters, or the text of an added token."""
     byte_of = _byte_of_character()
     table = [b""] * num_ids
-    for token, i in vocabulary.items():
-        if all(character in byte_of for character in token):
-            table[i] = bytes(byte_of[character] for character in token)
-    for token in added:
-        table[token["id"]] = b"" if token.get("special") else token["content"].encode()
+    try:
+        for token, i in vocabulary.items():
+            if all(character in byte_of for character in token):
+                table[i] = bytes(byte_of[character] for character in token)
+        for token in added:
+            table[token["id"]] = b"" if token.get("special") else token["content"].encode()
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise _no_vocabulary(path, error) from None
     table[separator] = b""
     return tuple(table)
+
+
+def _no_vocabulary(path, error):
+    return UserError(
+        f"{path} holds no vocabulary of tokens and ids ({type(error).__name__}: {error}): copy it"
+        " again"
+    )
 
 
 def _byte_of_character():
@@ -193,7 +205,7 @@ def _read_json(path):
         return json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): copy it again") from None
 
 
@@ -207,7 +219,12 @@ def _read_tokenizer_json(path):
             f"{path} holds no BPE vocabulary: use the tokenizer.json of a byte-level BPE"
         )
     added = content.get("added_tokens") or ()
-    ids = vocabulary | {token["content"]: token["id"] for token in added}
-    num_ids = max(ids.values(), default=-1) + 1
+    try:
+        ids = vocabulary | {token["content"]: token["id"] for token in added}
+        num_ids = max((int(i) for i in ids.values()), default=-1) + 1
+    except (TypeError, KeyError, ValueError) as error:
+        raise _no_vocabulary(path, error) from None
+    if num_ids > _MOST_IDS:
+        raise UserError(f"{path} holds an id of {num_ids - 1:,}, which no tokenizer has")
     separator = next((ids[token] for token in SEPARATORS if token in ids), num_ids)
-    return _table(vocabulary, added, max(num_ids, separator + 1), separator), separator
+    return _table(path, vocabulary, added, max(num_ids, separator + 1), separator), separator

@@ -128,6 +128,8 @@ def generate(
     """
     if max_tokens < 1 or not 0 <= temperature < math.inf:
         raise UserError("max_tokens must be at least 1 and temperature at least 0 and finite")
+    if max_tokens >= 2**31 or (cache_length or 0) >= 2**31:
+        raise UserError("max_tokens and cache_length are below 2^31: give fewer")
     if not 0 <= seed < 2**31:
         raise UserError(f"seed={seed} must be at least 0 and below 2^31")
     needed = len(prompt) + max_tokens
@@ -143,7 +145,16 @@ def generate(
     itemsize(dtype)
     dtype = jnp.dtype(dtype)
     layers = model.stack.layers()
-    cache = empty_caches(model, batch, length, dtype, layout)
+    try:
+        cache = empty_caches(model, batch, length, dtype, layout)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = batch * length * model.spec.cache_bytes_per_token(dtype, layout)
+        raise UserError(
+            f"the cache of {length:,} tokens takes {wanted:,} bytes, more than is free here: lower"
+            " --max_tokens or --cache_length"
+        ) from None
     size = caches.num_bytes(cache)
     ids = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (batch, len(prompt)))
     logits, cache = prefill(model, layers, cache, ids, dtype=dtype)

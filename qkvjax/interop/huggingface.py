@@ -18,6 +18,8 @@ from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError
 from qkvjax.interop.shapes import Layer, Model
 
+MOST, MOST_LAYERS = 10**9, 10_000
+
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
@@ -117,10 +119,11 @@ class _Keys:
                 f"{self.path} lacks the key {self.where}{name!r}: plan needs it to count; add it"
                 " from the model's own configuration"
             )
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise UserError(
-                f"{self.path}: {self.where}{name!r} is {value!r}, and must be a whole number of at"
-                f" least {least}"
+                f"{self.path}: {self.where}{name!r} is {repr(value)[:40]}, and must be a whole"
+                f" number of at least {least} and at most {most:,}"
             )
         return value
 
@@ -135,6 +138,8 @@ def read(path: str | Path) -> Model:
     path = Path(path)
     if path.is_dir():
         path = path / "config.json"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: --model takes a local config.json or its folder")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,7 +147,7 @@ def read(path: str | Path) -> Model:
             f"{path} cannot be read ({error.strerror}): --model takes a local config.json or the"
             " folder that holds it, for example after `hf download ORG/NAME config.json`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): download it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object: a config.json is {{...}}")

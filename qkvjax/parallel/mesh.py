@@ -8,6 +8,7 @@ asked is an error while tracing, not a silent copy. `jax.jit` with `NamedShardin
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -15,6 +16,22 @@ import jax
 from qkvjax.errors import UserError
 
 AXES = ("replica", "fsdp", "context", "tensor", "expert")
+
+
+def find_devices() -> list[jax.Device]:
+    """`jax.devices()`, with a message when there are none of the kind that was asked for.
+
+    Raises:
+      UserError: JAX_PLATFORMS names what is not here.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"jax finds no device (JAX_PLATFORMS={asked!r}; {str(error).splitlines()[:1]}): unset"
+            " JAX_PLATFORMS, or install what it names, as in pip install 'qkvjax[cuda]'"
+        ) from None
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.sharding.Mesh:
@@ -28,7 +45,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(find_devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"mesh={dict(sizes)}: sizes are at least 1, and at most one is -1")

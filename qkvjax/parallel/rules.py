@@ -53,8 +53,14 @@ def embed(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Looks ids up in a table: [V, D], int [B, T] -> [B, T, D]."""
     if not has_mesh():
         return table_VD[ids_BT]
-    placed = jax.typeof(ids_BT).sharding.spec
-    return gather(table_VD).at[ids_BT].get(out_sharding=PartitionSpec(*placed, None))
+    return gather(table_VD).at[ids_BT].get(out_sharding=spec("batch", "length", None))
+
+
+def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
+    """Numbers of a table [S] at places int [B, S], sharded as these are: [B, S]."""
+    if not has_mesh():
+        return table_S[places_BS]
+    return table_S.at[places_BS].get(out_sharding=jax.typeof(places_BS).sharding.spec)
 
 
 def matmul(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:

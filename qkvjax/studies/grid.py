@@ -9,7 +9,9 @@ from pathlib import Path
 from qkvjax import config as configs
 from qkvjax import sweep
 from qkvjax.errors import UserError
-from qkvjax.training.metrics import read_json, read_lines, write_json
+from qkvjax.training.metrics import read_json, read_lines, require_keys, write_json
+
+MOST_SEEDS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,11 @@ class Study:
         self.title = options.get("title", "A study")
         self.prompt = options.get("prompt", "")
         seeds = options.get("seeds", 3)
-        if not isinstance(seeds, int) or seeds < 1:
-            raise UserError(f"study.seeds={seeds!r} must be at least 1: it counts seeds")
+        if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
+            raise UserError(
+                f"study.seeds={seeds!r} must be at least 1 and at most {MOST_SEEDS:,}: it counts"
+                " seeds"
+            )
         self.seeds = [config.seed + i for i in range(seeds)]
         self.base = {k: v for k, v in configs.to_dict(config).items() if k != "study"}
         points = options["points"]
@@ -70,6 +75,11 @@ class Study:
             raise UserError(
                 f"study.points={points!r} is no grid: make it with qkvjax.sweep, one dict a point"
             )
+        for point in points:
+            if not all(isinstance(name, str) for name in point) or not isinstance(
+                point.get("label", ""), str
+            ):
+                raise UserError(f"the grid's point {point!r}: fields and label are texts")
         if any("seed" in point for point in points):
             raise UserError("a point of the grid sets `seed`: study.seeds says how many there are")
         self.points = points
@@ -90,10 +100,12 @@ class Study:
         config = configs.from_dict(self.base)
         try:
             for name, value in overrides.items():
+                if name in config or name.count(".") == 0:
+                    raise UserError(f"{name!r} is no field: write one such as 'model.sharing'")
                 configs.set_field(config, name, value)
             config.seed = seed
             configs.validate(config)
-        except UserError as error:
+        except (UserError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the grid's point {label!r} is no legal configuration: {error}"
             ) from None
@@ -116,11 +128,15 @@ class Study:
     def results(self) -> Path:
         return self.workdir / "results.jsonl"
 
+    def lines(self) -> list[dict]:
+        """The lines of results.jsonl, each with what identifies its run."""
+        return read_lines(self.results, status=str, identity=str, data_digest=str)
+
     def done(self) -> dict[str, dict]:
         """Identity -> the line of each finished run on this data."""
         return {
             line["identity"]: line
-            for line in read_lines(self.results)
+            for line in self.lines()
             if line["status"] == "done" and line["data_digest"] == self.dataset.digest
         }
 
@@ -132,9 +148,7 @@ class Study:
     def listing(self) -> str:
         """A line a task: number, state, seed, identity, label, folder."""
         done = self.done()
-        failed = {
-            line["identity"] for line in read_lines(self.results) if line["status"] == "failed"
-        }
+        failed = {line["identity"] for line in self.lines() if line["status"] == "failed"}
         width = max(len(label) for label in self.labels)
         lines = ["point  state    seed  identity      label"]
         for task in self.tasks:
@@ -157,6 +171,8 @@ class Study:
         path = self.workdir / "study.json"
         old = read_json(path)
         if old:
+            require_keys(str(path), old, config=dict, data=dict, command=str)
+            require_keys(f"{path}: data", old["data"], digest=str)
             before, now = (
                 configs.identity(configs.from_dict(values)) for values in (old["config"], self.base)
             )

@@ -6,10 +6,10 @@ import math
 
 from qkvjax.errors import UserError
 from qkvjax.studies.grid import Study, Task
+from qkvjax.training.loop import DIVERGED
 from qkvjax.training.metrics import append_line, read_json, read_lines
 
 SAMPLE_TOKENS = 240
-DIVERGED = 44
 
 
 def train_point(study: Study, number: int) -> int:

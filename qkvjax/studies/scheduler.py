@@ -8,19 +8,22 @@ models train faster on one core than on two.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from qkvjax.errors import UserError
 from qkvjax.studies.grid import Study, Task
 from qkvjax.studies.live import Live
 from qkvjax.studies.point import failure
 from qkvjax.training.loop import duration
-from qkvjax.training.metrics import append_line, read_json, read_lines, write_json
+from qkvjax.training.metrics import append_line, read_json, write_json
 
 OVERHEAD_SECONDS = 12.0  # of a run's process: imports, compilation, evaluations, saving
 POLL_SECONDS = 0.5
+TERMINATED = 143  # what the shell says of a program that SIGTERM ended
 
 
 def measure_here(study: Study) -> int:
@@ -58,6 +61,8 @@ def run_all(
     expected = sum(each[task.label] for task in pending) + OVERHEAD_SECONDS * len(pending) / jobs
     print(f"about {duration(expected)} for {len(pending)} runs, {jobs} at a time", flush=True)
 
+    # A job's end by SIGTERM must not leave its runs behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     live = Live(study, pending, expected, jobs)
     waiting, running, failed, skipped = list(pending), {}, 0, 0
     try:
@@ -87,6 +92,7 @@ def run_all(
             process.wait()
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         live.close()
     if skipped:
         print(f"--max_seconds={max_seconds:g} left no time for {skipped} runs;"
@@ -103,8 +109,8 @@ def _measurements(study: Study, arguments: list[str]) -> dict:
     print("measuring what each variant costs on this machine", flush=True)
     log = study.workdir / "measure.log"
     with log.open("w") as out:
-        command = [sys.executable, "-m", "qkvjax.study", *arguments, "--measure"]
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+        command, options = _door(arguments, "--measure")
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, **options).returncode
     if code:
         print(f"  that failed (exit code {code}, see {log}); the report will say not measured")
         return found
@@ -125,16 +131,31 @@ def _start(study: Study, task: Task, arguments: list[str], core: int | None) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror})") from None
-    command = [sys.executable, "-m", "qkvjax.study", *arguments, f"--point={task.number}"]
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}): remove what is in its way"
+        ) from None
+    command, options = _door(arguments, f"--point={task.number}")
     pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
     with (folder / "train.log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin, **options
+        )
+
+
+def _door(arguments: list[str], flag: str) -> tuple[list[str], dict]:
+    """The command and the environment of this study's door in a process of its own.
+
+    With -P the current folder holds no modules: a random.py there is not the library's.
+    """
+    here = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-P", "-m", "qkvjax.study", *arguments, flag]
+    return command, {"env": os.environ | {"PYTHONPATH": paths}}
 
 
 def _outcome(study: Study, task: Task, code: int) -> dict:
     """The run's line; a process that died without writing one gets a line here."""
-    lines = [r for r in read_lines(study.results) if r["identity"] == task.identity]
+    lines = [line for line in study.lines() if line["identity"] == task.identity]
     if lines and (code == 0) == (lines[-1]["status"] == "done"):
         return lines[-1]
     log = study.workdir / task.folder / "train.log"

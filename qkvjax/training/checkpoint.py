@@ -104,12 +104,23 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         if self._open_manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._open_manager = ocp.CheckpointManager(self.folder, options=self._options)
+            try:
+                self._open_manager = ocp.CheckpointManager(self.folder, options=self._options)
+            except ValueError as error:
+                raise UserError(
+                    f"the metadata of the checkpoints in {self.folder} is damaged ({error}):"
+                    " restore it from a copy, or delete the folder to train again",
+                    code=NO_INTACT_CHECKPOINT,
+                ) from None
         return self._open_manager
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in order."""
-        return sorted(self._manager.all_steps()) if self.folder.is_dir() else []
+        if not self.folder.exists():
+            return []
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder} is no folder: remove it, or choose another --workdir")
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state) -> None:
         """Starts saving; the state may be donated as soon as this returns."""
@@ -158,9 +169,9 @@ class Checkpoints:
             saved = self._manager.restore(
                 step, args=ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()})
             )[_MANIFEST]
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
-        if saved != _signed(saved.get("arrays")):
+        if not isinstance(saved, dict) or saved != _signed(saved.get("arrays")):
             raise Damaged("its manifest is not what was saved")
         saved = saved["arrays"]
         _check_names(wanted, saved, self.folder)
@@ -225,7 +236,7 @@ def _damage():
             yield
         except Exception as error:
             # Orbax raises the bare Exception for array data.
-            known = (ValueError, OSError, KeyError, TypeError)
+            known = (ValueError, OSError, KeyError, TypeError, AttributeError)
             if not isinstance(error, known) and type(error) is not Exception:
                 raise
             damage = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"

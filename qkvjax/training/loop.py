@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from qkvjax.errors import UserError
 from qkvjax.parallel import rules
 
+DIVERGED = 44
 Evaluator = Callable[[object], Mapping[str, float]]
 
 
@@ -83,6 +85,9 @@ def fit(
       seconds: training seconds that earlier parts of the run took.
       evaluators: name -> (state -> metrics), each written as "name/metric".
 
+    Raises:
+      UserError: the loss is no finite number (code 44); nothing is saved then.
+
     Returns:
       (state, summary): the summary has step, seconds and the last evaluation's metrics.
     """
@@ -134,6 +139,12 @@ def fit(
         if wants_log or wants_eval:
             left = (steps - step) * tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
             log(_log_line(step, steps, line, left if wants_log and not out_of_time else None))
+        if not np.isfinite(line.get("train/loss", 0)):
+            raise UserError(
+                f"training diverged: the loss is no finite number by step {step}; lower"
+                " optimizer.learning_rate (the checkpoints that are there are of before)",
+                code=DIVERGED,
+            )
         if wants_save:
             checkpoints.save(step, state)
         clock.go()

@@ -48,13 +48,20 @@ def _record(line: bytes | str) -> dict | None:
     """The JSON object of a line, or None."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSONL file; a torn last line, from a crash in mid-write, is left out."""
+def read_lines(path: Path, **needed: type) -> list[dict]:
+    """The objects of a JSONL file; a torn last line, from a crash in mid-write, is left out.
+
+    Args:
+      needed: keys that each object has, with their types.
+
+    Raises:
+      UserError: a line that is no such object.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -62,11 +69,22 @@ def read_lines(path: Path) -> list[dict]:
     records = []
     for number, line in enumerate(lines, 1):
         record = _record(line)
-        if record is not None:
-            records.append(record)
-        elif line.strip() and number < len(lines):
+        if record is None and line.strip() and number < len(lines):
             raise UserError(f"{path}, line {number}, is no JSON object: repair or delete it")
+        if record is not None:
+            require_keys(f"{path}, line {number},", record, **needed)
+            records.append(record)
     return records
+
+
+def require_keys(where: str, record: object, **needed: type) -> None:
+    """Raises UserError unless `record`, read from `where`, is an object with these keys."""
+    for key, kind in needed.items():
+        if not isinstance(record, Mapping) or not isinstance(record.get(key), kind):
+            raise UserError(
+                f"{where} has no {key!r} of type {kind.__name__}: restore it from a copy, or"
+                " delete it"
+            )
 
 
 def write_json(path: Path, value) -> None:
@@ -141,7 +159,7 @@ class Metrics:
         from tensorboardX import SummaryWriter
 
         self.path = workdir / "metrics.jsonl"
-        kept = [record for record in read_lines(self.path) if record["step"] <= start]
+        kept = [record for record in read_lines(self.path, step=int) if record["step"] <= start]
         if self.path.exists():
             draft = self.path.with_name(".metrics.jsonl")
             draft.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -11,6 +11,7 @@ from qkvjax.data.tokenizers import load_tokenizer
 from qkvjax.errors import UserError
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec
+from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints
 
 
@@ -27,7 +28,7 @@ def load_model(workdir: str | Path, step: int | None = None, *, log=print):
     configs.validate(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     spec = model_spec(configs.plain(config.model), tokenizer.num_ids, config.data.seq_len)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(find_devices()[0])
     shapes = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +133,8 @@ def open_workdir(workdir: str | None) -> Path:
     if not workdir:
         raise UserError("--workdir=DIR is missing: where should the run be kept?")
     path = Path(workdir)
+    if not workdir.isprintable():  # Orbax and TensorBoard take UTF-8 only
+        raise UserError(f"--workdir={workdir!r} holds characters that cannot be printed: rename it")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # a name of its own: others may be probing too
@@ -143,9 +147,27 @@ def open_workdir(workdir: str | None) -> Path:
     return path
 
 
-def claim_workdir(workdir: Path, config, digest: str) -> None:
-    """Refuses a workdir that holds another run, then writes `config.json` there."""
-    from qkvjax.training.metrics import read_json, write_json
+@contextlib.contextmanager
+def only_one(workdir: Path):
+    """Holds a workdir for this process; the system frees it when the process ends, however.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work in {workdir}: wait for it, stop it, or choose another"
+                " --workdir"
+            ) from None
+        yield
+
+
+def check_workdir(workdir: Path, config, digest: str) -> None:
+    """Raises UserError when a workdir holds another run."""
+    from qkvjax.training.metrics import read_json, require_keys
 
     saved = workdir / "config.json"
     if saved.exists():
@@ -158,13 +180,16 @@ def claim_workdir(workdir: Path, config, digest: str) -> None:
                 f"{workdir} holds a run with another configuration; choose another --workdir, or"
                 " go on with its own values:\n  " + "\n  ".join(lines)
             )
-        before = read_json(workdir / "run.json").get("data", {}).get("digest", digest)
+        facts = read_json(workdir / "run.json")
+        if facts:
+            require_keys(str(workdir / "run.json"), facts, data=dict)
+            require_keys(f"{workdir / 'run.json'}: data", facts["data"], digest=str)
+        before = facts["data"]["digest"] if facts else digest
         if before != digest:
             raise UserError(
                 f"{workdir} was trained on other data (digest {before[:12]}, now {digest[:12]}):"
                 " restore the data or choose another --workdir"
             )
-    write_json(saved, configs.to_dict(config))
 
 
 def _only_longer(old: dict, new: dict) -> bool:

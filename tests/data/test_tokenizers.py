@@ -49,7 +49,7 @@ def test_gpt2_folder_without_files(tmp_path):
         load_tokenizer(f"gpt2:{tmp_path}")
     (tmp_path / "encoder.json").write_text('{"a": 0}')
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
-    with pytest.raises(UserError, match="has 1 ids and GPT-2 has 50,257"):
+    with pytest.raises(UserError, match="no vocabulary of GPT-2's 50,257 ids"):
         load_tokenizer(f"gpt2:{tmp_path}")
 
 

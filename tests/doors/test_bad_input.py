@@ -1,12 +1,17 @@
 """What a user types wrongly: code 2, one readable message with the remedy, nothing overwritten."""
 
+import importlib.util
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from qkvjax.training.run import open_workdir
+from qkvjax.training.run import only_one, open_workdir
 
 
 def refused(told, message):
@@ -229,3 +234,113 @@ def test_the_message_of_a_process(process, recipe, tmp_path):
     flags = [f"--config={recipe}", "--config.model.sharing=q", f"--workdir={tmp_path / 'run'}"]
     told = process("-m", "qkvjax.train", *flags)
     assert told.code == 2 and told.err.startswith("error: ") and told.err.count("\n") == 1
+
+
+# ---- files of ours that something else has changed, and processes that meet --------------------
+
+
+def test_a_refused_run_leaves_its_configuration(door, tied, tied_flags, copy, checksums):
+    workdir = copy(tied)
+    metrics = workdir / "metrics.jsonl"
+    metrics.write_text("no line\n" + metrics.read_text())
+    before = checksums(workdir)
+    told = door("train", *tied_flags, f"--workdir={workdir}", "--config.train.log_every=7")
+    refused(told, "line 1, is no JSON object")
+    assert checksums(workdir) == before
+
+
+def test_two_trainings_in_one_workdir(door, recipe, tmp_path):
+    with only_one(tmp_path):
+        told = door("train", f"--config={recipe}", f"--workdir={tmp_path}")
+    refused(told, "another process is at work in")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"a": 1}\n', "line 1, has no 'step' of type int"),
+        ("metrics.jsonl", '{"step": null}\n', "has no 'step' of type int"),
+        ("run.json", '{"data": 3}', "has no 'data' of type dict"),
+        ("run.json", '{"data": {"digest": null}}', "has no 'digest' of type str"),
+        ("config.json", '{"data": null}', "config.data=None is no group"),
+        ("checkpoints/20/manifest/metadata", "[]", None),
+        ("checkpoints/20/manifest/metadata", "null", None),
+    ],
+)
+def test_damaged_files_of_a_run(door, tied, tied_flags, copy, name, content, message):
+    workdir = copy(tied)
+    (workdir / name).write_text(content)
+    told = door("train", *tied_flags, f"--workdir={workdir}")
+    if message:
+        refused(told, message)
+    else:
+        assert told.code == 0 and "checkpoint 20 is damaged and passed over" in told.out
+
+
+def test_checkpoints_that_are_no_folder(door, recipe, tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    refused(door("train", f"--config={recipe}", f"--workdir={tmp_path}"), "is no folder: remove it")
+
+
+def test_a_diverged_training_is_code_44_and_saves_nothing(door, recipe, tmp_path):
+    flags = [f"--config={recipe}", f"--workdir={tmp_path}"]
+    flags += ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0"]
+    told = door("train", *flags)
+    assert told.code == 44 and "training diverged" in told.err and "Traceback" not in told.err
+    assert "done:" not in told.out and not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_device_that_is_not_here(process, recipe, tmp_path, monkeypatch, platform):
+    if platform == "cuda" and importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("this installation has CUDA")
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    told = process("-m", "qkvjax.train", f"--config={recipe}", f"--workdir={tmp_path}")
+    refused(told, f"JAX_PLATFORMS='{platform}'.*unset")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/lm.py", "--config=configs/quickstart.py"], "--config is given twice"),
+        (["--config=configs/lm.py", "--config.model.score=(('a',),)"], "no tuple of modifiers"),
+        (["--config=configs/lm.py", "--config.model.score=({},)"], "no tuple of modifiers"),
+        (["--config=configs/lm.py", "--config.model.score[0]=1"], "index out of range"),
+        (["--config=configs/lm.py", "--config.data.seq_len=" + "9" * 400], "seq_len"),
+        (["--config=configs/lm.py", "--config.data.tokenizer=bpe:~nobody-here/x"], "in full"),
+        (["--model=config.json", "--context=" + "9" * 400], "context"),
+        (["--model=/dev/zero"], "is no file"),
+        (["--model=" + "x" * 5000], "too long"),
+    ],
+)
+def test_plan_refuses(door, flags, message):
+    refused(door("plan", *flags), message)
+
+
+def test_prepared_data_that_is_damaged(door, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path / "data"))
+    flags = [f"--config={recipe}", "--config.train.steps=1"]
+    assert door("train", *flags, f"--workdir={tmp_path / 'first'}").code == 0
+    (record,) = (tmp_path / "data").rglob("*train.array_record*")
+    record.write_bytes(record.read_bytes()[: record.stat().st_size // 2])
+    told = door("train", *flags, f"--workdir={tmp_path / 'second'}")
+    refused(told, "the prepared data in .* is damaged .*: delete that folder")
+
+
+def test_sizes_beyond_any_memory(door, tied):
+    flags = [f"--workdir={tied}", "--prompt=the"]
+    refused(door("generate", *flags, "--cache_length=2000000000"), "more than is free here|below")
+    refused(door("generate", *flags, "--max_tokens=" + "9" * 15), "below 2\\^31")
+
+
+def test_output_that_nobody_can_take(process, tmp_path):
+    plan = [sys.executable, "-m", "qkvjax.plan", "--config=configs/lm.py"]
+    closed = subprocess.run(["bash", "-c", f"{shlex.join(plan)} >&-"], capture_output=True)
+    assert closed.returncode == 0 and b"Traceback" not in closed.stderr
+    full = subprocess.run(["bash", "-c", f"{shlex.join(plan)} >/dev/full"], capture_output=True)
+    assert full.returncode == 2 and b"No space left" in full.stderr
+    assert b"Traceback" not in full.stderr
+    told = process("-m", "qkvjax.plan", "--config=configs/lm.py",
+                   env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert told.code == 0 and "KiB" in told.out

@@ -27,6 +27,9 @@ GRIDS = {
     "seeded": ({}, {"seed": 3}),
     "twins": ({"label": "one"}, {"label": "one"}),
     "numbers": (1, 2),
+    "numbered": ({"label": 3},),
+    "grouped": ({"model": {"sharing": "q-k=v"}},),
+    "unset": ({"model.sharing": None},),
     "none": (),
 }
 
@@ -186,7 +189,7 @@ def test_a_finished_study_trains_nothing(study, by_points, copy, checksums):
     assert told.code == 0 and "all 4 runs are finished" in told.out
     after = checksums(workdir)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert all(name.startswith(("report", "plots/", "study.json")) for name in changed)
+    assert all(name.startswith(("report", "plots/", "study.json", ".lock")) for name in changed)
     again = study(workdir, "--point=1")
     assert again.code == 0 and "is finished" in again.out
 
@@ -265,6 +268,33 @@ def test_a_diverged_run_is_a_failure(study, tmp_path, lines):
     assert record["status"] == "failed" and "diverged" in record["error"]
 
 
+def test_a_study_without_a_finished_run_is_no_success(study, in_process, tmp_path):
+    told = study(tmp_path, "--jobs=1", "--config.data.seq_len=100000")
+    assert told.code == 2
+    flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0"]
+    told = study(tmp_path / "diverging", "--jobs=1", "--config.study.seeds=1", *flags)
+    assert told.code == 2 and "no run has finished: 2 runs failed" in told.err
+    assert (tmp_path / "diverging/report.html").exists()
+
+
+def test_sigterm_ends_the_runs_of_a_study(grid, tmp_path):
+    """None is left to train on in a workdir that the next start will use."""
+    command = [sys.executable, "-m", "qkvjax.study", f"--config={grid}", f"--workdir={tmp_path}"]
+    flags = ["--jobs=1", "--config.train.steps=1000000"]
+    parent = subprocess.Popen([*command, *flags], stdout=-1, stderr=-1)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    second = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert second.returncode == 2 and "another process is at work" in second.stderr
+    parent.terminate()
+    assert parent.wait(timeout=60) == 143
+    assert b"Traceback" not in parent.stderr.read()
+    assert (
+        str(tmp_path) not in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
+    )
+
+
 def test_max_seconds_starts_no_run_that_would_end_late(study, in_process, tmp_path):
     began = time.monotonic()
     told = study(tmp_path, "--jobs=1", "--max_seconds=0")
@@ -298,6 +328,10 @@ def test_another_base_is_refused(study, by_points, checksums):
         ("misspelt", [], "point 'sharng=q-k=v'.*did you mean 'model.sharing'"),
         ("wrong_type", [], "point 'd_model=wide'.*is no int"),
         ("seeded", [], "sets `seed`: study.seeds"),
+        ("numbered", [], "fields and label are texts"),
+        ("grouped", [], "'model' is no field"),
+        ("unset", [], "point .* is no legal configuration"),
+        ("sharing", ["--config.study.seeds=99999999999"], "at most 10,000"),
         ("twins", [], "two points of the grid are called 'one': give labels"),
         ("numbers", [], "is no grid: make it with qkvjax.sweep"),
         ("none", [], "has no grid.*configs/quickstart.py"),

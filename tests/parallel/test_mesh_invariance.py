@@ -43,6 +43,7 @@ def prepared(folder, mesh, accumulation=1, dropout=0.0):
         sharing="q-k=v",
         mlp_ratio=1.0,
         dropout=dropout,
+        score=("role_bias", "column_bias", "score2d(3)"),
     )
     config.data.update(
         source=f"text:{folder}/corpus.txt", tokenizer="bytes", seq_len=8, batch_size=16
