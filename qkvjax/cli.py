@@ -110,7 +110,7 @@ def _run(argv: list[str], doc: str, define, body, config: str | None) -> int:
         _parse(values, argv, config)
         return body(values) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"{error.label}: {error}", file=sys.stderr, flush=True)
         return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -234,8 +234,10 @@ def help_text(doc: str, values: flags.FlagValues, with_config: bool) -> str:
     rows = rows if with_config else []
     for name in values:
         flag = values[name]
-        default = "" if flag.default is None else f" (default {flag.default})"
-        rows.append((name, " ".join(flag.help.split()) + default))
+        default = flag.default if not isinstance(flag.default, list) else ",".join(flag.default)
+        shown = "" if default in (None, "") else f" (default {default})"
+        text = " ".join(flag.help.split()).partition("; repeat this option")[0]
+        rows.append((name, text + shown))
     lines += [f"  --{name:26s} {text}" for name, text in rows]
     if with_config:
         from qkvjax.config import FIELDS, default, flatten, to_dict
@@ -244,7 +246,11 @@ def help_text(doc: str, values: flags.FlagValues, with_config: bool) -> str:
         lines += ["", "fields (the default is the recipes' starting point):"]
         for name, (_, text) in FIELDS.items():
             lines.append(f"  --config.{name:32s} {text} (default {defaults.get(name)})")
-        lines.append("  --config.evals.NAME.FIELD                evaluators run while training")
+        lines.append(
+            "  --config.evals.NAME.FIELD                evaluators run while training; fields kind,"
+            " split (train or validation) and max_labels (about so many; unset: all)"
+        )
+        lines.append('\na duration is steps (300), "2ep", "10M tokens" or "5%" of the run')
     return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ class UserError(Exception):
     otherwise); any other exception is our bug and keeps its traceback.
     """
 
+    label = "error"  # what the message starts with
+
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
         self.code = code

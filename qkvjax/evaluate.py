@@ -59,7 +59,7 @@ def body(values: flags.FlagValues) -> None:
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             append_line(Path(values.workdir) / "evaluation.jsonl", line | {"date": date})
             print(
-                f"{line['task']}: {line['metric']} {line['value']:.6f} on {line['num_items']:,}"
+                f"{line['metric']} {line['value']:.6f} on {line['num_items']:,}"
                 f" labels of {line['data']} ({line['tokenizer']} tokens, pads"
                 f" {100 * line['pad_fraction']:.1f} %), step {step}"
             )

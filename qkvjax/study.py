@@ -60,6 +60,8 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
         return 0
     if values.measure:
         return measure_here(study)
+    if values.report_only and not (study.workdir / "study.json").exists():
+        raise UserError(f"there is no study in {study.workdir} to report: run it first")
     part = values.report_only or values.point is not None
     study.claim("qkvjax study " + shlex.join(arguments), keep_command=part)
     if values.point is not None:
@@ -68,9 +70,10 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
     if not values.report_only:
         with only_one(study.workdir):
             failed = run_all(study, arguments, jobs=values.jobs, max_seconds=values.max_seconds)
-    from qkvjax.analysis.report import write_report
+    from qkvjax.analysis.report import closing_lines, write_report
 
-    print(f"report: {write_report(study.workdir).resolve()}")
+    page = write_report(study.workdir)
+    print("\n".join(["", *closing_lines(study.workdir), "", f"report: {page.resolve()}"]))
     told = f"{failed} runs failed; the report names them, and the same command tries them again"
     if failed and not study.done():
         raise UserError(f"no run has finished: {told}")

@@ -67,7 +67,7 @@ def label(point: dict) -> str:
 
 def slug(text: str) -> str:
     """A label as a folder's name."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower().replace("=", "_")).strip("-.") or "run"
+    return re.sub(r"[^a-z0-9._=-]+", "-", text.lower()).strip("-.=") or "run"
 
 
 def identity_hash(identity: dict) -> str:

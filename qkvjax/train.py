@@ -6,7 +6,8 @@
   qkvjax train --config=configs/lm.py:depth=8 --dry_run      the cost table, and stop
 
 The workdir gets config.json, metrics.jsonl, checkpoints/STEP/, TensorBoard events and
-run.json. Exit codes: 0 done, 2 bad input, 44 diverged, 45 no intact checkpoint, 130 interrupted.
+run.json. SIGINT and SIGTERM save and end the run. Exit codes: 0 done, 2 bad input, 42 preempted and
+saved (SIGTERM), 44 diverged, 45 no intact checkpoint, 130 interrupted and saved.
 """
 
 from __future__ import annotations
@@ -33,10 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def body(values: flags.FlagValues) -> int:
     if values.dry_run:
         train(values.config, None)
-    else:
-        from qkvjax.training.run import open_workdir
+        return 0
+    from qkvjax.errors import UserError
+    from qkvjax.training.run import open_workdir
 
-        train(values.config, open_workdir(values.workdir))
+    there = values.workdir is not None and Path(values.workdir).exists()
+    workdir = open_workdir(values.workdir)
+    try:
+        train(values.config, workdir)
+    except UserError:
+        if not there and not any(workdir.iterdir()):
+            workdir.rmdir()  # a refused run leaves nothing
+        raise
     return 0
 
 
@@ -63,17 +72,20 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     from qkvjax.training.metrics import Metrics, check_wandb, read_lines, write_json
     from qkvjax.training.report import cost_table
     from qkvjax.training.run import check_workdir, only_one, prepare_run
+    from qkvjax.training.signals import stop_requests
 
     # ---- data, model, mesh ------------------------------------------------------------------
     check_wandb(config.train.wandb)
     run = prepare_run(config, log=log)
     log(cost_table(run))
+    if run.mesh.size < jax.device_count():
+        log(f"{run.mesh.size} of {jax.device_count()} devices are used: mesh.fsdp=-1 takes all")
     if workdir is None:
         return {}
     check_workdir(workdir, config, run.dataset.digest)
-    peak = host.peak_flops()
+    peak = host.peak_flops(run.mesh.size)
 
-    with only_one(workdir), jax.set_mesh(run.mesh):
+    with only_one(workdir), stop_requests() as stop, jax.set_mesh(run.mesh):
         # ---- state: restored or new -------------------------------------------------------------
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
         evaluators = make_evaluators(config, run.dataset, run.mesh)
@@ -136,6 +148,7 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
                 checkpoints=checkpoints,
                 metrics=metrics,
                 seconds=earlier[-1]["seconds"] if earlier else 0.0,
+                stop=stop,
                 log=log,
             )
         finally:

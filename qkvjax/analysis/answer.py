@@ -212,14 +212,19 @@ def _limits(summary: Summary) -> list[str]:
         )
     text += "."
     if is_sharing_study(summary):
-        text += _literature(base.num_params)
+        text += _literature(summary)
     return [text]
 
 
-def _literature(num_params: int | None) -> str:
+def _literature(summary: Summary) -> str:
     start = " For comparison, the paper reports"
-    if (num_params or 0) < _SMALL:
+    row = pure(summary, "q-k=v")
+    found = summary.relative(row.paired.mean) if row and row.paired else None
+    if found is not None and (summary.baseline.num_params or 0) < _SMALL:
         start = " Small, short runs overstate what tying costs: the paper reports"
+        if found <= paper_bits("q-k=v"):
+            start = " The gap moves with training, so that a small, short run may tell too much or"
+            start += " too little of it: the paper reports"
     return (
         f"{start} +3.1 % perplexity for Q-K=V at 300M parameters"
         f" ({formats.percent(paper_bits('q-k=v'))} of its bits, padding scored), and its authors’"

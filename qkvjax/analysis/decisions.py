@@ -45,7 +45,7 @@ def _best(wish: str, rows: list[Row]) -> Decision:
         if row is not best and (pair is None or pair.low is None or pair.low <= 0):
             rivals.append((row, pair))
     if not rivals:
-        more = ", better than every other" if len(rows) > 1 else ", the only candidate"
+        more = ", better than every other" if len(rows) > 1 else ", the only one that finished"
         return Decision(wish, best.label, score + more, True)
     names = formats.listed([row.label for row, _ in rivals])
     needed = _more([(pair, 0.0) for _, pair in rivals])

@@ -8,8 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkvjax.analysis import claims, decisions, formats, plots, records, report_html, report_md
-from qkvjax.analysis.answer import answer
+from qkvjax.analysis import (
+    claims,
+    columns,
+    decisions,
+    formats,
+    plots,
+    records,
+    report_html,
+    report_md,
+)
+from qkvjax.analysis.answer import answer, measured_difference
 from qkvjax.analysis.appendix import what_was_run
 from qkvjax.analysis.document import (
     Box,
@@ -68,6 +77,21 @@ def build(summary: Summary, figures: dict[str, str]) -> list:
         *_claims(summary),
         *what_was_run(summary),
     ]
+
+
+def closing_lines(workdir: Path) -> list[str]:
+    """A small table for the terminal: a line a variant, and how it compares."""
+    summary = summarize(records.read(Path(workdir)))
+    rows = []
+    for row in summary.rows:
+        score = formats.bits(row.score.mean) if row.score else formats.NONE
+        told, word = "", "baseline" if row is summary.baseline else "no finished run"
+        if row.paired:
+            told, word = measured_difference(summary, row), row.paired.verdict
+            word = word if row.paired.low is not None else "no interval"
+        rows.append([row.label, told, score, word])
+    header = [("variant",), ("difference of the bits",), ("bits per byte",), ("verdict",)]
+    return columns.table(header, rows)
 
 
 def verdict(word: str) -> Cell:
@@ -138,15 +162,15 @@ def _tables(summary: Summary) -> list:
     )  # fmt: skip
     parts = [quality, costs]
     if summary.marks:
-        columns = ["Variant"]
+        heads = ["Variant"]
         for mark in summary.marks:
-            columns += [f"Steps to {mark:.3f}", f"Time to {mark:.3f}"]
+            heads += [f"Steps to {mark:.3f}", f"Time to {mark:.3f}"]
         where = "what the worst variant ended with"
         if len(summary.marks) > 1:
             where = "what the worst variant had halfway through its steps, and ended with"
         parts.append(
             Table(
-                columns,
+                heads,
                 [[row.label, *_races(row)] for row in summary.rows],
                 left=("Variant",),
                 caption=f"Steps and training wall-clock to common losses: {where}. On the mean"
@@ -181,7 +205,7 @@ def _quality(summary: Summary, row: Row) -> list:
         bits,
         Cell(formats.difference(pair.mean), span),
         Cell(formats.percent(middle), part),
-        verdict(pair.verdict),
+        verdict(pair.verdict) if pair.low is not None else Cell("○ no interval", tone="quiet"),
         detectable,
         gap,
     ]

@@ -16,7 +16,7 @@ from flax import nnx
 
 from qkvjax.attention.position import rotate
 from qkvjax.attention.projection import Linear, RMSNorm, named_key
-from qkvjax.attention.score import Score
+from qkvjax.attention.score import Score, wide_times
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.kernels import dispatch
 from qkvjax.parallel import rules
@@ -79,11 +79,8 @@ class Attention(nnx.Module):
             for role in "qkv"
         }
         q = scored = self._scored("q", state["q"], positions)
-        if (
-            self.score is not None
-            and (factor := self.score.affine(positions, q.dtype)[0]) is not None
-        ):
-            q = q * factor
+        factor = None if self.score is None else self.score.affine(positions)[0]
+        q = q if factor is None else wide_times(q, factor)
         raw = spec.rotary_values == "raw"
         if spec.check_layout(layout) == "shared":
             return q, {"kv": state["k"] if raw else self._scored("k", state["k"], positions)}
@@ -108,13 +105,14 @@ class Attention(nnx.Module):
           q, k: [B, T, N, H] and [B, S, K, H], for their shapes.
           positions: int [B or 1, S], of the keys.
         """
-        column = None if self.score is None else self.score.affine(positions, k.dtype)[1]
+        column = None if self.score is None else self.score.affine(positions)[1]
         if column is None:
             return {}
         unscaled = q.shape[-1] ** 0.5  # the op divides by it
         ones = jax.numpy.ones_like
         return {
-            "q_pe": unscaled * ones(q[..., :1]), "k_pe": column[:, :, None, None] * ones(k[..., :1])
+            "q_pe": unscaled * ones(q[..., :1]),
+            "k_pe": wide_times(ones(k[..., :1]), column[:, :, None, None]),
         }  # fmt: skip
 
     def finish(self, out, positions) -> jax.Array:

@@ -34,7 +34,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = rules.matmul(x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else wide_add(y, self.bias[...])
+
+
+def wide_add(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """x + parameter in the dtype of x, added in float32 or wider: so is the parameter's gradient,
+    which sums over tokens."""
+    return (x + parameter.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -19,11 +19,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkvjax.attention.position import sincos
-from qkvjax.attention.projection import named_key
+from qkvjax.attention.projection import named_key, wide_add
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.parallel import rules
 
 ROLES = ("q", "k")
+
+
+def wide_times(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """x * parameter in the dtype of x, computed in float32 or wider, as `wide_add` adds."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(wide) * parameter.astype(wide)).astype(x.dtype)
 
 
 class Score(nnx.Module):
@@ -54,14 +60,14 @@ class Score(nnx.Module):
         """The state [B, T, N or K, H] of a role as it enters norm and rotation."""
         for name, _ in self.spec.modifiers:
             if name.startswith("role_"):
-                own = self.params[f"{name}_{role}"][...].astype(state.dtype)
-                state = state + own if name == "role_bias" else state * own
+                own = self.params[f"{name}_{role}"][...]
+                state = wide_add(state, own) if name == "role_bias" else wide_times(state, own)
         return state
 
-    def affine(self, positions: jax.Array, dtype) -> tuple[jax.Array | None, jax.Array | None]:
+    def affine(self, positions: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The factor a (scalar) and the columns c, [B, S] for key positions int [B, S].
 
-        None where no modifier gives any.
+        None where no modifier gives any; float32 or wider, as the parameters.
         """
         a, c = None, None
         add = lambda x, y: y if x is None else x + y  # noqa: E731
@@ -81,8 +87,7 @@ class Score(nnx.Module):
             if factor is not None:
                 a, c = times(a, factor), None if c is None else c * factor
             c = c if column is None else add(c, column)
-        cast = lambda x: None if x is None else x.astype(dtype)  # noqa: E731
-        return cast(a), cast(c)
+        return a, c
 
     def modified(self, scores, q_positions, k_positions) -> jax.Array:
         """S' [B, N, T, S] from S, to the letter, with the rows that softmax does not see.

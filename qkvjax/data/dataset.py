@@ -176,7 +176,7 @@ def _from_documents(source: Source, tokenizer: Tokenizer, flags, log) -> Dataset
     def make(folder):
         from qkvjax.data import builder  # imports TFDS
 
-        log(f"data: preparing {source.name} in {folder.parent}, once")
+        log(f"data: preparing {source.name} for seq_len={seq_len} in {folder.parent}, once")
         split = divide(source, whole)
         counts = {}
         rows = {
@@ -236,7 +236,7 @@ def _dataset(name, tokenizer, flags, content, num_documents, num_bytes, rows, la
         score_pads=score_pads,
         digest=digest,
         description=f"{name}, {num_documents:,} documents, {num_bytes / 1e6:.2f} MB, sha256"
-        f" {digest[:12]}; {counts}",
+        f" {content[:12]}; {counts}",
         num_documents=num_documents,
         num_train_tokens=labels.get("train", 0),
         num_validation_tokens=labels["validation"],

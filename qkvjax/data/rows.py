@@ -41,6 +41,8 @@ class PreparedRows:
         try:
             size, block = self._blocks
             rows = [block(int(i) // size)[int(i) % size] for i in indices]
+        except (IndexError, MemoryError):
+            raise
         except Exception as error:  # noqa: BLE001  (array_record, protobuf, TFDS: each its own)
             raise damaged(self.folder, error) from error
         return np.stack(rows).astype(np.int32)

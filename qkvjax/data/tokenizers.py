@@ -51,14 +51,14 @@ class Tokenizer:
         """int32 [num_ids]: bytes of the document that each id stands for."""
         return np.array([len(token) for token in self.table], np.int32)
 
-    def encode(self, document: bytes) -> np.ndarray:
-        """The ids of a document, int32 [n], without a separator.
+    def encode(self, document: bytes | str) -> np.ndarray:
+        """The ids of a document, int32 [n], without a separator; a str is taken as UTF-8.
 
         Raises:
           UserError: a BPE tokenizer and bytes that are not UTF-8, or a tokenizer that loses
             some of them.
         """
-        return self._encode(document)
+        return self._encode(document.encode() if isinstance(document, str) else document)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; separators are left out, bytes that are not UTF-8 become U+FFFD."""

@@ -75,11 +75,12 @@ class LanguageModel(nnx.Module):
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
         """int [B, T] -> [B, T, D]: token embedding plus what positions add at the input."""
         self.check_length(inputs.shape[1])
-        x = rules.embed(self.embedding[...].astype(dtype), inputs)
+        # Cast after the lookup: the gradient sums over tokens, which bfloat16 cannot.
+        x = rules.embed(self.embedding[...], inputs).astype(dtype)
         if self.spec.init != "normal":
             x = x * jnp.asarray(self.spec.d_model**0.5, dtype)  # unit variance into the stack
         if self.positions is not None:
-            x = x + rules.embed(self.positions[...].astype(dtype), positions)
+            x = x + rules.embed(self.positions[...], positions).astype(dtype)
         elif self.spec.position == "sincos":
             x = x + sincos(positions, self.spec.d_model).astype(dtype)
         return x
@@ -88,10 +89,11 @@ class LanguageModel(nnx.Module):
         """[B, T, D] -> [B, T, V] in float32 or wider."""
         x = self.norm(x)
         if self.head is None:
-            y = rules.matmul(x, rules.gather(self.embedding[...]).T.astype(x.dtype))
+            weight = rules.gather(self.embedding[...]).T
         else:
-            y = self.head(x)
-        return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+            weight = self.head.weight[...]
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # what the product is summed and kept in
+        return rules.matmul(x, weight.astype(x.dtype), wide)
 
     def check_length(self, length: int) -> None:
         """Raises UserError when `length` positions exceed what the model has numbers for."""

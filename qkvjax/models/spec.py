@@ -31,7 +31,7 @@ class ModelSpec:
       layers: one AttentionSpec a layer.
       max_length: rows of the learned position table, and of scores that have a limit.
       position: "none", "learned", "sincos" (added to the embedding) or "rope".
-      norm: "layernorm" (gain, and a bias where use_bias or the paper's init) or "rmsnorm".
+      norm: "layernorm" (gain, and a bias where use_bias) or "rmsnorm".
       mlp: "gelu" (two matrices) or "swiglu" (three).
       d_ff: F.
       dropout: rate on the embedding and on both residual branches, in training.

@@ -108,9 +108,9 @@ def device_name() -> str:
     return f"CPU, {platform.processor() or platform.machine()}"
 
 
-def peak_flops() -> float | None:
-    """Dense bfloat16 FLOP/s of all devices, or None where the kind is not in the table."""
+def peak_flops(num_devices: int = 1) -> float | None:
+    """Dense bfloat16 FLOP/s of so many devices, or None where the kind is not in the table."""
     import jax
 
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return peak * jax.device_count() if peak else None
+    return peak * num_devices if peak else None

@@ -60,6 +60,7 @@ class Study:
                 "the config has no grid: its group `study` needs points (see qkvjax.sweep), as in"
                 " configs/quickstart.py"
             )
+        self._digests: dict[tuple, str | None] = {}
         self.title = options.get("title", "A study")
         self.prompt = options.get("prompt", "")
         seeds = options.get("seeds", 3)
@@ -70,6 +71,11 @@ class Study:
             )
         self.seeds = [config.seed + i for i in range(seeds)]
         self.base = {k: v for k, v in configs.to_dict(config).items() if k != "study"}
+        if config.train.max_seconds is not None:
+            raise UserError(
+                "train.max_seconds would give slower variants fewer steps: unset it, and use the"
+                " study's own --max_seconds"
+            )
         points = options["points"]
         if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
             raise UserError(
@@ -124,6 +130,21 @@ class Study:
         data = configs.from_dict(self.base).data
         return prepare(data.source, data.tokenizer, data.seq_len, data.score_pads, log=print)
 
+    def digest(self, task: Task) -> str | None:
+        """The digest of a task's data; None when it cannot be prepared, which its run will tell."""
+        if not any(name.startswith("data.") for name in task.overrides):
+            return self.dataset.digest
+        from qkvjax.data.dataset import prepare
+
+        data = task.config.data
+        key = (data.source, data.tokenizer, data.seq_len, data.score_pads)
+        if key not in self._digests:
+            try:
+                self._digests[key] = prepare(*key).digest
+            except UserError:
+                self._digests[key] = None
+        return self._digests[key]
+
     @property
     def results(self) -> Path:
         return self.workdir / "results.jsonl"
@@ -133,11 +154,12 @@ class Study:
         return read_lines(self.results, status=str, identity=str, data_digest=str)
 
     def done(self) -> dict[str, dict]:
-        """Identity -> the line of each finished run on this data."""
+        """Identity -> the line of each finished run on its data as they are now."""
+        digests = {task.identity: self.digest(task) for task in self.tasks}
         return {
             line["identity"]: line
             for line in self.lines()
-            if line["status"] == "done" and line["data_digest"] == self.dataset.digest
+            if line["status"] == "done" and line["data_digest"] == digests.get(line["identity"])
         }
 
     def pending(self) -> list[Task]:
@@ -150,7 +172,7 @@ class Study:
         done = self.done()
         failed = {line["identity"] for line in self.lines() if line["status"] == "failed"}
         width = max(len(label) for label in self.labels)
-        lines = ["point  state    seed  identity      label"]
+        lines = [f"point  state    seed  identity      {'label':<{width}}  folder"]
         for task in self.tasks:
             state = (
                 "done" if task.identity in done else "failed" if task.identity in failed else "-"
@@ -179,10 +201,11 @@ class Study:
             lines = configs.differing(before, now)
             if old["data"]["digest"] != self.dataset.digest:
                 lines.append(f"data: {old['data']['digest'][:12]} -> {self.dataset.digest[:12]}")
-            if lines:
+            if lines and self.lines():
                 raise UserError(
-                    f"{self.workdir} holds a study with another base; choose another --workdir, or"
-                    " go on with its own values:\n  " + "\n  ".join(lines)
+                    f"{self.workdir} holds runs of a study with another base; choose another"
+                    " --workdir, delete this one, or go on with its own values:\n  "
+                    + "\n  ".join(lines)
                 )
         measured = read_json(self.workdir / "measurements.json")
         dataset = self.dataset

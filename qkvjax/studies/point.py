@@ -8,6 +8,7 @@ from qkvjax.errors import UserError
 from qkvjax.studies.grid import Study, Task
 from qkvjax.training.loop import DIVERGED
 from qkvjax.training.metrics import append_line, read_json, read_lines
+from qkvjax.training.signals import Stopped
 
 SAMPLE_TOKENS = 240
 
@@ -26,6 +27,8 @@ def train_point(study: Study, number: int) -> int:
         return 0
     try:
         append_line(study.results, _train(study, task))
+    except Stopped:
+        raise  # saved; the next start goes on with it
     except Exception as error:
         append_line(study.results, failure(study, task, f"{type(error).__name__}: {error}"))
         raise
@@ -39,7 +42,7 @@ def heading(study: Study, task: Task) -> dict:
         "overrides": task.overrides,
         "seed": task.seed,
         "identity": task.identity,
-        "data_digest": study.dataset.digest,
+        "data_digest": study.digest(task) or "",
         "workdir": task.folder,
     }
 
@@ -100,13 +103,13 @@ def _sample(study: Study, task: Task, folder) -> str:
     from qkvjax.training.restore import load_model
 
     model, tokenizer, config, _ = load_model(folder)
-    prompt = prompt_ids(tokenizer, study.prompt)
-    room = config.data.seq_len - len(prompt) if model.spec.bounded else None
+    prompt = prompt_ids(tokenizer, study.prompt)[: config.data.seq_len - 1]
+    room = config.data.seq_len - len(prompt) if model.spec.bounded else SAMPLE_TOKENS
     made = generate(
         model,
         prompt,
         num_ids=tokenizer.num_ids,
-        max_tokens=max(1, min(SAMPLE_TOKENS, room or SAMPLE_TOKENS)),
+        max_tokens=min(SAMPLE_TOKENS, room),
         temperature=0.8,
         seed=task.seed,
         dtype=config.train.compute_dtype,

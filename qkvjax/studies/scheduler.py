@@ -21,7 +21,7 @@ from qkvjax.studies.point import failure
 from qkvjax.training.loop import duration
 from qkvjax.training.metrics import append_line, read_json, write_json
 
-OVERHEAD_SECONDS = 12.0  # of a run's process: imports, compilation, evaluations, saving
+OVERHEAD_SECONDS = 16.0  # of a run's process: imports, compilation, evaluations, saving
 POLL_SECONDS = 0.5
 TERMINATED = 143  # what the shell says of a program that SIGTERM ended
 
@@ -75,20 +75,22 @@ def run_all(
                     continue
                 free = next(slot for slot in range(jobs) if slot not in running)
                 core = cores[free % len(cores)] if on_cpu and jobs > 1 else None
-                running[free] = (task, _start(study, task, arguments, core), time.monotonic())
+                known = len(study.lines())
+                process = _start(study, task, arguments, core)
+                running[free] = (task, process, time.monotonic(), known)
             time.sleep(POLL_SECONDS)
-            for slot, (task, process, since) in list(running.items()):
+            for slot, (task, process, since, known) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[slot]
-                line = _outcome(study, task, process.returncode)
+                line = _outcome(study, task, process.returncode, known)
                 failed += line["status"] == "failed"
                 live.finished(task, line, time.monotonic() - since)
-            live.show([task for task, _, _ in running.values()])
+            live.show([task for task, *_ in running.values()])
     except BaseException:
-        for _, process, _ in running.values():
+        for _, process, *_ in running.values():
             process.terminate()
-        for _, process, _ in running.values():
+        for _, process, *_ in running.values():
             process.wait()
         raise
     finally:
@@ -153,9 +155,12 @@ def _door(arguments: list[str], flag: str) -> tuple[list[str], dict]:
     return command, {"env": os.environ | {"PYTHONPATH": paths}}
 
 
-def _outcome(study: Study, task: Task, code: int) -> dict:
-    """The run's line; a process that died without writing one gets a line here."""
-    lines = [line for line in study.lines() if line["identity"] == task.identity]
+def _outcome(study: Study, task: Task, code: int, known: int) -> dict:
+    """The run's line; a process that died without writing one gets a line here.
+
+    The first `known` lines of the results are of earlier attempts.
+    """
+    lines = [line for line in study.lines()[known:] if line["identity"] == task.identity]
     if lines and (code == 0) == (lines[-1]["status"] == "done"):
         return lines[-1]
     log = study.workdir / task.folder / "train.log"

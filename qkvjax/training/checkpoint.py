@@ -8,6 +8,7 @@ not notice flipped bits in array data; the fingerprints, checked on restore, do.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
@@ -170,6 +171,8 @@ class Checkpoints:
                 step, args=ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()})
             )[_MANIFEST]
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            if getattr(error, "errno", None) in _PASSING:
+                raise
             raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
         if not isinstance(saved, dict) or saved != _signed(saved.get("arrays")):
             raise Damaged("its manifest is not what was saved")
@@ -216,6 +219,10 @@ class Checkpoints:
             self._open_manager = None
 
 
+# Trouble of the machine, not of a file: condemning intact checkpoints for it would cost a run.
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ETIMEDOUT}
+
+
 class Damaged(Exception):
     """A checkpoint that cannot be read or whose arrays are not what was saved."""
 
@@ -238,6 +245,8 @@ def _damage():
             # Orbax raises the bare Exception for array data.
             known = (ValueError, OSError, KeyError, TypeError, AttributeError)
             if not isinstance(error, known) and type(error) is not Exception:
+                raise
+            if getattr(error, "errno", None) in _PASSING:
                 raise
             damage = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         if damage:

@@ -12,6 +12,7 @@ import numpy as np
 
 from qkvjax.errors import UserError
 from qkvjax.parallel import rules
+from qkvjax.training.signals import Stopped
 
 DIVERGED = 44
 Evaluator = Callable[[object], Mapping[str, float]]
@@ -52,6 +53,42 @@ class Clock:
         self._since = time.perf_counter()
 
 
+class Window:
+    """Means of the steps since the last line. Values stay on the device, where nothing waits for
+    them, until there are many or a mean is asked for."""
+
+    MANY = 1024
+
+    def __init__(self):
+        self._waiting: list[dict] = []
+        self._loss, self._norm, self._count, self._rate = 0.0, 0.0, 0, 0.0
+
+    def add(self, values: dict[str, jax.Array]) -> None:
+        """Takes note of a step's loss, grad_norm and learning_rate."""
+        self._waiting.append(values)
+        if len(self._waiting) == self.MANY:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        for record in jax.device_get(self._waiting):
+            self._loss += float(record["loss"])
+            self._norm += float(record["grad_norm"])
+            self._rate = float(record["learning_rate"])
+        self._count += len(self._waiting)
+        self._waiting = []
+
+    def mean(self) -> dict[str, float]:
+        """Means of loss and norm and the last learning rate; a new window begins."""
+        self._fetch()
+        mean = {
+            "train/loss": self._loss / self._count,
+            "train/grad_norm": self._norm / self._count,
+            "train/learning_rate": self._rate,
+        }
+        self._loss, self._norm, self._count = 0.0, 0.0, 0
+        return mean
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether something done each `every` steps (0: never) is due after `step` of `last`."""
     return step == last or bool(every) and step % every == 0
@@ -75,6 +112,7 @@ def fit(
     checkpoints,
     metrics,
     seconds: float = 0.0,
+    stop: Callable[[], int | None] = lambda: None,
     log: Callable[[str], None] = print,
 ):
     """Trains from `state.step` to `steps`.
@@ -83,16 +121,18 @@ def fit(
       train_step: compiled (state, batch) -> (state, metrics).
       make_batch: step -> host arrays, for any step.
       seconds: training seconds that earlier parts of the run took.
+      stop: asked after each step; an exit code means to save and raise Stopped.
       evaluators: name -> (state -> metrics), each written as "name/metric".
 
     Raises:
       UserError: the loss is no finite number (code 44); nothing is saved then.
+      Stopped: `stop` asked for it, before the last step; the state is saved.
 
     Returns:
       (state, summary): the summary has step, seconds and the last evaluation's metrics.
     """
     start = int(state.step)
-    clock, began, waiting = Clock(seconds), time.perf_counter(), []
+    clock, began, window = Clock(seconds), time.perf_counter(), Window()
     summary: dict[str, float] = {}
     since_step, since_seconds = start, seconds
     bar, log = _progress_bar(start, steps, log)
@@ -101,16 +141,18 @@ def fit(
     for batch in prefetch(make_batch, start, steps):
         state, values = train_step(state, place(batch, mesh))
         step += 1
-        waiting.append(values)  # on the device: nothing waits for the step to end
+        window.add(values)
         out_of_time = max_seconds is not None and time.perf_counter() - began >= max_seconds
-        last = step if out_of_time else steps
+        code = stop()
+        last = step if out_of_time or code else steps
         bar(step)
-        wants_eval = bool(evaluators) and due(step, eval_every, last)
+        # Who asks to stop does not wait for an evaluation.
+        wants_eval = bool(evaluators) and due(step, eval_every, steps if code else last)
         wants_save = due(step, checkpoint_every, last)
         # A save closes the window of means, so that a resumed run writes the same lines.
         wants_log = wants_save or due(step, log_every, last)
         if step == start + 1 and not wants_log:
-            # The first step compiles; it would spoil the first line's speed.
+            # The first step touches everything once; it would spoil the first line's speed.
             jax.block_until_ready(state.step)
             clock.pause()
             since_step, since_seconds = step, clock.spent
@@ -122,8 +164,7 @@ def fit(
         clock.pause()
         line: dict[str, float] = {"seconds": clock.spent, "tokens": step * tokens_per_step}
         if wants_log:
-            line |= _mean(jax.device_get(waiting))
-            waiting = []
+            line |= window.mean()
             passed = max(clock.spent - since_seconds, 1e-9)
             speed = (step - since_step) * tokens_per_step / passed if step > since_step else 0.0
             since_step, since_seconds = step, clock.spent
@@ -139,30 +180,26 @@ def fit(
         if wants_log or wants_eval:
             left = (steps - step) * tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
             log(_log_line(step, steps, line, left if wants_log and not out_of_time else None))
-        if not np.isfinite(line.get("train/loss", 0)):
+        if not np.isfinite([line.get("train/loss", 0), line.get("train/grad_norm", 0)]).all():
             raise UserError(
-                f"training diverged: the loss is no finite number by step {step}; lower"
+                f"training diverged: loss or gradient is no finite number by step {step}; lower"
                 " optimizer.learning_rate (the checkpoints that are there are of before)",
                 code=DIVERGED,
             )
         if wants_save:
             checkpoints.save(step, state)
         clock.go()
+        if code and step < steps:
+            bar(None)
+            checkpoints.wait()
+            told = f"saved after step {step} of {steps}: the same command goes on from there"
+            raise Stopped(told, code)
         if out_of_time and step < steps:
             log(f"stopped after {max_seconds:g} s, as train.max_seconds says")
             break
     bar(None)
     checkpoints.wait()
     return state, summary | {"step": step, "seconds": clock.spent}
-
-
-def _mean(records: list[dict]) -> dict[str, float]:
-    """Means of a window of steps; the learning rate is the last step's."""
-    return {
-        "train/loss": float(np.mean([r["loss"] for r in records])),
-        "train/grad_norm": float(np.mean([r["grad_norm"] for r in records])),
-        "train/learning_rate": float(records[-1]["learning_rate"]),
-    }
 
 
 def _log_line(step: int, steps: int, line: Mapping[str, float], left: float | None) -> str:

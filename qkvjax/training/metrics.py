@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -97,11 +98,13 @@ def write_json(path: Path, value) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    # A name of its own: on a network folder two machines may have equal process numbers.
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         draft.write_text(text)
         draft.replace(path)
     except OSError as error:
+        draft.unlink(missing_ok=True)
         raise _unwritable(path, error) from None
 
 

@@ -60,7 +60,7 @@ class Run:
 
     def init(self):
         """The state before the first step, on the mesh."""
-        # Drawn without a mesh and placed afterwards: initial values do not depend on it.
+        # Drawn whole and placed afterwards: initial values do not depend on the mesh.
         state = jax.jit(lambda: init_state(self.spec, self.optimizer, self.config.seed))()
         return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
 
@@ -178,7 +178,8 @@ def check_workdir(workdir: Path, config, digest: str) -> None:
         if lines:
             raise UserError(
                 f"{workdir} holds a run with another configuration; choose another --workdir, or"
-                " go on with its own values:\n  " + "\n  ".join(lines)
+                " go on with its own values (train.steps may grow under the schedules wsd and"
+                " constant):\n  " + "\n  ".join(lines)
             )
         facts = read_json(workdir / "run.json")
         if facts:

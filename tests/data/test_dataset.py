@@ -166,7 +166,7 @@ def test_the_copy_is_array_record_and_is_found_again(corpus, data_folder, data):
     lines = []
     again = prepare(f"text:{corpus}", "bytes", 16, log=lines.append)
     assert len(lines) == 1
-    assert "40 documents" in lines[0] and again.digest[:12] in lines[0]
+    assert "40 documents" in lines[0] and again.description in lines[0]
     assert len(list(data_folder.glob("text-*"))) == 1
     assert len(list(data_folder.glob("text-*/packed_tokens/1.0.0/*.array_record*"))) == 2
     assert not list(data_folder.glob(".*.partial"))

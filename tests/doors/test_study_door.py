@@ -316,7 +316,7 @@ def test_a_torn_line_of_results_is_trained_again(study, by_points, copy, lines):
 def test_another_base_is_refused(study, by_points, checksums):
     before = checksums(by_points)
     told = study(by_points, "--point=0", "--config.optimizer.b1=0.8", "--config.seed=1")
-    assert told.code == 2 and "holds a study with another base" in told.err
+    assert told.code == 2 and "holds runs of a study with another base" in told.err
     assert "optimizer.b1: 0.9 -> 0.8" in told.err and "seed: 0 -> 1" in told.err
     assert checksums(by_points) == before
 

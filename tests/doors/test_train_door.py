@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -176,6 +180,28 @@ def test_max_seconds_saves_and_the_next_start_goes_on(door, tied, tied_flags, tm
     told = door("train", *flags)
     assert told.code == 0 and "resumed after step 1 of 20" in told.out
     assert state_digest(tmp_path, 20) == state_digest(tied, 20)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+def test_a_signal_saves_and_the_next_start_goes_on(recipe, door, tmp_path, lines, number, code):
+    flags = [f"--config={recipe}", f"--workdir={tmp_path}", "--config.train.eval_every=0"]
+    flags += ["--config.optimizer.schedule=constant", "--config.train.checkpoint_every=0"]
+    command = [sys.executable, "-m", "qkvjax.train", *flags, "--config.train.steps=1000000"]
+    run = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(number)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == code, told
+    step = lines(metrics)[-1]["step"]
+    assert told == f"stopped: saved after step {step} of 1000000: the same command goes on from" \
+        " there\n"  # fmt: skip
+    again = door("train", *flags, f"--config.train.steps={step + 1}")
+    assert again.code == 2  # fewer steps than before are another run
+    restored = qkvjax.load(tmp_path)
+    assert restored[2].train.steps == 1_000_000
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step)]
 
 
 def test_damage_is_passed_over_set_aside_and_made_good(door, tied, tied_flags, copy, damage, lines):

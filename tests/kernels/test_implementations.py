@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import dispatch
+from qkvjax.kernels import dispatch, xla
 
 B, T, N, H, P = 2, 13, 4, 6, 3
 OTHERS = [name for name in dispatch.IMPLEMENTATIONS if name != "reference"]
@@ -41,6 +41,36 @@ def looped(q, k, v, q_pe, k_pe, *, causal, window, segments, scale, softcap):
                 weights[j] = math.exp(softcap * math.tanh(score / softcap))
         out[b, i, n] = sum(w * v[b, j, g] for j, w in weights.items()) / sum(weights.values())
     return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 5])
+@pytest.mark.parametrize("impl", OTHERS)
+def test_tiles_of_queries_are_the_whole(monkeypatch, impl, window):
+    """Tiles of 4 queries: windows inside, at and across their edges, the last tile cut short."""
+    monkeypatch.setattr(xla, "SMALLEST_TILE", 4)
+    *qkv, q_pe, k_pe = inputs(2)
+    options = {"window": window, "segment_ids": SEGMENTS, "q_pe": q_pe, "k_pe": k_pe}
+
+    def total(q, k, v, impl):
+        out = dispatch.attention(q, k, v, impl=impl, **options)
+        return jnp.sum(jnp.sin(out)), out
+
+    found, expected = (
+        jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv, name) for name in (impl, "reference")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), found, expected)
+
+
+@pytest.mark.parametrize("length", [65, 130, 257])
+def test_long_sequences_are_tiled_as_they_are(length):
+    q, k = (
+        jax.random.normal(key, (1, length, 2, 4)) for key in jax.random.split(jax.random.key(1))
+    )
+    for window in (None, 64, 66):
+        found, expected = (
+            dispatch.attention(q, k, window=window, impl=impl) for impl in ("xla", "reference")
+        )
+        np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
 @pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)

@@ -184,3 +184,31 @@ def test_every_branch_of_every_layer_draws_its_own_mask(tiny):
     masks = np.asarray(stack(x, positions, key=jax.random.key(4))) / 2
     assert set(np.unique(masks)) == {0, 1, 2, 3, 4}
     assert abs(masks.var() - 1) < 0.1  # 2 or 4 if layers or branches shared a mask
+
+
+# ---- bfloat16 -------------------------------------------------------------------------------
+
+
+def test_bfloat16_sums_gradients_over_tokens_in_float32(model):
+    """Tables, biases and score modifiers get their gradients from every token: near float32's."""
+    m = model(
+        position="learned", use_bias=True, seq_len=64, tie_embeddings=False, num_layers=1,
+        score=("score_scale", "role_bias", "column_bias"),
+    )  # fmt: skip
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, 3, (16, 64)))  # few ids, often
+
+    def loss(m, dtype):
+        logits = m(ids, dtype=dtype)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
+
+    full, half = (jax.jit(jax.grad(loss), static_argnums=1)(m, d) for d in ("float32", "bfloat16"))
+    for name in ("embedding", "positions"):
+        a, b = (np.asarray(getattr(g, name)[...]) for g in (full, half))
+        assert np.linalg.norm(a - b) < 0.03 * np.linalg.norm(a), name
+    for read in (
+        lambda g: g.stack.blocks[0].attention.output.bias[...],
+        lambda g: g.stack.blocks[0].mlp.down.bias[...],
+        lambda g: g.stack.blocks[0].attention.score.params["scale"][...],
+    ):
+        a, b = (np.asarray(read(g)) for g in (full, half))
+        assert np.linalg.norm(a - b) < 0.08 * np.linalg.norm(a)

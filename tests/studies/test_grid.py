@@ -81,6 +81,9 @@ def test_done_is_by_identity_and_data(study, tmp_path):
     assert states == ["done", "failed", "-", "done", "-", "-"]
 
 
+RUN = {"status": "failed", "identity": "0", "data_digest": "0"}
+
+
 def test_claim_keeps_the_base(study):
     made = study(SHARED)
     made.claim("first")
@@ -90,12 +93,17 @@ def test_claim_keeps_the_base(study):
     assert [p["label"] for p in record["points"]] == ["QKV", "Q-K=V", "Q=K=V"]
     # Another grid or more seeds of the same base go on in the same workdir; another base does not.
     study(SHARED[:2], seeds=4).claim("third")
+    study(SHARED, optimizer__b1=0.7).claim("no run is there yet: nothing is lost")
+    study(SHARED).claim("first")
+    append_line(made.results, RUN)
     with pytest.raises(UserError, match="another base.*\n  optimizer.b1: 0.9 -> 0.8"):
         study(SHARED, optimizer__b1=0.8).claim("fourth")
 
 
 def test_claim_notices_other_data(study, tmp_path):
-    study(SHARED).claim("first")
+    made = study(SHARED)
+    made.claim("first")
+    append_line(made.results, RUN)
     (tmp_path / "book.txt").write_text("something else altogether. " * 50)
     with pytest.raises(UserError, match="data: [0-9a-f]{12} -> [0-9a-f]{12}"):
         study(SHARED).claim("second")

@@ -1,0 +1,46 @@
+"""Parts of the training loop."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkvjax.training.loop import Window, due, duration, prefetch
+
+
+def step(i):
+    return {name: jnp.float32(i * k) for name, k in
+            (("loss", 1.0), ("grad_norm", 2.0), ("learning_rate", 3.0))}  # fmt: skip
+
+
+def test_a_window_keeps_few_values_and_means_all_of_them():
+    window = Window()
+    for i in range(2500):
+        window.add(step(i))
+        assert len(window._waiting) < Window.MANY
+    found = window.mean()
+    assert found == {
+        "train/loss": np.mean(range(2500)), "train/grad_norm": 2 * np.mean(range(2500)),
+        "train/learning_rate": 3 * 2499,
+    }  # fmt: skip
+    window.add(step(7))
+    assert window.mean()["train/loss"] == 7  # of the new window alone
+
+
+def test_batches_come_in_order_and_none_too_many():
+    made = []
+    for i in prefetch(lambda i: made.append(i) or i, 3, 7):
+        assert i <= made[-1] <= min(i + 1, 6)
+    assert made == [3, 4, 5, 6]
+    assert list(prefetch(lambda i: i, 5, 5)) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "every", "last", "is_due"),
+    [(4, 2, 9, True), (5, 2, 9, False), (9, 2, 9, True), (4, 0, 9, False), (9, 0, 9, True)],
+)
+def test_what_is_due(at, every, last, is_due):
+    assert due(at, every, last) == is_due
+
+
+def test_durations_read_well():
+    assert [duration(s) for s in (47.6, 200, 7500)] == ["48 s", "3 min 20 s", "2 h 05 min"]
