@@ -8,6 +8,16 @@
 shape of the table below. Two recipes: `modern` (RMSNorm, RoPE, SwiGLU, query-key norm, no
 biases) and `paper` (pre-LayerNorm, GELU, learned positions, biases, N(0, 0.02^2)).
 
+  size    modern         paper          sequence  sequences a step  steps (20 tokens a parameter)
+  30m     30,160,512     30,160,896     512       64                6,480
+  124m    125,358,336    124,475,904    1024      512               3,240
+  300m    308,456,960    305,534,976    2048      1152              2,133
+  350m    359,845,888    354,871,296    1024      512               11,520
+  1.2b    1,233,482,496  1,215,102,976  2048      576               18,773
+
+Sizes read GPT-2 tokens from data/ and its BPE from data/gpt2; a depth trains on the interpreter's
+own library (depth=2 has 435,968 parameters, depth=4 3,281,664). No size has been trained yet.
+
 Learning rate of the modern recipe: 3e-3 at width 256, falling as width^-1/2; the paper's is
 its own, 2e-4 at 300m and 6e-5 at 1.2b.
 """
