@@ -164,9 +164,7 @@ class Metrics:
         self.path = workdir / "metrics.jsonl"
         kept = [record for record in read_lines(self.path, step=int) if record["step"] <= start]
         if self.path.exists():
-            draft = self.path.with_name(".metrics.jsonl")
-            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            draft.replace(self.path)
+            write_lines(self.path, kept)
         self._events = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start + 1 if start else None
         )
