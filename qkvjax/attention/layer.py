@@ -15,8 +15,8 @@ import jax
 from flax import nnx
 
 from qkvjax.attention.position import rotate
-from qkvjax.attention.projection import Linear, RMSNorm, named_key
-from qkvjax.attention.score import Score, wide_times
+from qkvjax.attention.projection import Linear, RMSNorm, named_key, wide_times
+from qkvjax.attention.score import Score
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.kernels import dispatch
 from qkvjax.parallel import rules

@@ -43,6 +43,12 @@ def wide_add(x: jax.Array, parameter: jax.Array) -> jax.Array:
     return (x + parameter.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
+def wide_times(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """x * parameter in the dtype of x, computed in float32 or wider, as `wide_add` adds."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(wide) * parameter.astype(wide)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * gain over the last axis (Zhang & Sennrich 2019), in float32."""
 

@@ -19,17 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkvjax.attention.position import sincos
-from qkvjax.attention.projection import named_key, wide_add
+from qkvjax.attention.projection import named_key, wide_add, wide_times
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.parallel import rules
 
 ROLES = ("q", "k")
-
-
-def wide_times(x: jax.Array, parameter: jax.Array) -> jax.Array:
-    """x * parameter in the dtype of x, computed in float32 or wider, as `wide_add` adds."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (x.astype(wide) * parameter.astype(wide)).astype(x.dtype)
 
 
 class Score(nnx.Module):
