@@ -29,7 +29,7 @@ DOORS = {
 }
 INTERRUPTED = 130
 READER_LEFT = 141  # what the shell says of a program that SIGPIPE ended
-STUDY_FIELDS = ("points", "seeds", "prompt", "title")
+STUDY_FIELDS = ("points", "settings", "seeds", "reference", "prompt", "title")
 
 
 def entry() -> None:

@@ -23,7 +23,7 @@ ANY, INT, FLOAT, STR = (config_dict.placeholder(t) for t in (object, int, float,
 # name: (default, help). ANY takes a duration: steps, or "2ep", "10M tokens", "5%".
 FIELDS = {
     "seed": (0, "initial values, data order and dropout all follow from it"),
-    "model.kind": ("lm", "what is built: lm"),
+    "model.kind": ("lm", "what is built: lm (causal), encoder (bidirectional) or vit"),
     "model.d_model": (128, "D, width of the residual stream"),
     "model.num_layers": (4, "L, blocks of attention and feed-forward"),
     "model.num_heads": (4, "N, query heads"),
@@ -31,6 +31,8 @@ FIELDS = {
     "model.head_dim": (INT, "H, width of a head; unset means d_model / num_heads"),
     "model.sharing": ("q-k-v", "roles that share a projection: q-k-v q-k=v q=k-v q=v-k q=k=v"),
     "model.position": ("rope", "none, learned, sincos or rope"),
+    "model.position_std": (FLOAT, "of initial learned positions; unset follows model.init"),
+    "model.max_length": (INT, "positions there is room for; unset means data.seq_len"),
     "model.rotary_values": ("raw", "V when it shares a rotated role: raw rotated unrotated_output"),
     "model.rotary_fraction": (1.0, "part of each head that is rotated"),
     "model.rotary_base": (10_000.0, "base of the rotary frequencies"),
@@ -41,21 +43,25 @@ FIELDS = {
     "model.norm": ("rmsnorm", "rmsnorm or layernorm, before each branch"),
     "model.mlp": ("swiglu", "swiglu or gelu"),
     "model.mlp_ratio": (2.75, "feed-forward width over d_model, rounded to a multiple of 8"),
-    "model.dropout": (0.0, "rate on the embedding and on both residual branches"),
+    "model.dropout": (0.0, "rate on the embedding and both residual branches (vit: both"
+                      " feed-forward maps)"),
+    "model.patch_size": (4, "pixels of a side of a patch; vit only"),
     "model.use_bias": (False, "biases on linear maps and LayerNorm"),
     "model.tie_embeddings": (True, "the output head is the embedding, transposed"),
-    "model.init": ("fan_in", "normal: N(0, 0.02^2); fan_in: N(0, 1/fan_in), outputs / sqrt(2 L)"),
+    "model.init": ("fan_in", "normal: N(0, 0.02^2); fan_in: N(0, 1/fan_in), outputs / sqrt(2 L);"
+                   " uniform: as torch.nn.Linear"),
     "model.layer_overrides": ((), "a repeating pattern: a tuple of dicts, one a layer"),
-    "data.source": ("stdlib", "stdlib, text:PATH, jsonl:PATH#field, parquet:PATH#column,"
-                    " tokens:PATH, kjv, tfds:NAME"),
+    "data.source": ("stdlib", "stdlib text: jsonl: parquet: tokens: kjv tfds:, or examples:"
+                    " synthetic: digits npz: idx: anomaly"),
     "data.tokenizer": ("bytes", "bytes, bpe:PATH (tokenizer.json) or gpt2:PATH (folder)"),
     "data.seq_len": (256, "T, tokens of a training sequence"),
     "data.batch_size": (16, "sequences of a step, over all devices and micro-batches"),
     "data.score_pads": (False, "one padded document a sequence, pads scored: the paper's artefact"),
+    "data.augment": ("none", "of training images: none or crop_flip"),
     "optimizer.name": ("adamw", "adamw"),
     "optimizer.learning_rate": (3e-3, "the peak"),
     "optimizer.final_learning_rate": (3e-4, "where the schedule ends"),
-    "optimizer.schedule": ("cosine", "cosine, wsd (falls in the last fifth) or constant"),
+    "optimizer.schedule": ("cosine", "cosine, wsd (falls at the end), multistep or constant"),
     "optimizer.warmup_steps": (ANY, "a duration; the learning rate rises linearly"),
     "optimizer.weight_decay": (0.1, "decoupled, times the learning rate"),
     "optimizer.decay": ("matrices", "what decays: matrices, or all as in the paper"),
@@ -94,6 +100,9 @@ EVALUATOR_FIELDS = ("kind", "split", "max_labels")
 _RANGES = {
     "seed": (0, 2**31),  # jax's keys keep 32 bits of a seed
     "model.num_layers": (1, 10_000),
+    "model.position_std": (0, math.inf),
+    "model.max_length": (1, 2**31),
+    "model.patch_size": (1, 2**15),
     "model.mlp_ratio": (0, math.inf),
     "model.rotary_base": (1, math.inf),
     "data.seq_len": (1, 2**31),
@@ -338,14 +347,16 @@ def validate(config) -> None:
         f"{data.batch_size}: choose a divisor",
     )
     one_of("optimizer.name", ("adamw",))
-    one_of("optimizer.schedule", ("cosine", "wsd", "constant"))
+    one_of("optimizer.schedule", ("cosine", "wsd", "multistep", "constant"))
+    one_of("model.kind", ("lm", "encoder", "vit"))
+    one_of("data.augment", ("none", "crop_flip"))
     one_of("optimizer.decay", ("matrices", "all"))
     one_of("train.compute_dtype", ("float32", "bfloat16"))
     require(optimizer.learning_rate > 0, "config.optimizer.learning_rate=0 trains nothing")
     for name, options in plain(config.evals).items():
         _check_evaluator(f"config.evals.{name}", options)
     _check_overrides(config)
-    model_spec(plain(config.model), tokenizer_size=256, seq_len=data.seq_len)
+    model_spec(plain(config.model), 256, data.seq_len)
 
 
 def _check_evaluator(name: str, options) -> None:
@@ -357,7 +368,7 @@ def _check_evaluator(name: str, options) -> None:
         if field not in EVALUATOR_FIELDS:
             near = did_you_mean(field, EVALUATOR_FIELDS)
             raise UserError(f"{name} has no field {field!r}: use {fields}{near}")
-    choices = {"kind": ("bits_per_byte",), "split": ("train", "validation")}
+    choices = {"kind": ("bits_per_byte", "accuracy"), "split": ("train", "validation")}
     for field, known in choices.items():
         value = options.get(field, known[0])
         if value not in known:

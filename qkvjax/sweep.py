@@ -44,6 +44,20 @@ def chain(*grids: Grid) -> Grid:
     return tuple(itertools.chain(*grids))
 
 
+def paper_variants(channels: int) -> Grid:
+    """The six variants of the paper's encoders (Kayyam et al. 2026, table 1): four sharings, and
+    "+", which is score2d(channels), on the two that tie queries to keys.
+    """
+    plus = tuple(
+        {
+            "model.sharing": sharing, "model.score": (f"score2d({channels})",),
+            "label": f"({sharing_name(sharing)})+",
+        }
+        for sharing in ("q=k-v", "q=k=v")
+    )  # fmt: skip
+    return axis("model.sharing", ("q-k-v", "q=k-v", "q-k=v", "q=k=v")) + plus
+
+
 def _merge(points: Iterable[dict]) -> dict:
     merged: dict = {}
     for point in points:

@@ -66,7 +66,7 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     import jax
 
     from qkvjax import config as configs
-    from qkvjax.evaluation.language import make_evaluators
+    from qkvjax.evaluation.evaluators import make_evaluators
     from qkvjax.training import loop
     from qkvjax.training.checkpoint import Checkpoints
     from qkvjax.training.metrics import Metrics, check_wandb, read_lines, write_json

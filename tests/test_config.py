@@ -161,7 +161,7 @@ def test_set_field_refuses(name, value, message):
         ("optimizer.name", "sgd", "is none of adamw"),
         ("train.compute_dtype", "float16", "did you mean 'bfloat16'"),
         ("train.accumulation", 3, "does not divide data.batch_size=16"),
-        ("evals.eval.kind", "accuracy", "is none of bits_per_byte"),
+        ("evals.eval.kind", "f1", "is none of bits_per_byte"),
         ("evals.eval.max_labels", 0, "must be at least 1"),
         ("evals.eval.splt", "train", "no field 'splt'.*did you mean 'split'"),
         ("model.layer_overrides", ({"num_heads": "x"},), "num_heads='x' is no int"),

@@ -57,12 +57,18 @@ def test_setup_lists_every_package():
     parser.read(ROOT / "setup.cfg")
     listed = parser["options"]["packages"].split()
     folders = {file.parent.relative_to(ROOT) for file in IN_PACKAGE}
-    found = {".".join(folder.parts) for folder in folders} | {"qkvjax.configs"}
+    found = {".".join(folder.parts) for folder in folders} | {
+        "qkvjax.configs",
+        "qkvjax.configs.paper",
+    }
     assert sorted(found) == sorted(listed)
     for folder in folders:
         assert (ROOT / folder / "__init__.py").is_file(), folder
     recipes = {file.parent for file in FILES} - {file.parent for file in IN_PACKAGE}
-    assert recipes == {ROOT / "configs"}  # a folder of recipes below it would not be installed
+    assert recipes == {
+        ROOT / "configs",
+        ROOT / "configs/paper",
+    }  # another folder of recipes below it would not be installed
 
 
 def test_every_door_is_documented_and_runs_as_a_module():
@@ -139,7 +145,7 @@ def test_mesh_axes_are_named_in_one_place():
         ("tensorflow_datasets", {"data/builder.py", "data/tfds_source.py"}),
         ("tensorboardX", {"training/metrics.py"}),
         ("wandb", {"training/metrics.py"}),
-        ("grain", {"data/dataset.py"}),
+        ("grain", {"data/order.py"}),
         ("pickle", set()),
         ("tensorflow", set()),
         ("torch", set()),
@@ -200,7 +206,7 @@ def code_lines(file):
 def test_files_stay_small():
     long = {str(f): n for f in FILES if (n := len(f.read_text().splitlines())) > 400}
     assert not long
-    assert sum(map(code_lines, IN_PACKAGE)) < 8000
+    assert sum(map(code_lines, IN_PACKAGE)) < 9000
 
 
 def test_requirements_are_what_is_imported():

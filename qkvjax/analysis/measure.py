@@ -17,7 +17,7 @@ import numpy as np
 
 from qkvjax.analysis.statistics import mean_interval
 from qkvjax.generation.decode import empty_caches, sample_tokens
-from qkvjax.models.lm import build
+from qkvjax.models.build import build
 from qkvjax.parallel import host
 from qkvjax.training.loop import place
 from qkvjax.training.run import Run, prepare_run

@@ -24,13 +24,19 @@ class Linear(nnx.Module):
     """x W + b for the last axis: [B, T, in] -> [B, T, out], computed in the dtype of x.
 
     Args:
-      std: standard deviation of the initial normal values; None means 1/sqrt(in).
+      std: standard deviation of the initial normal values; None means 1/sqrt(in); "uniform"
+        draws weights and bias from U(-1/sqrt(in), 1/sqrt(in)), as torch.nn.Linear does.
     """
 
     def __init__(self, inputs: int, outputs: int, *, key, std=None, bias: bool = False):
-        std = inputs**-0.5 if std is None else std
-        self.weight = nnx.Param(std * jax.random.normal(key, (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        if std == "uniform":
+            weight = inputs**-0.5 * jax.random.uniform(key, (inputs, outputs), minval=-1)
+            shift = inputs**-0.5 * jax.random.uniform(named_key(key, "bias"), outputs, minval=-1)
+        else:
+            std = inputs**-0.5 if std is None else std
+            weight, shift = std * jax.random.normal(key, (inputs, outputs)), jnp.zeros(outputs)
+        self.weight = nnx.Param(weight)
+        self.bias = nnx.Param(shift) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = rules.matmul(x, self.weight[...].astype(x.dtype))

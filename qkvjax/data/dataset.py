@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qkvjax.data.order import check_accumulation, scored_rows, training_rows
 from qkvjax.data.packing import num_windows, packed_rows, scored_batch, training_batch, window
 from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
@@ -47,6 +48,13 @@ class Dataset:
     num_validation_tokens: int
     train: PreparedRows | PackedRows | WindowRows | tuple
     validation: PreparedRows | WindowRows
+    num_outputs = None  # a language model's classes are its ids
+    output = "tokens"
+
+    @property
+    def num_inputs(self) -> int:
+        """Ids of the tokenizer."""
+        return self.tokenizer.num_ids
 
     def batch(
         self, seed: int, step: int, batch_size: int, accumulation: int = 1
@@ -64,12 +72,11 @@ class Dataset:
           UserError: accumulation does not divide batch_size.
           ValueError: the data was prepared with `whole`, so there is nothing to train on.
         """
-        if batch_size % accumulation:
-            raise UserError(f"accumulation={accumulation} does not divide batch_size={batch_size}")
+        check_accumulation(batch_size, accumulation)
         if not len(self.train):
             raise ValueError("data that is prepared whole has no training split")
         first = step * batch_size
-        rows = self.train.read(_shuffled(first, first + batch_size, len(self.train), seed))
+        rows = self.train.read(training_rows(first, first + batch_size, len(self.train), seed))
         batch = training_batch(rows, self.tokenizer.separator, self.score_pads)
         return {k: v.reshape(accumulation, -1, self.seq_len) for k, v in batch.items()}
 
@@ -97,12 +104,9 @@ class Dataset:
             raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
         rows = self.train if split == "train" else self.validation
         labels = self.num_train_tokens if split == "train" else self.num_validation_tokens
-        count = len(rows)
-        if max_labels is not None and max_labels < labels:
-            count = max(1, round(count * max_labels / labels))
-        chosen = (np.arange(count) * 2 + 1) * len(rows) // (2 * count)
+        chosen = scored_rows(len(rows), labels, max_labels)
         separator = self.tokenizer.separator
-        for start in range(0, count, batch_size):
+        for start in range(0, len(chosen), batch_size):
             block = rows.read(chosen[start : start + batch_size])
             missing = batch_size - len(block)
             block = np.pad(block, ((0, missing), (0, 0)), constant_values=separator)
@@ -297,18 +301,3 @@ def _read_summary(folder: Path):
 
 def _sha256(values) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _shuffled(start: int, stop: int, count: int, seed: int) -> list[int]:
-    """Rows start..stop-1 of the endless stream over `count` rows, each in constant time."""
-    from grain.experimental import index_shuffle
-
-    return [
-        index_shuffle(i % count, max_index=count - 1, seed=_epoch_seed(seed, i // count), rounds=4)
-        for i in range(start, stop)
-    ]
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0])

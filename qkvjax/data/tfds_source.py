@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from qkvjax.errors import UserError, did_you_mean
 
 _BLOCK = 1024  # records of a read
@@ -31,6 +33,50 @@ def open_prepared(name: str, split: str) -> tuple[tuple[Path, ...], Callable[[],
       UserError: nothing prepared (found out without importing TFDS), another file format, an
         unknown split, or no single Text feature.
     """
+    folder, splits = _find(name)
+    if re.match(r"\w*", split)[0] not in splits:
+        raise UserError(
+            f"tfds:{name} has the splits {', '.join(splits)}, not {split!r}: name one as"
+            f" tfds:{name}#SPLIT{did_you_mean(split, splits)}"
+        )
+    return tuple(sorted(folder.iterdir())), lambda: _read(folder, name, split)
+
+
+def read_images(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(images [n, height, width, channels], labels [n]) of train, and of test or validation.
+
+    Raises:
+      UserError: nothing prepared, no such splits, no image and label, or images of several sizes.
+    """
+    import tensorflow_datasets as tfds
+
+    folder, splits = _find(name)
+    held_out = next((split for split in ("test", "validation") if split in splits), None)
+    if "train" not in splits or held_out is None:
+        raise UserError(
+            f"tfds:{name} has the splits {', '.join(splits)}: train and test are needed"
+        )
+    builder = tfds.builder_from_directory(folder)
+    if not {"image", "label"} <= set(builder.info.features):
+        raise UserError(
+            f"tfds:{name} has the features {', '.join(builder.info.features)}: image and label are"
+            " needed"
+        )
+    found = []
+    for split in ("train", held_out):
+        records = builder.as_data_source(split)
+        try:
+            images = np.stack([records[i]["image"] for i in range(len(records))])
+        except ImportError:
+            raise UserError("images of TFDS need Pillow: pip install 'qkvjax[vision]'") from None
+        except ValueError:
+            raise UserError(f"tfds:{name} has images of several sizes: resize them") from None
+        found.append((images, np.array([records[i]["label"] for i in range(len(records))])))
+    return found
+
+
+def _find(name: str) -> tuple[Path, list[str]]:
+    """The folder of a prepared data set that can be read here, and its splits."""
     root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     folder = _newest(root, name)
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -39,13 +85,7 @@ def open_prepared(name: str, split: str) -> tuple[tuple[Path, ...], Callable[[],
             f"{folder} is {info.get('fileFormat', 'tfrecord')}, which needs TensorFlow to read:"
             f" {_prepare(name)}"
         )
-    splits = [item["name"] for item in info.get("splits", ())]
-    if re.match(r"\w*", split)[0] not in splits:
-        raise UserError(
-            f"tfds:{name} has the splits {', '.join(splits)}, not {split!r}: name one as"
-            f" tfds:{name}#SPLIT{did_you_mean(split, splits)}"
-        )
-    return tuple(sorted(folder.iterdir())), lambda: _read(folder, name, split)
+    return folder, [item["name"] for item in info.get("splits", ())]
 
 
 def _newest(root, name):

@@ -83,19 +83,3 @@ def score(model, dataset, *, batch_size: int, split="validation", max_labels=Non
         "num_bytes": num_bytes,
         "pad_fraction": pads / labels,
     }
-
-
-def make_evaluators(config, dataset, mesh) -> dict:
-    """The evaluators of `config.evals`, validated: name -> (train state -> metrics)."""
-    evaluators = {}
-    for name, options in config.evals.items():
-        options = {field: value for field, value in options.items() if field != "kind"}
-        evaluators[name] = functools.partial(
-            _score_state, config=config, dataset=dataset, mesh=mesh, **options
-        )
-    return evaluators
-
-
-def _score_state(state, *, config, **arguments):
-    dtype = jnp.dtype(config.train.compute_dtype)
-    return score(state.model, batch_size=config.data.batch_size, dtype=dtype, **arguments)

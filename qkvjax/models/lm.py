@@ -32,8 +32,9 @@ class LanguageModel(nnx.Module):
         shape = (spec.vocab_size, spec.d_model)
         self.embedding = nnx.Param(std * jax.random.normal(named_key(key, "embedding"), shape))
         table = (spec.max_length, spec.d_model)
+        place_std = std if spec.position_std is None else spec.position_std
         self.positions = (
-            nnx.Param(std * jax.random.normal(named_key(key, "positions"), table))
+            nnx.Param(place_std * jax.random.normal(named_key(key, "positions"), table))
             if spec.position == "learned"
             else None
         )
@@ -103,13 +104,3 @@ class LanguageModel(nnx.Module):
                 " the model's learned table or score modifiers: shorten it, or train with"
                 " position='rope' and without 'column_bias' and 'score2d'"
             )
-
-
-def build(spec: ModelSpec, seed: int = 0) -> LanguageModel:
-    """A model with initial values, compiled as one program."""
-    return jax.jit(lambda key: LanguageModel(spec, key=key))(jax.random.key(seed))
-
-
-def count(model) -> int:
-    """Numbers in the leaves that are really there."""
-    return sum(leaf.size for leaf in jax.tree.leaves(model))

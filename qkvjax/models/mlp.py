@@ -32,6 +32,10 @@ class MLP(nnx.Module):
         self.down = make("down", spec.d_ff, spec.d_model, out_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, F], what `down` maps back."""
         if self.gate is None:
-            return self.down(gelu(self.up(x)))
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+            return gelu(self.up(x))
+        return jax.nn.silu(self.gate(x)) * self.up(x)

@@ -13,7 +13,11 @@ from qkvjax.errors import UserError, did_you_mean
 
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "swiglu")
-INITS = ("normal", "fan_in")
+INITS = ("normal", "fan_in", "uniform")
+KINDS = ("lm", "encoder", "vit")
+# What a model's labels belong to: each token, the sequence as a whole, or one of its tokens
+# (which one is the label).
+OUTPUTS = ("tokens", "sequence", "choice")
 # Fields of the attention layer that `layer_overrides` may change.
 OVERRIDABLE = (
     "sharing", "num_heads", "num_kv_heads", "head_dim", "position", "rotary_values",
@@ -23,22 +27,33 @@ OVERRIDABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only language model: pre-norm blocks of attention and feed-forward.
+    """A model: pre-norm blocks of attention and feed-forward between an input and a head.
 
     Attributes:
-      vocab_size: V, rows of the embedding (at least the tokenizer's ids).
+      vocab_size: V, rows of the embedding (at least the tokenizer's ids); of an encoder or a
+        ViT the width of its input vectors, of which ids are the one-hot ones.
       d_model: D.
       layers: one AttentionSpec a layer.
       max_length: rows of the learned position table, and of scores that have a limit.
+      kind: "lm" (causal, ids), "encoder" (bidirectional) or "vit" (the same with a class token
+        before the patches).
+      num_outputs: classes of the head; of a language model, V.
+      output: what is labelled, one of OUTPUTS; "sequence" reads the class token.
       position: "none", "learned", "sincos" (added to the embedding) or "rope".
       norm: "layernorm" (gain, and a bias where use_bias) or "rmsnorm".
       mlp: "gelu" (two matrices) or "swiglu" (three).
       d_ff: F.
-      dropout: rate on the embedding and on both residual branches, in training.
+      dropout: rate on the embedding and on both residual branches, in training; in a ViT on the
+        embedding and on both feed-forward maps, as in the paper.
       use_bias: biases on every linear map and on LayerNorm.
       tie_embeddings: whether the output head is the embedding, transposed.
-      init: "normal" is N(0, 0.02^2) everywhere (GPT-2, the paper); "fan_in" is
-        N(0, 1/fan_in) with both output projections scaled by 1/sqrt(2 L).
+      init: "normal" is N(0, 0.02^2) everywhere (GPT-2, the paper's language models); "fan_in"
+        is N(0, 1/fan_in) with both output projections scaled by 1/sqrt(2 L); "uniform" is
+        U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases (torch.nn.Linear, the paper's
+        encoders).
+      position_std: of the initial normal values of a learned position table; None follows
+        the embedding: 0.02 under "normal", else 1 in an encoder and 1/sqrt(D) before the
+        embedding's scaling in a language model.
     """
 
     vocab_size: int
@@ -53,15 +68,27 @@ class ModelSpec:
     use_bias: bool = False
     tie_embeddings: bool = True
     init: str = "fan_in"
+    kind: str = "lm"
+    num_outputs: int | None = None
+    output: str = "tokens"
+    position_std: float | None = None
 
     def __post_init__(self):
-        for name, choices in (("norm", NORMS), ("mlp", MLPS), ("init", INITS)):
+        choices = {"norm": NORMS, "mlp": MLPS, "init": INITS, "kind": KINDS}
+        for name, known in choices.items():
             value = getattr(self, name)
-            if value not in choices:
+            if value not in known:
                 raise UserError(
-                    f"model.{name}={value!r} is unknown: use one of {', '.join(choices)}"
-                    f"{did_you_mean(value, choices)}"
+                    f"model.{name}={value!r} is unknown: use one of {', '.join(known)}"
+                    f"{did_you_mean(value, known)}"
                 )
+        if self.kind != "lm" and self.tie_embeddings:
+            raise UserError(
+                f"model.kind={self.kind!r} has no embedding of tokens that a head could be tied"
+                " to: set model.tie_embeddings=False"
+            )
+        if self.num_outputs is None:
+            object.__setattr__(self, "num_outputs", self.vocab_size)
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be in [0, 1)")
         if self.d_ff < 1:
@@ -98,21 +125,33 @@ class ModelSpec:
         if self.use_bias:
             mlp += (matrices - 1) * self.d_ff + self.d_model
         total = sum(layer.num_params + mlp + 2 * norm for layer in self.layers) + norm
-        tables = 1 if self.tie_embeddings else 2
-        total += tables * self.vocab_size * self.d_model
+        if self.kind == "lm":
+            total += (1 if self.tie_embeddings else 2) * self.vocab_size * self.d_model
+        else:
+            total += (self.vocab_size + self.use_bias) * self.d_model
+            total += (self.d_model + self.use_bias) * self.num_outputs
+            total += self.d_model if self.kind == "vit" else 0
         if self.position == "learned":
             total += self.max_length * self.d_model
         return total
 
     def forward_macs(self, length: int) -> int:
-        """Multiply-adds of one sequence: matrix products and attention, no lookups or norms."""
+        """Multiply-adds of one sequence: matrix products and attention, no lookups or norms.
+
+        `length` counts the class token of a ViT. An encoder's input is taken as ids.
+        """
         matrices = 3 if self.mlp == "swiglu" else 2
         mlp = matrices * self.d_model * self.d_ff
         inside = sum(layer.forward_macs(length) + length * mlp for layer in self.layers)
-        return inside + length * self.d_model * self.vocab_size
+        labelled = 1 if self.output == "sequence" else length
+        patches = (length - 1) * self.vocab_size * self.d_model if self.kind == "vit" else 0
+        return inside + patches + labelled * self.d_model * self.num_outputs
 
     def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
-        """Bytes the decode cache holds for each token, over all layers."""
+        """Bytes the decode cache holds for each token, over all layers; 0 where nothing is
+        decoded."""
+        if self.kind != "lm":
+            return 0
         return sum(layer.cache_bytes_per_token(dtype, layout) for layer in self.layers)
 
 
@@ -130,23 +169,31 @@ def padded_vocab(tokenizer_size: int) -> int:
     return round_up(tokenizer_size, 128 if tokenizer_size > 4096 else 8)
 
 
-def model_spec(model: Mapping, tokenizer_size: int, seq_len: int) -> ModelSpec:
+def model_spec(
+    model: Mapping, num_inputs: int, seq_len: int, num_outputs: int | None = None, output="tokens"
+) -> ModelSpec:
     """Builds the spec from the `model` group of a config.
 
     Args:
       model: the group as a mapping (a plain dict or a ConfigDict).
-      tokenizer_size: number of ids of the tokenizer.
-      seq_len: length of a training sequence; rows of a learned position table.
+      num_inputs: number of ids of the tokenizer, or width of the input vectors.
+      seq_len: length of a sequence, a ViT's class token included.
+      num_outputs, output: classes, and what has one; for what is no language model.
 
     Raises:
       UserError: values that do not fit together.
     """
-    if model["kind"] != "lm":
-        raise UserError(f"model.kind={model['kind']!r} is unknown: use 'lm'")
+    kind = model["kind"]
     if model["num_layers"] < 1:
         raise UserError(f"model.num_layers={model['num_layers']} must be at least 1")
+    max_length = model["max_length"] or seq_len
+    if max_length < seq_len:
+        raise UserError(
+            f"model.max_length={max_length} is less than the {seq_len} tokens of a sequence"
+            " (data.seq_len): raise it, or unset it"
+        )
     base = {name: model[name] for name in (*OVERRIDABLE, "d_model", "use_bias")}
-    base["max_length"] = seq_len
+    base |= {"max_length": max_length, "causal": kind == "lm"}
     pattern = tuple(dict(overrides) for overrides in model["layer_overrides"]) or ({},)
     for overrides in pattern:
         for name in overrides:
@@ -165,17 +212,14 @@ def model_spec(model: Mapping, tokenizer_size: int, seq_len: int) -> ModelSpec:
                 f"model.layer_overrides: position {layer.position!r} is added at the input and"
                 " cannot differ by layer; a layer may use 'rope' or 'none'"
             )
+    same = ("d_model", "position", "norm", "mlp", "dropout", "use_bias", "tie_embeddings", "init",
+            "kind", "position_std")  # fmt: skip
     return ModelSpec(
-        vocab_size=padded_vocab(tokenizer_size),
-        d_model=model["d_model"],
+        vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs,
         layers=layers,
-        max_length=seq_len,
-        position=model["position"],
-        norm=model["norm"],
-        mlp=model["mlp"],
+        max_length=max_length,
         d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
-        dropout=model["dropout"],
-        use_bias=model["use_bias"],
-        tie_embeddings=model["tie_embeddings"],
-        init=model["init"],
+        num_outputs=None if kind == "lm" else num_outputs or num_inputs,
+        output=output,
+        **{name: model[name] for name in same},
     )

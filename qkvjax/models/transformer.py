@@ -15,6 +15,8 @@ from qkvjax.models.spec import ModelSpec
 # Below this depth the scan is unrolled: a scan costs a shallow model a quarter of its CPU
 # step, and a deep one minutes of compilation.
 UNROLL_UP_TO = 12
+# Standard deviation of initial values; what Linear makes of them is said there.
+STD = {"normal": 0.02, "fan_in": None, "uniform": "uniform"}
 
 
 def norm(spec: ModelSpec) -> nnx.Module:
@@ -36,15 +38,14 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, layer: AttentionSpec, spec: ModelSpec, key):
-        if spec.init == "normal":
-            std = out_std = 0.02
-            mlp_out_std = 0.02
+        if spec.init != "fan_in":
+            std = out_std = mlp_out_std = STD[spec.init]
         else:
             depth = (2 * spec.num_layers) ** -0.5
             std = None
             out_std = depth * (layer.num_heads * layer.head_dim) ** -0.5
             mlp_out_std = depth * spec.d_ff**-0.5
-        self.rate = spec.dropout
+        self.rate, self.inside = spec.dropout, spec.kind == "vit"  # where dropout acts
         self.attention_norm = norm(spec)
         self.attention = LAYERS[type(layer)](
             layer, key=named_key(key, "attention"), std=std, out_std=out_std
@@ -56,8 +57,10 @@ class Block(nnx.Module):
         """[B, T, D] -> [B, T, D]; `key` turns dropout on."""
         keys = (None, None) if key is None else jax.random.split(key)
         y = self.attention(self.attention_norm(x), positions, segment_ids, impl=impl)
-        x = x + dropout(y, self.rate, keys[0])
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.rate, keys[1])
+        x = x + (y if self.inside else dropout(y, self.rate, keys[0]))
+        hidden = self.mlp.hidden(self.mlp_norm(x))
+        hidden = dropout(hidden, self.rate, keys[0]) if self.inside else hidden
+        return x + dropout(self.mlp.down(hidden), self.rate, keys[1])
 
     def decode(self, x, cache, start, *, impl="auto"):
         """The same for new tokens that join `cache` at position `start`."""

@@ -104,7 +104,7 @@ def merge_heads(x_BTNH: jax.Array) -> jax.Array:
 
 
 def gather_sequence(array: jax.Array) -> jax.Array:
-    """Keys, values, positions or segment ids whole along their second axis, the sequence."""
+    """Keys, values, positions and the like whole along their second axis, the sequence."""
     if not has_mesh():
         return array
     return jax.sharding.reshard(array, spec("batch", *(None,) * (array.ndim - 1)))

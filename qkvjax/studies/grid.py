@@ -9,6 +9,7 @@ from pathlib import Path
 from qkvjax import config as configs
 from qkvjax import sweep
 from qkvjax.errors import UserError
+from qkvjax.models.spec import model_spec
 from qkvjax.training.metrics import read_json, read_lines, require_keys, write_json
 
 MOST_SEEDS = 10_000
@@ -16,12 +17,13 @@ MOST_SEEDS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One run: a point of the grid with one seed.
+    """One run: a point of the grid in one setting with one seed.
 
     Attributes:
       number: what --point takes.
       label: the variant's name.
-      overrides: the fields that differ from the base.
+      setting: the setting's name; "" where there is only one.
+      overrides: the fields that differ from the base, the setting's first.
       seed: replaces `config.seed`.
       config: the resolved configuration.
       identity: hash of the label and of the fields that fix the run. Two labels may stand for
@@ -30,6 +32,7 @@ class Task:
 
     number: int
     label: str
+    setting: str
     overrides: dict
     seed: int
     config: object
@@ -38,7 +41,18 @@ class Task:
     @property
     def folder(self) -> str:
         """The run's workdir, relative to the study's."""
-        return f"runs/{sweep.slug(self.label)}-s{self.seed}-{self.identity[:8]}"
+        name = sweep.slug(f"{self.label} {self.setting}")
+        return f"runs/{name}-s{self.seed}-{self.identity[:8]}"
+
+    @property
+    def work(self) -> float:
+        """How long a run should take, in multiply-adds of its model's blocks: what runs of one
+        study compare by. A duration that is no number of steps counts as one step.
+        """
+        c = self.config
+        spec = model_spec(configs.plain(c.model), 256, c.data.seq_len)
+        steps = c.train.steps if isinstance(c.train.steps, int) else 1
+        return steps * c.data.batch_size * spec.forward_macs(c.data.seq_len)
 
 
 class Study:
@@ -76,33 +90,43 @@ class Study:
                 "train.max_seconds would give slower variants fewer steps: unset it, and use the"
                 " study's own --max_seconds"
             )
-        points = options["points"]
-        if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
-            raise UserError(
-                f"study.points={points!r} is no grid: make it with qkvjax.sweep, one dict a point"
-            )
-        for point in points:
-            if not all(isinstance(name, str) for name in point) or not isinstance(
-                point.get("label", ""), str
-            ):
-                raise UserError(f"the grid's point {point!r}: fields and label are texts")
-        if any("seed" in point for point in points):
-            raise UserError("a point of the grid sets `seed`: study.seeds says how many there are")
-        self.points = points
-        self.labels = [sweep.label(point) for point in self.points]
-        twins = {label for label in self.labels if self.labels.count(label) > 1}
-        if twins:
-            raise UserError(f"two points of the grid are called {sorted(twins)[0]!r}: give labels")
+        self.points, self.labels = _grid("points", options["points"])
+        # Every point is trained in every setting, and compared with the baseline there.
+        settings, names = _grid("settings", options.get("settings") or [{}])
+        self.settings = dict(zip(names, settings)) if len(settings) > 1 else {"": settings[0]}
+        self.reference = options.get("reference")
         # Seed by seed, so that a study cut short has whole rows.
-        self.tasks = [
-            self._task(number, label, point, seed)
-            for number, (seed, (label, point)) in enumerate(
-                (seed, pair) for seed in self.seeds for pair in zip(self.labels, self.points)
-            )
+        self._parts = [
+            (label, point, name, setting, seed)
+            for name, setting in self.settings.items()
+            for seed in self.seeds
+            for label, point in zip(self.labels, self.points)
         ]
+        first = range(len(self.points))
+        for number in (*first, *range(0, len(self), len(self.seeds) * len(first))):
+            self.task(number)
 
-    def _task(self, number: int, label: str, point: dict, seed: int) -> Task:
-        overrides = {name: value for name, value in point.items() if name != "label"}
+    def __len__(self) -> int:
+        """Number of tasks."""
+        return len(self._parts)
+
+    def task(self, number: int) -> Task:
+        """Task `number`, which a run of its own makes without the others."""
+        return self._task(number, *self._parts[number])
+
+    @functools.cached_property
+    def tasks(self) -> list[Task]:
+        """All of them."""
+        return [self.task(number) for number in range(len(self))]
+
+    def _task(
+        self, number: int, label: str, point: dict, setting: str, fields: dict, seed: int
+    ) -> Task:
+        twice = (fields.keys() & point.keys()) - {"label"}
+        if twice:
+            raise UserError(f"{sorted(twice)[0]} stands in a point and in a setting of the grid")
+        both = {**fields, **point}
+        overrides = {field: value for field, value in both.items() if field != "label"}
         config = configs.from_dict(self.base)
         try:
             for name, value in overrides.items():
@@ -116,31 +140,44 @@ class Study:
                 f"the grid's point {label!r} is no legal configuration: {error}"
             ) from None
         identity = sweep.identity_hash(configs.identity(config) | {"label": label})
-        return Task(number, label, overrides, seed, config, identity)
+        return Task(number, label, setting, overrides, seed, config, identity)
+
+    @property
+    def metric(self) -> str:
+        """What variants are compared by: the evaluator called `eval` says; lower is better.
+
+        Raises:
+          UserError: there is none.
+        """
+        if "eval" not in self.base["evals"]:
+            raise UserError("the study needs an evaluator called `eval`: see config.evals")
+        kind = self.base["evals"]["eval"].get("kind", "bits_per_byte")
+        return {"bits_per_byte": "bits_per_byte", "accuracy": "error"}[kind]
 
     def configs(self) -> dict[str, object]:
-        """The first seed's config of each point, by label; the baseline first."""
-        return {task.label: task.config for task in self.tasks if task.seed == self.seeds[0]}
+        """The first seed's config of each point in the first setting, by label; the baseline
+        first."""
+        return {label: self.task(i).config for i, label in enumerate(self.labels)}
 
     @functools.cached_property
     def dataset(self):
         """The base's data set, prepared once before any process needs it."""
-        from qkvjax.data.dataset import prepare
+        from qkvjax.data.open import open_dataset
 
-        data = configs.from_dict(self.base).data
-        return prepare(data.source, data.tokenizer, data.seq_len, data.score_pads, log=print)
+        return open_dataset(configs.from_dict(self.base), log=print)
 
     def digest(self, task: Task) -> str | None:
         """The digest of a task's data; None when it cannot be prepared, which its run will tell."""
-        if not any(name.startswith("data.") for name in task.overrides):
+        data_fields = ("data.", "model.kind", "model.patch_size")
+        if not any(name.startswith(data_fields) for name in task.overrides):
             return self.dataset.digest
-        from qkvjax.data.dataset import prepare
+        from qkvjax.data.open import open_dataset
 
-        data = task.config.data
-        key = (data.source, data.tokenizer, data.seq_len, data.score_pads)
+        config = task.config
+        key = (config.model.kind, config.model.patch_size, *configs.plain(config.data).values())
         if key not in self._digests:
             try:
-                self._digests[key] = prepare(*key).digest
+                self._digests[key] = open_dataset(config).digest
             except UserError:
                 self._digests[key] = None
         return self._digests[key]
@@ -153,9 +190,11 @@ class Study:
         """The lines of results.jsonl, each with what identifies its run."""
         return read_lines(self.results, status=str, identity=str, data_digest=str)
 
-    def done(self) -> dict[str, dict]:
-        """Identity -> the line of each finished run on its data as they are now."""
-        digests = {task.identity: self.digest(task) for task in self.tasks}
+    def done(self, tasks: list[Task] | None = None) -> dict[str, dict]:
+        """Identity -> the line of each finished run, of `tasks` or of all, on its data as they
+        are now."""
+        tasks = self.tasks if tasks is None else tasks
+        digests = {task.identity: self.digest(task) for task in tasks}
         return {
             line["identity"]: line
             for line in self.lines()
@@ -216,6 +255,8 @@ class Study:
                 {"label": label, "overrides": {k: v for k, v in point.items() if k != "label"}}
                 for label, point in zip(self.labels, self.points)
             ],
+            "settings": [name for name in self.settings if name],
+            "reference": self.reference,
             "seeds": self.seeds,
             "config": self.base,
             "command": old["command"] if old and keep_command else command,
@@ -230,3 +271,23 @@ class Study:
             },
         }
         write_json(path, record)
+
+
+def _grid(name: str, points) -> tuple[list[dict], list[str]]:
+    """The points of a grid of the config, checked, and their labels."""
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        raise UserError(
+            f"study.{name}={points!r} is no grid: make it with qkvjax.sweep, one dict a point"
+        )
+    for point in points:
+        if not all(isinstance(field, str) for field in point) or not isinstance(
+            point.get("label", ""), str
+        ):
+            raise UserError(f"the grid's point {point!r}: fields and label are texts")
+    if any("seed" in point for point in points):
+        raise UserError("a point of the grid sets `seed`: study.seeds says how many there are")
+    labels = [sweep.label(point) for point in points]
+    twins = {label for label in labels if labels.count(label) > 1}
+    if twins:
+        raise UserError(f"two points of the grid are called {sorted(twins)[0]!r}: give labels")
+    return points, labels

@@ -22,35 +22,48 @@ class Live:
 
     def __init__(self, study: Study, pending: list[Task], expected: float, jobs: int):
         self.study, self.pending, self.jobs = study, pending, jobs
+        self.metric, self._key = study.metric.replace("_", " "), f"eval/{study.metric}"
         self.expected, self.began = expected, time.monotonic()
         self.done: list[tuple[Task, dict, float]] = []
         self._rows = 0
         self._terminal = sys.stdout.isatty()
 
-    def expected_run(self, estimate: float) -> float:
+    def expected_run(self, task: Task, estimate: float) -> float:
         """Seconds that one more run should take."""
-        taken = [seconds for _, line, seconds in self.done if line["status"] == "done"]
-        return sum(taken) / len(taken) if taken else estimate * self.jobs
+        fixed, rate = self._pace()
+        return fixed + rate * task.work if fixed else estimate * self.jobs
 
     def left(self) -> float:
         """Seconds until the end: from the runs that ended, or the estimate before any has."""
         if not self.done:
             return max(0.0, self.expected - (time.monotonic() - self.began))
-        mean = sum(seconds for _, _, seconds in self.done) / len(self.done)
-        return mean * (len(self.pending) - len(self.done)) / self.jobs
+        fixed, rate = self._pace()
+        ended = {task.number for task, _, _ in self.done}
+        to_come = [task.work for task in self.pending if task.number not in ended]
+        return (fixed * len(to_come) + rate * sum(to_come)) / self.jobs
+
+    def _pace(self) -> tuple[float, float]:
+        """Seconds that a run takes whatever it trains, and seconds for each unit of its work: most
+        of the shortest run is taken for the first."""
+        taken = [seconds for _, _, seconds in self.done]
+        if not taken:
+            return 0.0, 0.0
+        fixed = 0.8 * min(taken)
+        return fixed, (sum(taken) - fixed * len(taken)) / sum(t.work for t, _, _ in self.done)
 
     def finished(self, task: Task, line: dict, seconds: float) -> None:
         """Takes note of a run that ended, and prints it."""
         self.done.append((task, line, seconds))
         if line["status"] == "done":
-            told = f"{line['score']:.4f} bits per byte"
+            told = f"{line['score']:.4f} {self.metric}"
         else:
             told = f"failed: {line['error'].splitlines()[0]}"
         width = max(len(label) for label in self.study.labels)
         self._clear()
         print(
             f"[{len(self.done):>{len(str(len(self.pending)))}}/{len(self.pending)}]"
-            f" {task.label:<{width}}  seed {task.seed}  {told}  {duration(seconds)}"
+            f" {task.label:<{width}}  {task.setting}{'  ' * bool(task.setting)}seed {task.seed}"
+            f"  {told}  {duration(seconds)}"
             + (f", about {duration(self.left())} left" if self.left() else ""),
             flush=True,
         )
@@ -66,11 +79,11 @@ class Live:
             records = read_lines(self.study.workdir / task.folder / "metrics.jsonl")
             last = records[-1] if records else {}
             losses = [r["train/loss"] for r in records if "train/loss" in r]
-            scores = [r["eval/bits_per_byte"] for r in records if "eval/bits_per_byte" in r]
+            scores = [r[self._key] for r in records if self._key in r]
             lines.append(
                 f"  {task.label:<{width}}  seed {task.seed}  step {last.get('step', 0):>7,}"
                 f"  loss {losses[-1] if losses else float('nan'):7.4f}"
-                f"  bits per byte {scores[-1] if scores else float('nan'):7.4f}"
+                f"  {self.metric} {scores[-1] if scores else float('nan'):7.4f}"
             )
         lines.append(f"  about {duration(self.left())} left")
         print("\n".join(lines), flush=True)

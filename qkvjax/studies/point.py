@@ -11,6 +11,8 @@ from qkvjax.training.metrics import append_line, read_json, read_lines
 from qkvjax.training.signals import Stopped
 
 SAMPLE_TOKENS = 240
+_TEXT_FACTS = ("perplexity", "num_bytes", "pad_fraction")
+_LABEL_FACTS = ("accuracy", "class_accuracy", "solved", "loss")
 
 
 def train_point(study: Study, number: int) -> int:
@@ -19,10 +21,10 @@ def train_point(study: Study, number: int) -> int:
     Raises:
       UserError: no such point.
     """
-    if not 0 <= number < len(study.tasks):
-        raise UserError(f"--point={number} is none of 0 to {len(study.tasks) - 1}: see --list")
-    task = study.tasks[number]
-    if task.identity in study.done():
+    if not 0 <= number < len(study):
+        raise UserError(f"--point={number} is none of 0 to {len(study) - 1}: see --list")
+    task = study.task(number)
+    if study.done([task]):
         print(f"point {number} ({task.label}, seed {task.seed}) is finished")
         return 0
     try:
@@ -39,6 +41,7 @@ def heading(study: Study, task: Task) -> dict:
     """What every line about a run says first."""
     return {
         "label": task.label,
+        "setting": task.setting,
         "overrides": task.overrides,
         "seed": task.seed,
         "identity": task.identity,
@@ -59,19 +62,15 @@ def _train(study: Study, task: Task) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     summary = train(task.config, folder, log=lambda line: print(line, flush=True))
     facts = read_json(folder / "run.json")
+    metric = study.metric
+    text = metric == "bits_per_byte"
     curve = [
-        {
-            "step": line["step"],
-            "tokens": line["tokens"],
-            "seconds": line["seconds"],
-            "bits_per_byte": line["eval/bits_per_byte"],
-        }
+        {name: line[name] for name in ("step", "tokens", "seconds")}
+        | {metric: line[f"eval/{metric}"]}
         for line in read_lines(folder / "metrics.jsonl")
-        if "eval/bits_per_byte" in line
+        if f"eval/{metric}" in line
     ]
-    if not curve:
-        raise UserError("the study needs an evaluator called `eval`: see config.evals")
-    score = summary["eval/bits_per_byte"]
+    score = summary[f"eval/{metric}"]
     if score is None or not math.isfinite(score):
         raise UserError(
             "training diverged: the score is no finite number; lower optimizer.learning_rate",
@@ -80,21 +79,22 @@ def _train(study: Study, task: Task) -> dict:
     return heading(study, task) | {
         "status": "done",
         "error": None,
-        "metric": "bits_per_byte",
+        "metric": metric,
         "score": score,
-        "train_score": summary.get("eval_train/bits_per_byte"),
-        "perplexity": summary["eval/perplexity"],
-        "tokenizer": task.config.data.tokenizer.partition(":")[0],
-        "num_labels": summary["eval/num_labels"],
-        "num_bytes": summary["eval/num_bytes"],
-        "pad_fraction": summary["eval/pad_fraction"],
+        "train_score": summary.get(f"eval_train/{metric}"),
+        **{
+            name: summary[f"eval/{name}"]
+            for name in (*_TEXT_FACTS, *_LABEL_FACTS, "num_labels")
+            if f"eval/{name}" in summary
+        },
+        "tokenizer": task.config.data.tokenizer.partition(":")[0] if text else None,
         "score_pads": task.config.data.score_pads,
         "steps": summary["step"],
         "tokens": summary["step"] * task.config.data.batch_size * task.config.data.seq_len,
         "seconds": summary["seconds"],
         "curve": curve,
         "costs": facts["costs"],
-        "sample": {"prompt": study.prompt, "text": _sample(study, task, folder)},
+        "sample": {"prompt": study.prompt, "text": _sample(study, task, folder)} if text else None,
     }
 
 

@@ -8,10 +8,13 @@ models train faster on one core than on two.
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 from qkvjax.errors import UserError
@@ -51,7 +54,8 @@ def run_all(
     if not pending:
         print(f"all {total} runs are finished")
         return 0
-    print(f"{len(study.points)} variants x {len(study.seeds)} seeds: {total} runs,"
+    times = f" x {len(study.settings)} settings" if len(study.settings) > 1 else ""
+    print(f"{len(study.points)} variants{times} x {len(study.seeds)} seeds: {total} runs,"
           f" {total - len(pending)} finished")  # fmt: skip
     measured = _measurements(study, arguments)
     on_cpu = measured.get("environment", {}).get("platform", "cpu") == "cpu"
@@ -59,7 +63,8 @@ def run_all(
     jobs = min(jobs or (len(cores) if on_cpu else 1), len(pending))
     each = _estimates(study, measured)
     expected = sum(each[task.label] for task in pending) + OVERHEAD_SECONDS * len(pending) / jobs
-    print(f"about {duration(expected)} for {len(pending)} runs, {jobs} at a time", flush=True)
+    told = f"about {duration(expected)} for " if measured else ""
+    print(f"{told}{len(pending)} runs, {jobs} at a time", flush=True)
 
     # A job's end by SIGTERM must not leave its runs behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
@@ -70,7 +75,7 @@ def run_all(
             while waiting and len(running) < jobs:
                 task = waiting.pop(0)
                 left = None if max_seconds is None else max_seconds - (time.monotonic() - began)
-                if left is not None and live.expected_run(each[task.label]) > left:
+                if left is not None and live.expected_run(task, each[task.label]) > left:
                     skipped += 1
                     continue
                 free = next(slot for slot in range(jobs) if slot not in running)
@@ -96,6 +101,8 @@ def run_all(
     finally:
         signal.signal(signal.SIGTERM, before)
         live.close()
+    if not skipped and not failed:
+        shutil.rmtree(study.workdir / ".compiled", ignore_errors=True)
     if skipped:
         print(f"--max_seconds={max_seconds:g} left no time for {skipped} runs;"
               " the same command goes on with them")  # fmt: skip
@@ -104,6 +111,8 @@ def run_all(
 
 def _measurements(study: Study, arguments: list[str]) -> dict:
     """measurements.json, measured in a process of its own when it is not there."""
+    if len(study.settings) > 1 or study.base["model"]["kind"] != "lm":
+        return {}  # each setting has costs of its own; encoders decode nothing
     path = study.workdir / "measurements.json"
     found = read_json(path)
     if found.get("labels") == study.labels:
@@ -111,7 +120,7 @@ def _measurements(study: Study, arguments: list[str]) -> dict:
     print("measuring what each variant costs on this machine", flush=True)
     log = study.workdir / "measure.log"
     with log.open("w") as out:
-        command, options = _door(arguments, "--measure")
+        command, options = _door(study, arguments, "--measure")
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, **options).returncode
     if code:
         print(f"  that failed (exit code {code}, see {log}); the report will say not measured")
@@ -136,7 +145,7 @@ def _start(study: Study, task: Task, arguments: list[str], core: int | None) -> 
         raise UserError(
             f"{folder} cannot be made ({error.strerror}): remove what is in its way"
         ) from None
-    command, options = _door(arguments, f"--point={task.number}")
+    command, options = _door(study, arguments, f"--point={task.number}")
     pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
     with (folder / "train.log").open("a") as log:
         return subprocess.Popen(
@@ -144,15 +153,28 @@ def _start(study: Study, task: Task, arguments: list[str], core: int | None) -> 
         )
 
 
-def _door(arguments: list[str], flag: str) -> tuple[list[str], dict]:
+def _door(study: Study, arguments: list[str], flag: str) -> tuple[list[str], dict]:
     """The command and the environment of this study's door in a process of its own.
 
-    With -P the current folder holds no modules: a random.py there is not the library's.
+    With -P the current folder holds no modules: a random.py there is not the library's. The seeds
+    of a variant run one program, which the first of them compiles.
     """
     here = str(Path(__file__).parents[2])
     paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", "qkvjax.study", *arguments, flag]
-    return command, {"env": os.environ | {"PYTHONPATH": paths}}
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(_compiled(study)),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return command, {"env": compiled | os.environ | {"PYTHONPATH": paths}}
+
+
+def _compiled(study: Study) -> Path:
+    """Where compiled programs are kept: they run on machines with this one's instructions."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return study.workdir / ".compiled" / f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
 
 
 def _outcome(study: Study, task: Task, code: int, known: int) -> dict:

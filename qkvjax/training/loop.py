@@ -30,13 +30,17 @@ def prefetch(make: Callable[[int], dict], start: int, stop: int) -> Iterator[dic
 
 
 def place(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes."""
-    return {
-        name: jax.device_put(
-            array, rules.sharding(mesh, *(None,) * (array.ndim - 2), "batch", "length")
-        )
-        for name, array in batch.items()
-    }
+    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes; what has another
+    number of labels or vectors than T is whole in that axis.
+    """
+    *before, _, length = batch["positions"].shape
+
+    def put(array):
+        sequence, *rest = array.shape[len(before) + 1 :]
+        axes = ("batch", "length" if sequence == length else None, *(None for _ in rest))
+        return jax.device_put(array, rules.sharding(mesh, *(None for _ in before), *axes))
+
+    return {name: put(array) for name, array in batch.items()}
 
 
 class Clock:
@@ -215,7 +219,7 @@ def _log_line(step: int, steps: int, line: Mapping[str, float], left: float | No
     parts += [
         f"{name} {value:.4f}"
         for name, value in line.items()
-        if name.endswith(("/bits_per_byte", "/loss")) and not name.startswith("train/")
+        if name.endswith(("/bits_per_byte", "/accuracy", "/loss")) and not name.startswith("train/")
     ]
     if left is not None and step < steps:
         parts.append(f"{duration(left)} left")

@@ -19,7 +19,8 @@ def schedule(
 
     Args:
       name: "cosine" from peak to final over the run; "wsd" stays at the peak and falls
-        linearly to final in the last fifth; "constant" stays.
+        linearly to final in the last fifth; "multistep" is a tenth of the peak from half of
+        the run on and a hundredth from three quarters on; "constant" stays.
       peak, final: learning rates.
       warmup: steps of linear rise; step t < warmup has peak * (t + 1) / warmup.
       total: steps of the run.
@@ -33,6 +34,8 @@ def schedule(
         elif name == "wsd":
             fall = max(1, round(WSD_DECAY * total))
             rest = peak + (final - peak) * jnp.clip((step - (total - fall)) / fall, 0, 1)
+        elif name == "multistep":
+            rest = peak * 0.1 ** ((step >= total / 2) + (step >= 0.75 * total) * 1.0)
         else:
             rest = jnp.full_like(step, peak)
         return rest * jnp.minimum(1, (step + 1) / max(1, warmup))

@@ -12,7 +12,9 @@ from pathlib import Path
 import jax
 
 from qkvjax import config as configs
-from qkvjax.data.dataset import Dataset, prepare
+from qkvjax.data.dataset import Dataset
+from qkvjax.data.examples import Examples
+from qkvjax.data.open import open_dataset
 from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel.mesh import make_mesh
@@ -35,7 +37,7 @@ class Run:
     """A run before its first step."""
 
     config: object
-    dataset: Dataset
+    dataset: Dataset | Examples
     spec: ModelSpec
     durations: Durations
     mesh: jax.sharding.Mesh
@@ -61,7 +63,8 @@ class Run:
     def init(self):
         """The state before the first step, on the mesh."""
         # Drawn whole and placed afterwards: initial values do not depend on the mesh.
-        state = jax.jit(lambda: init_state(self.spec, self.optimizer, self.config.seed))()
+        init = jax.jit(lambda key: init_state(self.spec, self.optimizer, key))
+        state = init(jax.random.key(self.config.seed))
         return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
 
     def compile_step(self, state):
@@ -107,8 +110,8 @@ def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> 
     """
     configs.validate(config)
     data = config.data
-    dataset = prepare(data.source, data.tokenizer, data.seq_len, data.score_pads, log=log)
-    spec = model_spec(configs.plain(config.model), dataset.tokenizer.num_ids, data.seq_len)
+    dataset = open_dataset(config, log=log)
+    spec = spec_of(config, dataset)
     durations = resolve_durations(config, dataset)
     mesh = make_mesh(dict(config.mesh), devices)
     ways = mesh.shape["replica"] * mesh.shape["fsdp"]
@@ -119,13 +122,21 @@ def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> 
             " train.accumulation or the mesh"
         )
     optimizer, rate = make_optimizer(config, durations.steps, durations.warmup)
-    shapes = jax.eval_shape(lambda: init_state(spec, optimizer, config.seed))
+    shapes = jax.eval_shape(lambda: init_state(spec, optimizer, jax.random.key(0)))
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         state_shardings(shapes, mesh),
     )
     return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
+
+
+def spec_of(config, dataset: Dataset | Examples) -> ModelSpec:
+    """The model of a config for its data."""
+    return model_spec(
+        configs.plain(config.model), dataset.num_inputs, config.data.seq_len,
+        dataset.num_outputs, dataset.output,
+    )  # fmt: skip
 
 
 def open_workdir(workdir: str | None) -> Path:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-from qkvjax.models.lm import LanguageModel
+from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules
 from qkvjax.training.loss import cross_entropy
@@ -23,14 +24,14 @@ Batch = Mapping[str, jax.Array]
 class TrainState:
     """Everything that training changes: one pytree, saved and restored as a whole."""
 
-    model: LanguageModel
+    model: nnx.Module
     optimizer: optax.OptState
     step: jax.Array  # int32 scalar, steps done
 
 
-def init_state(spec: ModelSpec, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    model = LanguageModel(spec, key=jax.random.key(seed))
+    model = make(spec, key)
     return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32))
 
 
@@ -74,7 +75,8 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     seed, has_dropout = config.seed, config.model.dropout > 0
 
     def objective(model, batch, key, total):
-        logits = model(batch["inputs"], batch["positions"], batch["segment_ids"], key, dtype=dtype)
+        segments = batch.get("segment_ids")  # labelled examples have none
+        logits = model(batch["inputs"], batch["positions"], segments, key, dtype=dtype)
         nats, squares = cross_entropy(logits, batch["targets"], batch["weights"])
         loss = jnp.sum(nats) / total
         return loss + z_loss * jnp.sum(squares) / total, loss
@@ -82,12 +84,14 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     def train_step(state: TrainState, batch: Batch):
         total = jnp.maximum(jnp.sum(batch["weights"]), 1)
         micro_batches = batch["inputs"].shape[0]
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(objective, has_aux=True)
 
         def micro(i, part):
-            dropout_key = jax.random.fold_in(key, i) if has_dropout else None
-            (_, loss), grads = gradient(state.model, part, dropout_key, total)
+            key = None
+            if has_dropout:  # else one program serves all seeds
+                key = jax.random.fold_in(jax.random.key(seed), state.step)
+                key = jax.random.fold_in(key, i)
+            (_, loss), grads = gradient(state.model, part, key, total)
             return loss, grads
 
         if micro_batches == 1:

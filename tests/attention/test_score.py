@@ -13,7 +13,8 @@ from qkvjax.attention.position import sincos
 from qkvjax.attention.score import Score
 from qkvjax.attention.spec import AttentionSpec, parse_modifier
 from qkvjax.errors import UserError
-from qkvjax.models.lm import LanguageModel, count
+from qkvjax.models.build import count
+from qkvjax.models.lm import LanguageModel
 
 T = 7
 LISTS = [

@@ -339,7 +339,7 @@ def test_another_base_is_refused(study, by_points, checksums):
         ("sharing", ["--jobs=0"], "--jobs=0 must be at least 1"),
         ("sharing", ["--config.study.seeds=0"], "study.seeds=0 must be at least 1"),
         ("sharing", ["--config.study.sedes=3"], "did you mean 'study.seeds'"),
-        ("sharing", ["--config.evals.eval.kind=accuracy"], "'accuracy' is none of bits_per_byte"),
+        ("sharing", ["--config.evals.eval.kind=f1"], "'f1' is none of bits_per_byte"),
     ],
 )
 def test_bad_grids(study, tmp_path, lines, points, flags, message):

@@ -10,8 +10,9 @@ import pytest
 from qkvjax import config as configs
 from qkvjax.data.dataset import prepare
 from qkvjax.errors import UserError
-from qkvjax.evaluation.language import bits_per_byte, make_evaluators, score
-from qkvjax.models.lm import build
+from qkvjax.evaluation.evaluators import make_evaluators
+from qkvjax.evaluation.language import bits_per_byte, score
+from qkvjax.models.build import build
 
 T = 16
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qkvjax import cli
 from qkvjax import config as configs
 from qkvjax.attention.spec import SHARINGS
-from qkvjax.models.lm import LanguageModel, count
+from qkvjax.models.build import count
+from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec, padded_vocab
 from qkvjax.training.step import TrainState, init_state, make_train_step
 
@@ -71,7 +72,7 @@ def test_one_step_adds_no_leaf_and_parts_no_tie(tiny):
     spec = tiny(num_layers=1, sharing="q=k=v", position="learned", norm="layernorm", use_bias=True)
     tx = optax.sgd(0.1)
     config = configs.default()
-    state = init_state(spec, tx, 0)
+    state = init_state(spec, tx, jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (1, 2, 9), 0, 61)
     batch = {
         "inputs": ids[..., :-1], "targets": ids[..., 1:], "weights": jnp.ones((1, 2, 8)),

@@ -9,7 +9,8 @@ import pytest
 
 from qkvjax import config as configs
 from qkvjax.attention.spec import AttentionSpec
-from qkvjax.models.lm import LanguageModel, count
+from qkvjax.models.build import count
+from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec, model_spec
 
 # (sharing, key-value heads; 0 means all) -> parameters, bfloat16 cache bytes a token

@@ -1,0 +1,156 @@
+"""Labelled examples in memory: symbols, images or sets, with batches as a function of
+(seed, step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from qkvjax.data.order import check_accumulation, scored_rows, training_rows
+from qkvjax.data.split import SPLITS
+from qkvjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labelled:
+    """Examples of one split.
+
+    Attributes:
+      inputs: [n, ...], as they are kept.
+      targets: int [n, labels].
+      weights: [n, labels], which labels count; None means all.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.inputs)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that count."""
+        return int(self.targets.size if self.weights is None else self.weights.sum())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """A training and a validation split of labelled examples.
+
+    Attributes:
+      name: as in the configuration.
+      train, validation: the splits.
+      seq_len: T, tokens that the model sees of an example.
+      num_inputs: symbols, or the width of the input vectors.
+      num_outputs: classes; 1 where the tokens are what is chosen from.
+      output: "tokens", "sequence" or "choice", as `qkvjax.models.spec.OUTPUTS` says.
+      show: from kept inputs [B, ...] to what the model reads, int32 [B, T] or float32
+        [B, tokens, V]; with a random generator, augmented.
+      causal: whether a model that sees no later token can know the labels.
+    """
+
+    name: str
+    train: Labelled
+    validation: Labelled
+    seq_len: int
+    num_inputs: int
+    num_outputs: int
+    output: str
+    show: Callable[[np.ndarray, np.random.Generator | None], np.ndarray] = lambda x, _: x
+    causal: bool = False
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256, hexadecimal, over every number and shape; paths do not enter."""
+        digest = hashlib.sha256(repr((self.seq_len, self.num_inputs, self.output)).encode())
+        for split in (self.train, self.validation):
+            for array in (split.inputs, split.targets, split.weights):
+                if array is not None:
+                    digest.update(f"{array.dtype}{array.shape}".encode())
+                    digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+    @property
+    def description(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.name}, {len(self.train):,} examples to train on and {len(self.validation):,}"
+            f" to score, {self.seq_len} tokens each,"
+            f" {self.seq_len if self.output == 'choice' else self.num_outputs} classes, sha256"
+            f" {self.digest[:12]}"
+        )
+
+    @property
+    def num_documents(self) -> int:
+        """Examples of both splits."""
+        return len(self.train) + len(self.validation)
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Labels of one epoch."""
+        return self.train.num_labels
+
+    @property
+    def num_validation_tokens(self) -> int:
+        """Labels that `scored_batches` scores."""
+        return self.validation.num_labels
+
+    def batch(
+        self, seed: int, step: int, batch_size: int, accumulation: int = 1
+    ) -> dict[str, np.ndarray]:
+        """The batch of a step, a pure function of the arguments.
+
+        Returns:
+          inputs: int32 [A, batch_size / A, T] or float32 [A, batch_size / A, tokens, V] with
+          A = accumulation; positions: int32 [A, batch_size / A, T]; targets and weights: int32
+          and float32 [A, batch_size / A, labels].
+
+        Raises:
+          UserError: accumulation does not divide batch_size.
+        """
+        check_accumulation(batch_size, accumulation)
+        first = step * batch_size
+        rows = training_rows(first, first + batch_size, len(self.train), seed)
+        arrays = self._read(self.train, rows, np.random.default_rng([seed, step]))
+        shape = (accumulation, batch_size // accumulation)
+        return {name: array.reshape(*shape, *array.shape[1:]) for name, array in arrays.items()}
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in one pass over the training examples, at least 1."""
+        return max(1, len(self.train) // batch_size)
+
+    def scored_batches(
+        self, batch_size: int, max_labels: int | None = None, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """What is scored: the arrays of `batch` without its first axis, nothing augmented.
+
+        Args:
+          batch_size: examples of a batch; the last one is filled up with examples of weight 0.
+          max_labels: about so many labels, from examples spaced evenly; None scores all.
+          split: "validation" or "train".
+        """
+        if split not in SPLITS:
+            raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
+        labelled = self.train if split == "train" else self.validation
+        chosen = scored_rows(len(labelled), labelled.num_labels, max_labels)
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
+            arrays = self._read(labelled, np.resize(rows, batch_size), None)
+            arrays["weights"][len(rows) :] = 0
+            yield arrays
+
+    def _read(self, labelled: Labelled, rows, rng) -> dict[str, np.ndarray]:
+        targets = labelled.targets[rows]
+        ones = np.ones(targets.shape, np.float32)
+        return {
+            "inputs": self.show(labelled.inputs[rows], rng),
+            "targets": targets.astype(np.int32),
+            "positions": np.tile(np.arange(self.seq_len, dtype=np.int32), (len(rows), 1)),
+            "weights": ones if labelled.weights is None else labelled.weights[rows] * ones,
+        }

@@ -1,0 +1,99 @@
+"""The bidirectional encoder: sequences of symbols or of vectors, and labels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkvjax.attention.position import sincos
+from qkvjax.attention.projection import Linear, named_key, wide_add
+from qkvjax.models.spec import ModelSpec
+from qkvjax.models.transformer import STD, Stack, dropout, norm
+from qkvjax.parallel import rules
+
+
+class Encoder(nnx.Module):
+    """Symbols or vectors to labels; every position sees every other.
+
+    The paper's synthetic models (Kayyam et al. 2026, section 4.1): one-hot digits through a
+    linear embedding, learned positions, pre-norm blocks, a head on each token.
+
+    Args:
+      spec: what to build.
+      key: a PRNG key; initial values depend on it and on each parameter's name.
+    """
+
+    POSITION_STD = 1.0
+
+    def __init__(self, spec: ModelSpec, *, key):
+        self.spec = spec
+        std, make = STD[spec.init], lambda name: named_key(key, name)
+        self.input = Linear(
+            spec.vocab_size, spec.d_model, key=make("input"), std=std, bias=spec.use_bias
+        )
+        table = (spec.max_length, spec.d_model)
+        place_std = 0.02 if spec.init == "normal" else self.POSITION_STD
+        place_std = place_std if spec.position_std is None else spec.position_std
+        self.positions = (
+            nnx.Param(place_std * jax.random.normal(make("positions"), table))
+            if spec.position == "learned"
+            else None
+        )
+        self.stack = Stack(spec, key=make("stack"))
+        self.norm = norm(spec)
+        self.head = Linear(
+            spec.d_model, spec.num_outputs, key=make("head"), std=std, bias=spec.use_bias
+        )
+
+    def __call__(
+        self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
+        impl: str = "auto",
+    ) -> jax.Array:  # fmt: skip
+        """Logits of the labels.
+
+        Args:
+          inputs: int [B, T] symbols, or float [B, T, V] vectors.
+          positions: int [B, T]; None means 0, 1, ...
+          segment_ids: int [B, T], or None.
+          key: a PRNG key turns dropout on.
+          dtype: of activations and matrix products.
+          impl: the implementation of attention.
+
+        Returns:
+          [B, labels, classes] in float32 or wider: "tokens" labels each of T tokens, "sequence"
+          has one label, read from the first token, and "choice" one label whose T classes are
+          the tokens.
+        """
+        if positions is None:
+            length = inputs.shape[1] + (self.spec.kind == "vit")
+            positions = jnp.broadcast_to(jnp.arange(length), (inputs.shape[0], length))
+        outer, inner = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, outer)
+        return self.logits(self.stack(x, positions, segment_ids, inner, impl=impl))
+
+    def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
+        """Inputs as `__call__` takes them -> [B, T, D], with what positions add."""
+        x = self.tokens(inputs, dtype)
+        if self.positions is not None:
+            x = x + rules.embed(self.positions[...], positions).astype(dtype)
+        elif self.spec.position == "sincos":
+            x = x + sincos(positions, self.spec.d_model).astype(dtype)
+        return x
+
+    def tokens(self, inputs, dtype) -> jax.Array:
+        """Inputs -> [B, T, D], before positions."""
+        if jnp.issubdtype(inputs.dtype, jnp.floating):
+            return self.input(inputs.astype(dtype))
+        x = rules.embed(self.input.weight[...], inputs).astype(dtype)  # of one-hot vectors
+        return x if self.input.bias is None else wide_add(x, self.input.bias[...])
+
+    def logits(self, x) -> jax.Array:
+        """[B, T, D] -> [B, labels, classes] in float32 or wider."""
+        x = rules.gather_sequence(x)[:, :1] if self.spec.output == "sequence" else x
+        x = self.norm(x)
+        y = self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        if self.spec.output == "tokens":
+            return y
+        y = rules.gather_sequence(y)  # one label: nothing to shard
+        return y.swapaxes(1, 2) if self.spec.output == "choice" else y
