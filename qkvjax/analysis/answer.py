@@ -56,13 +56,14 @@ def _no_baseline(summary: Summary) -> list[str]:
 
 def _alone(summary: Summary) -> list[str]:
     base = summary.baseline
-    text = f" It scores {formats.bits(base.score.mean)} bits per byte"
+    metric = summary.metric
+    text = f" Its {metric.name}: {metric.text(base.score.mean)}"
     if base.score.low is not None:
-        text += f" ({formats.span(base.score.low, base.score.high, formats.bits)})"
+        text += f" ({formats.span(base.score.low, base.score.high, metric.text)})"
     why = "no other variant finished a seed that it finished" if summary.others else "it ran alone"
     return [
         Strong(f"Nothing is compared with {base.label}: {why}."),
-        f"{text}, over {formats.seeds(base.score.n)}.",
+        f"{text}, over {summary.runs(base.score.n)}.",
     ]
 
 
@@ -88,7 +89,7 @@ def _tied(summary: Summary, row: Row) -> list[str]:
             f" instead of {formats.num_bytes(was)}."
         )
         cache += _decoding(row)
-    bits = f"{formats.difference(pair.mean)} bits per byte"
+    bits = f"{formats.difference(pair.mean)} {summary.metric.name}"
     if pair.low is None:
         return [
             Strong("This run cannot say whether three projections are needed: one seed shows no"
@@ -106,10 +107,10 @@ def _tied(summary: Summary, row: Row) -> list[str]:
         NOT_SHOWN: "No cost of one projection for keys and values is shown here, which is not to"
         " say that there is none.",
     }[pair.verdict]
-    interval = f"95 % interval {formats.span(pair.low, pair.high)}, {formats.seeds(pair.n)}"
+    interval = f"95 % interval {formats.span(pair.low, pair.high)}, {summary.runs(pair.n)}"
     text = (
         f" {row.label} differs from {base} by {bits} ({interval}), which is"
-        f" {measured_difference(summary, row)} of the bits."
+        f" {measured_difference(summary, row)} {summary.metric.of}."
     )
     return [Strong(lead), text + cache]
 
@@ -164,7 +165,7 @@ def _others(summary: Summary, rows: list[Row]) -> list[str]:
 
 def _missing(summary: Summary) -> list[str]:
     """Sentences about variants that failed wholly or in part."""
-    planned = len(summary.study["seeds"])
+    planned = summary.planned
     without = [row.label for row in summary.others if not row.results]
     partly = [
         f"{row.label} ({len(row.results)} of {planned})"
@@ -184,17 +185,17 @@ def _limits(summary: Summary) -> list[str]:
     """What the run is too small to tell."""
     base, rows = summary.baseline, summary.compared
     counts = sorted({row.paired.n for row in rows})
-    seeds = formats.seeds(counts[0])
+    seeds = summary.runs(counts[0])
     if len(counts) > 1:
-        seeds = f"{counts[0]} to {counts[-1]} seeds"
+        seeds = f"{counts[0]} to {summary.runs(counts[-1])}"
     effects = [row.paired.smallest_detectable_effect for row in rows]
     sizes = [summary.relative(effect) for effect in effects if effect]
     if sizes:
         low, high = (formats.percent(size, sign=False) for size in (min(sizes), max(sizes)))
         span = low if low == high else f"{low} to {high} (by variant)"
         text = (
-            f"What this run is too small to tell: with {seeds}, true differences below {span} of"
-            " the bits are missed at least one time in five"
+            f"What this run is too small to tell: with {seeds}, true differences below {span}"
+            f" {summary.metric.of} are missed at least one time in five"
         )
     elif None in effects:
         text = (
@@ -204,14 +205,14 @@ def _limits(summary: Summary) -> list[str]:
     else:
         text = "What this run cannot tell: how variants compare that do not compute the same"
     tokens = base.results[min(base.results)].get("tokens")
-    if tokens and base.num_params:
+    if tokens and base.num_params and not summary.settings:
         text += (
             f"; and models of {formats.count(base.num_params)} parameters that read"
             f" {formats.count(tokens)} tokens ({tokens / base.num_params:.2g} a parameter) do not"
             " speak for larger or longer ones"
         )
     text += "."
-    if is_sharing_study(summary):
+    if is_sharing_study(summary) and summary.metric.relative:
         text += _literature(summary)
     return [text]
 

@@ -9,8 +9,6 @@ from qkvjax.analysis.summary import Summary
 from qkvjax.config import flatten
 
 _DEFINITIONS = [
-    ("bits per byte", "minus log2 of the probability that the model gives to the held-out text,"
-     " over its UTF-8 bytes; it does not depend on the tokenizer. Lower is better."),
     ("interval", "Student’s t over seeds, 95 %. A difference is paired: seed i of a variant minus"
      " seed i of the baseline, which start from the same random numbers and see the same batches."
      " Intervals are not widened for the number of variants: of twenty comparisons of equal"
@@ -20,8 +18,7 @@ _DEFINITIONS = [
     ("smallest detectable effect", "the true difference that a study with this spread and this"
      " number of seeds finds four times in five: (t.975 + t.80) standard errors, n − 1 degrees of"
      " freedom."),
-    ("percent", "of the baseline’s mean bits per byte."),
-    ("val. − train", "bits per byte on held-out text minus those on training text."),
+    ("val. − train", "the score on held-out data minus that on training data."),
     ("FLOPs per token", "of training: 2 per multiply-add, and three times the forward pass"
      " (backward costs twice forward): 6 × forward multiply-adds of a sequence / its length."
      " Attention counts all pairs of positions."),
@@ -50,7 +47,11 @@ def what_was_run(summary: Summary) -> list:
     if config:
         rows = [(name, text(value)) for name, value in sorted(config.items())]
         parts.append(Fold(f"The base configuration ({len(rows)} fields)", [Pairs(rows)]))
-    return [*parts, Heading("What the words mean", 3), Terms(_DEFINITIONS)]
+    metric = summary.metric
+    first = [(metric.name, metric.definition)]
+    if metric.relative:
+        first.append(("percent", f"of the baseline’s mean {metric.name}."))
+    return [*parts, Heading("What the words mean", 3), Terms(first + _DEFINITIONS)]
 
 
 def text(value) -> str:

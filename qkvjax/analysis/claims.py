@@ -119,7 +119,9 @@ def _small_loss(summary: Summary) -> Finding | None:
             side = CONTRADICTED
         verdicts.append(side)
     measured = [f"{r.label} {formats.percent(summary.relative(r.paired.mean))}" for r in rows]
-    return Finding("of the bits:\n" + "\n".join(measured), _spans(summary, rows), most(verdicts))
+    return Finding(
+        f"{summary.metric.of}:\n" + "\n".join(measured), _spans(summary, rows), most(verdicts)
+    )
 
 
 def _memory(summary: Summary) -> Finding | None:
@@ -167,7 +169,7 @@ def _early_convergence(summary: Summary) -> Finding | None:
         intervals.append(f"{row.label} {_percent_span(result, start)}")
     if not measured:
         return None
-    text = f"steps to {mark:.3f} bits per byte:\n" + "\n".join(measured)
+    text = f"steps to {mark:.3f} {summary.metric.name}:\n" + "\n".join(measured)
     return Finding(text, "\n".join(intervals), most(verdicts))
 
 
@@ -178,7 +180,9 @@ def _regularising(summary: Summary) -> Finding | None:
             for r in rows if r.train_validation_gap is not None]  # fmt: skip
     if len(gaps) < 2:
         return None
-    return Finding("validation minus training bits:\n" + "\n".join(gaps), verdict=CANT_TELL)
+    return Finding(
+        f"validation minus training {summary.metric.name}:\n" + "\n".join(gaps), verdict=CANT_TELL
+    )
 
 
 def _half_cache(summary: Summary) -> Finding | None:
@@ -266,6 +270,60 @@ def _spans(summary: Summary, rows: list[Row]) -> str:
     return "\n".join(f"{r.label} {formats.percent_span(*part)}" for r, part in zip(rows, parts))
 
 
+def _accuracies(summary: Summary, *words: str) -> bool:
+    """Whether this is a study of accuracy on data whose source has one of these words."""
+    sources = {line.get("overrides", {}).get("data.source") for line in summary.results}
+    sources.add(field(summary, summary.baseline, "data.source"))
+    return summary.metric.key == "error" and any(w in str(s) for s in sources for w in words)
+
+
+def _by_variant(summary: Summary) -> str:
+    rows = [row for row in summary.rows if row.score]
+    return "mean accuracy:\n" + "\n".join(f"{r.label} {1 - r.score.mean:.3f}" for r in rows)
+
+
+def _synthetic_averages(summary: Summary) -> Finding | None:
+    """P4 averages over lengths 16, 64 and 128 too, and its re-run gave other figures."""
+    if not _accuracies(summary, "synthetic:") or not summary.compared:
+        return None
+    return Finding(_by_variant(summary), _spans(summary, summary.compared), CANT_TELL)
+
+
+def _equal_vision(summary: Summary) -> Finding | None:
+    """P5: every variant's paired interval inside, or one wholly outside, of half a point."""
+    if not _accuracies(summary, "mnist", "cifar") or not summary.compared:
+        return None
+    spans = [(row.paired.low, row.paired.high) for row in summary.compared]
+    verdict = CANT_TELL
+    if any(low is not None and (low > 0.005 or high < -0.005) for low, high in spans):
+        verdict = CONTRADICTED
+    elif all(low is not None and -0.005 <= low <= high <= 0.005 for low, high in spans):
+        verdict = SUPPORTED
+    return Finding(_by_variant(summary), _spans(summary, summary.compared), verdict)
+
+
+def _plus(summary: Summary) -> Finding | None:
+    """P8: each variant with score2d against the same sharing without."""
+    rows = {
+        (field(summary, row, "model.sharing"), str(field(summary, row, "model.score") or "")): row
+        for row in summary.rows
+    }
+    measured, intervals, verdicts = [], [], []
+    for (sharing, score), row in rows.items():
+        plain = rows.get((sharing, "")) or rows.get((sharing, "[]"))
+        pair = plain and plain is not row and "score2d" in score
+        pair = paired(plain.scores, row.scores) if pair else None
+        if pair:
+            measured.append(f"{row.label} {formats.percent(pair.mean)} {summary.metric.of}")
+            intervals.append(f"{row.label} {formats.percent_span(pair.mean, pair.low, pair.high)}")
+            side = {"better": SUPPORTED, "worse": CONTRADICTED}
+            verdicts.append(side.get(pair.verdict, CANT_TELL))
+    if not measured or summary.metric.relative:
+        return None
+    text = "against the same sharing without:\n" + "\n".join(measured)
+    return Finding(text, "\n".join(intervals), most(verdicts))
+
+
 _P_AVERAGES = "synthetic averages: QKV .851, Q=K-V .854, “+” .870, Q-K=V .850, Q=K=V .780"
 _P_COSINE = (
     "cos(K, V) = 0.73, K and V effective ranks 687 and 702 of 1024 (the authors later measured a"
@@ -306,12 +364,12 @@ CLAIMS = (
           "exact", _head_sharing_cache, None),
     Claim("P3", "P", "Q=K-V +4.9 %, Q=K=V +25 % perplexity (300M), padding scored", "LM study",
           _perplexity(("q=k-v", 0.049), ("q=k=v", 0.25)), AT_300M, True),
-    Claim("P4", "P", _P_AVERAGES, "synthetic study"),
-    Claim("P5", "P", "vision averages equal within .005", "vision study"),
+    Claim("P4", "P", _P_AVERAGES, "synthetic study", _synthetic_averages, None),
+    Claim("P5", "P", "vision averages equal within .005", "vision study", _equal_vision, None),
     Claim("P6", "P", "decode +4.4 to 5.3 % throughput, peak memory −6.5 to −6.9 % (1.2B, A100)",
           "bench"),
     Claim("P7", "P", _P_COSINE, "analyze"),
-    Claim("P8", "P", "“+” restores directionality", "score modifier ablation"),
+    Claim("P8", "P", "“+” restores directionality", "score modifier ablation", _plus, None),
     Claim("F1", "F", "with padding masked the gap is +2.2 % perplexity (300M, one seed)",
           "LM study", _perplexity(("q-k=v", 0.022)), AT_300M, False),
     Claim("F2", "F", "averaging K and V of a trained model, then distilling, recovers",

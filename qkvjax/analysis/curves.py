@@ -17,7 +17,7 @@ class Curve:
       seeds: of the rows of `values`.
       steps, tokens: [points].
       seconds: [points], mean over seeds of the training wall-clock.
-      values: [seeds, points], bits per byte.
+      values: [seeds, points], scores.
     """
 
     seeds: tuple[int, ...]
@@ -32,8 +32,11 @@ class Curve:
         return self.values.mean(axis=0)
 
 
-def curve(results: Mapping[int, Mapping]) -> Curve | None:
+def curve(results: Mapping[int, Mapping], key: str) -> Curve | None:
     """Aligns the curves of one variant's results (seed -> result line) by their tokens.
+
+    Args:
+      key: the score's name in the curves.
 
     Returns:
       None when no evaluation is common to all seeds.
@@ -41,7 +44,7 @@ def curve(results: Mapping[int, Mapping]) -> Curve | None:
     by_seed = {}
     for seed, result in sorted(results.items()):
         points = result.get("curve") or []
-        by_seed[seed] = {p["tokens"]: p for p in points if _finite(p.get("bits_per_byte"))}
+        by_seed[seed] = {p["tokens"]: p for p in points if _finite(p.get(key))}
     if not by_seed:
         return None
     common = sorted(set.intersection(*(set(points) for points in by_seed.values())))
@@ -57,16 +60,18 @@ def curve(results: Mapping[int, Mapping]) -> Curve | None:
         column("step").mean(axis=0),
         np.array(common, np.float64),
         column("seconds").mean(axis=0),
-        column("bits_per_byte"),
+        column(key),
     )
 
 
-def gap(baseline: Curve | None, other: Curve | None) -> tuple[np.ndarray, np.ndarray] | None:
+def gap(
+    baseline: Curve | None, other: Curve | None, relative: bool = True
+) -> tuple[np.ndarray, np.ndarray] | None:
     """The paired gap to the baseline after each common number of tokens.
 
     Returns:
-      tokens [points] and the gap as a part of the baseline's mean score [seeds, points]; None
-      without a common seed or evaluation.
+      tokens [points] and the gap [seeds, points], as a part of the baseline's mean score if
+      `relative`; None without a common seed or evaluation.
     """
     if baseline is None or other is None:
         return None
@@ -78,7 +83,7 @@ def gap(baseline: Curve | None, other: Curve | None) -> tuple[np.ndarray, np.nda
         return None
     a = baseline.values[[baseline.seeds.index(seed) for seed in seeds]][:, left]
     b = other.values[[other.seeds.index(seed) for seed in seeds]][:, right]
-    return tokens, (b - a) / a.mean(axis=0)
+    return tokens, (b - a) / (a.mean(axis=0) if relative else 1)
 
 
 def reach(axis: np.ndarray, values: np.ndarray, mark: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qkvjax.analysis import formats
+from qkvjax.analysis.metric import Metric
 from qkvjax.analysis.statistics import Paired, paired, seeds_needed
 from qkvjax.analysis.summary import Row, Summary
 
@@ -28,17 +29,20 @@ def decisions(summary: Summary) -> list[Decision]:
     rows = [summary.baseline, *summary.compared]
     caches = {row.cache_bytes_per_token for row in rows}
     return [
-        _best("Best quality", rows),
+        _best("Best quality", rows, summary.metric),
         *([_cheap(summary), _half(summary, rows)] if len(caches) > 1 else []),
-        _fastest("Fastest training step here", rows, summary, "step_ratio"),
-        _fastest("Fastest decoding here", rows, summary, "decode_ratio"),
+        *(
+            _fastest(f"Fastest {what} here", rows, summary, key)
+            for what, key in (("training step", "step_ratio"), ("decoding", "decode_ratio"))
+            if summary.records.measurements or summary.metric.relative
+        ),
     ]
 
 
-def _best(wish: str, rows: list[Row]) -> Decision:
+def _best(wish: str, rows: list[Row], metric: Metric) -> Decision:
     """The best mean score, if its paired interval to every rival excludes zero."""
     best = min(rows, key=lambda row: row.score.mean)
-    score = f"{formats.bits(best.score.mean)} bits per byte"
+    score = f"{metric.text(best.score.mean)} {metric.name}"
     rivals = []
     for row in rows:
         pair = None if row is best else paired(best.scores, row.scores)
@@ -98,7 +102,7 @@ def _half(summary: Summary, rows: list[Row]) -> Decision:
     small = [r for r in rows if (r.cache_bytes_per_token or whole) <= whole / 2]
     if not small:
         return Decision(wish, "no variant", "none that finished has so small a cache", False)
-    return _best(wish, small)
+    return _best(wish, small, summary.metric)
 
 
 def _fastest(wish: str, rows: list[Row], summary: Summary, key: str) -> Decision:

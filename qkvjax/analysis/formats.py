@@ -52,11 +52,6 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min".replace(" ", NBSP)
 
 
-def bits(value: float | None) -> str:
-    """A score: three decimals."""
-    return NONE if value is None else f"{value:.3f}"
-
-
 def difference(value: float | None) -> str:
     """A difference of scores: sign and four decimals, or 0."""
     if value is None:

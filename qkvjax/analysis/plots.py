@@ -156,7 +156,7 @@ def _curves(summary: Summary):
     for row in rows:
         line, style = row.curve, look[row.label]
         axes.plot(line.tokens, line.mean, markersize=4, **style)
-        if len(line.seeds) > 1:
+        if len(line.seeds) > 1 and not summary.settings:  # which differ far more than seeds
             axes.fill_between(
                 line.tokens, line.values.min(0), line.values.max(0), color=style["color"],
                 alpha=0.16, linewidth=0,
@@ -164,7 +164,7 @@ def _curves(summary: Summary):
         ends.append((row.label, line.tokens[-1], line.mean[-1], style["color"]))
     axes.set_ylim(*_trimmed([row.curve.mean for row in rows]))
     axes.set_xlim(left=min(row.curve.tokens[(len(row.curve.tokens) - 1) // 4] for row in rows))
-    axes.set_ylabel("validation bits per byte")
+    axes.set_ylabel(f"validation {summary.metric.name}")
     _tokens_axis(axes)
     _label_ends(axes, ends)
     return figure
@@ -179,8 +179,9 @@ def _trimmed(lines: list[np.ndarray]) -> tuple[float, float]:
 
 
 def _gap(summary: Summary):
-    """Paired gap to the baseline in percent of its bits; 95 % bands from three seeds up."""
-    gaps = {row.label: curves.gap(summary.baseline.curve, row.curve) for row in summary.compared}
+    """Paired gap to the baseline in percent; 95 % bands from three seeds up."""
+    base, relative = summary.baseline.curve, summary.metric.relative
+    gaps = {row.label: curves.gap(base, row.curve, relative) for row in summary.compared}
     gaps = {label: found for label, found in gaps.items() if found and len(found[0]) > 1}
     if not gaps:
         return None
@@ -198,7 +199,7 @@ def _gap(summary: Summary):
         shown += [*mean[len(mean) // 4 :]]
         ends.append((label, tokens[-1], mean[-1], style["color"]))
     marks = []
-    if is_sharing_study(summary):
+    if is_sharing_study(summary) and summary.metric.relative:
         marks = [
             ("paper, Q-K=V, 300M", 100 * paper_bits("q-k=v")),
             ("its masked rerun", 100 * masked_bits()),
@@ -215,7 +216,7 @@ def _gap(summary: Summary):
             f"dotted: {listed}", (0.99, max(h for _, h in marks)), xytext=(0, 3), fontsize=8.5,
             xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
         )  # fmt: skip
-    axes.set_ylabel(f"gap to {summary.baseline.label}, % of its bits")
+    axes.set_ylabel(f"gap to {summary.baseline.label}, % {summary.metric.of}")
     _tokens_axis(axes)
     _label_ends(axes, ends)
     return figure
@@ -262,7 +263,7 @@ def _pareto(summary: Summary):
                 arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.6, "shrinkB": 4},
             )  # fmt: skip
     axes.set_xlabel("decode cache, bytes a token (log scale)")
-    axes.set_ylabel("validation bits per byte")
+    axes.set_ylabel(f"validation {summary.metric.name}")
     return figure
 
 
@@ -281,7 +282,7 @@ def _mean(row: Row) -> float:
 
 
 def _forest(summary: Summary):
-    """Paired differences in percent of the baseline's bits, with 95 % intervals."""
+    """Paired differences in percent, with 95 % intervals."""
     rows = sorted(summary.compared, key=lambda row: row.paired.mean, reverse=True)
     if not rows:
         return None
@@ -308,5 +309,6 @@ def _forest(summary: Summary):
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.08)
-    axes.set_xlabel(f"difference from {summary.baseline.label}, % of its bits (left is better)")
+    of = summary.metric.of
+    axes.set_xlabel(f"difference from {summary.baseline.label}, % {of} (left is better)")
     return figure

@@ -16,7 +16,8 @@ class Records:
 
     Attributes:
       study: study.json.
-      results: (label, seed) -> the last line that results.jsonl has for it.
+      results: (label, seed) -> the last line that results.jsonl has for it; where the study has
+        settings, the seed is "SETTING, seed SEED".
       measurements: label -> its row of measurements.json; empty when there is none.
       measured: measurements.json without its rows.
       notes: what a reader must know about the files, one sentence each.
@@ -40,16 +41,19 @@ def read(workdir: Path) -> Records:
     notes: list[str] = []
     lines = _read_lines(workdir / "results.jsonl", notes)
     labels = [point["label"] for point in study["points"]]
+    settings = study.get("settings") or [""]
     results, strangers = {}, 0
     for line in lines:
-        if line.get("label") in labels and line.get("seed") in study["seeds"]:
-            results[line["label"], line["seed"]] = _checked(line)
+        seed, setting = line.get("seed"), line.get("setting") or ""
+        if line.get("label") in labels and seed in study["seeds"] and setting in settings:
+            key = f"{setting}, seed {seed}" if setting else seed
+            results[line["label"], key] = _checked(line)
         else:
             strangers += 1
     if strangers:
         notes.append(
-            f"{strangers} lines of results.jsonl belong to variants or seeds that this study does"
-            " not name; they are left out."
+            f"{strangers} lines of results.jsonl belong to variants, settings or seeds that this"
+            " study does not name; they are left out."
         )
     measured = _read_measurements(workdir / "measurements.json", notes)
     rows = {row["label"]: row for row in measured.pop("rows", []) if "label" in row}

@@ -32,6 +32,7 @@ from qkvjax.analysis.document import (
     Table,
     Title,
 )
+from qkvjax.analysis.settings import by_setting
 from qkvjax.analysis.sharings import is_sharing_study
 from qkvjax.analysis.statistics import BETTER, WORSE
 from qkvjax.analysis.summary import Row, Summary, summarize, write_csv
@@ -71,6 +72,7 @@ def build(summary: Summary, figures: dict[str, str]) -> list:
         *_answer(summary),
         Heading("What each variant costs and loses"),
         *_tables(summary),
+        *by_setting(summary),
         *_plots(summary, figures),
         *_decisions(summary),
         *_samples(summary),
@@ -82,15 +84,16 @@ def build(summary: Summary, figures: dict[str, str]) -> list:
 def closing_lines(workdir: Path) -> list[str]:
     """A small table for the terminal: a line a variant, and how it compares."""
     summary = summarize(records.read(Path(workdir)))
-    rows = []
+    metric, rows = summary.metric, []
     for row in summary.rows:
-        score = formats.bits(row.score.mean) if row.score else formats.NONE
+        score = metric.text(row.score.mean) if row.score else formats.NONE
         told, word = "", "baseline" if row is summary.baseline else "no finished run"
         if row.paired:
             told, word = measured_difference(summary, row), row.paired.verdict
             word = word if row.paired.low is not None else "no interval"
         rows.append([row.label, told, score, word])
-    header = [("variant",), ("difference of the bits",), ("bits per byte",), ("verdict",)]
+    header = [("variant",), ("difference", metric.of), ("", metric.name), ("", "verdict")]
+    header[0] = ("", "variant")
     return columns.table(header, rows)
 
 
@@ -102,16 +105,17 @@ def verdict(word: str) -> Cell:
 def _subtitle(summary: Summary) -> str:
     environment = summary.study.get("environment") or {}
     ended = sum(len(row.results) for row in summary.rows)
-    planned = len(summary.rows) * len(summary.study["seeds"])
+    planned = len(summary.rows) * summary.planned
     parts = []
-    if summary.baseline.num_params:
+    if summary.baseline.num_params and not summary.settings:
         parts.append(f"{formats.count(summary.baseline.num_params)} parameters")
     tokens = {result.get("tokens") for result in summary.results} - {None}
     if tokens:
         ends = sorted({formats.count(min(tokens)), formats.count(max(tokens))})
         parts.append(f"{' to '.join(ends)} training tokens a run")
     variants = f"{len(summary.rows)} variants" if len(summary.rows) > 1 else "1 variant"
-    parts.append(f"{variants} × {formats.seeds(len(summary.study['seeds']))}")
+    times = f" × {len(summary.settings)} settings" if summary.settings else ""
+    parts.append(f"{variants}{times} × {formats.seeds(len(summary.study['seeds']))}")
     if ended != planned:
         parts.append(f"{ended} of {planned} runs finished")
     if environment.get("device"):
@@ -146,8 +150,8 @@ def _answer(summary: Summary) -> list:
 
 def _tables(summary: Summary) -> list:
     quality = Table(
-        ["Variant", "Bits per byte", "Difference", "Difference, %", "Verdict", "Detectable",
-         "Val. − train"],
+        ["Variant", summary.metric.name.capitalize(), "Difference", "Difference, %", "Verdict",
+         "Detectable", "Val. − train"],
         [_quality(summary, row) for row in summary.rows],
         left=("Variant", "Verdict"),
         caption="Quality. Lower is better; the small lines are 95 % intervals. “Detectable”: the"
@@ -160,6 +164,8 @@ def _tables(summary: Summary) -> list:
         left=("Variant",),
         caption=_cost_caption(summary),
     )  # fmt: skip
+    if summary.settings:  # each has costs of its own
+        return [quality]
     parts = [quality, costs]
     if summary.marks:
         heads = ["Variant"]
@@ -182,12 +188,13 @@ def _tables(summary: Summary) -> list:
 
 
 def _quality(summary: Summary, row: Row) -> list:
-    planned, score, pair = len(summary.study["seeds"]), row.score, row.paired
+    planned, score, pair = summary.planned, row.score, row.paired
+    text = summary.metric.text
     short = 0 < len(row.results) < planned
-    name = Cell(row.label, f"{len(row.results)} of {planned} seeds" if short else "")
+    name = Cell(row.label, f"{len(row.results)} of {summary.runs(planned)}" if short else "")
     if score is None:
         return [name, *["–"] * 3, Cell("✗ no finished run", tone="bad"), *["–"] * 2]
-    bits = Cell(formats.bits(score.mean), formats.span(score.low, score.high, formats.bits))
+    bits = Cell(text(score.mean), formats.span(score.low, score.high, text))
     gap = formats.difference(row.train_validation_gap)
     if row is summary.baseline:
         return [name, bits, "–", "–", Cell("baseline", tone="quiet"), "–", gap]
@@ -277,7 +284,7 @@ def _races(row: Row) -> list[str]:
 def _plots(summary: Summary, figures: dict[str, str]) -> list:
     base = summary.baseline.label
     marks = ""
-    if is_sharing_study(summary):
+    if is_sharing_study(summary) and summary.metric.relative:
         marks = (
             " Dotted: what the paper reports for Q-K=V at 300M parameters (+3.1 % perplexity,"
             " padding scored; in bits, over its loss of 1.63 nats), and what its authors’ rerun"
@@ -285,8 +292,13 @@ def _plots(summary: Summary, figures: dict[str, str]) -> list:
             " direction of a line, not only its end."
         )
     captions = {
-        "curves": "Validation score during training, mean over seeds; the bands reach from the"
-        " best to the worst seed. The steep first part is cut off.",
+        "curves": "Validation score during training, mean over "
+        + (
+            "settings and seeds"
+            if summary.settings
+            else "seeds; the bands reach from the best to the worst seed"
+        )
+        + ". The steep first part is cut off.",
         "gap": f"The gap to {base}, paired within seeds, against training tokens; bands are 95 %"
         f" intervals, drawn from three seeds up.{marks}",
         "pareto": "Decode cache against score; lower left is better. Bars are 95 % intervals of"

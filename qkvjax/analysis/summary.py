@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qkvjax.analysis import curves
+from qkvjax.analysis import curves, formats
+from qkvjax.analysis.metric import METRICS, Metric
 from qkvjax.analysis.records import Records
 from qkvjax.analysis.statistics import Interval, Paired, mean_interval, paired
 from qkvjax.config import flatten
+from qkvjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Row:
       changed: the settings that differ from the baseline's.
       results: seed -> result line of the finished runs.
       failed: seed -> error of the failed ones.
-      score: bits per byte over seeds; None without a finished run.
+      score: over seeds; None without a finished run.
       paired: against the baseline; None for the baseline and without a common seed.
       train_validation_gap: mean score on validation text minus that on training text.
       num_params: learned numbers.
@@ -74,6 +76,25 @@ class Summary:
         return self.records.study
 
     @property
+    def metric(self) -> Metric:
+        """What the variants are compared by."""
+        return METRICS[_metric_key(self.study, self.records.results)]
+
+    @property
+    def settings(self) -> list[str]:
+        """Names of the settings that every variant is trained in; empty where there is one."""
+        return self.study.get("settings") or []
+
+    @property
+    def planned(self) -> int:
+        """Runs of each variant."""
+        return len(self.study["seeds"]) * max(1, len(self.settings))
+
+    def runs(self, n: int) -> str:
+        """How many runs a figure stands on: "3 seeds", or "36 runs"."""
+        return f"{n:,} runs" if self.settings else formats.seeds(n)
+
+    @property
     def baseline(self) -> Row:
         """The row that the others are compared with."""
         return next(row for row in self.rows if row.label == self.study["baseline"])
@@ -99,8 +120,11 @@ class Summary:
         return any(r.get("score_pads") or (r.get("pad_fraction") or 0) > 0 for r in self.results)
 
     def relative(self, value: float | None) -> float | None:
-        """A difference in bits as a part of the baseline's mean score."""
+        """A difference as a part of the baseline's mean score, or as it is where the metric says
+        so."""
         base = self.baseline.score
+        if not self.metric.relative:
+            return value
         return None if value is None or not base or not base.mean else value / base.mean
 
     def cache_saved(self, row: Row) -> float | None:
@@ -127,7 +151,8 @@ def summarize(records: Records) -> Summary:
             done[label][seed] = line
         else:
             failed[label][seed] = str(line.get("error") or "no error was recorded")
-    lines = {label: curves.curve(results) for label, results in done.items()}
+    key = _metric_key(study, records.results)
+    lines = {label: curves.curve(results, key) for label, results in done.items()}
     marks = curves.common_losses([c for c in lines.values() if c is not None])
     baseline_scores = {seed: line["score"] for seed, line in done[study["baseline"]].items()}
     rows = []
@@ -159,6 +184,15 @@ def summarize(records: Records) -> Summary:
     return Summary(records, tuple(rows), marks, tuple(records.notes + _mixtures(records, rows)))
 
 
+def _metric_key(study: Mapping, results: Mapping) -> str:
+    """The metric of the results; without one, of the study's evaluator."""
+    found = {line["metric"] for line in results.values() if line.get("metric") in METRICS}
+    if len(found) > 1:
+        raise UserError(f"results.jsonl mixes the scores {', '.join(sorted(found))}: start anew")
+    kind = flatten(study.get("config") or {}).get("evals.eval.kind")
+    return next(iter(found), "error" if kind == "accuracy" else "bits_per_byte")
+
+
 def write_csv(summary: Summary, path: Path) -> None:
     """Writes results.csv, a line a variant; unknown values are empty."""
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -172,6 +206,7 @@ def _csv_line(summary: Summary, row: Row) -> dict:
     score, pair, measured = row.score, row.paired, row.measured
     line = {"label": row.label} | row.settings
     line |= {
+        "metric": summary.metric.key,
         "num_seeds": len(row.results),
         "score": score and score.mean,
         "ci_low": score and score.low,
@@ -207,9 +242,12 @@ def _gap(results: Mapping[int, Mapping]) -> float | None:
 def _mixtures(records: Records, rows: list[Row]) -> list[str]:
     """Sentences about runs that are not comparable with each other."""
     notes = []
-    digests = {line.get("data_digest") for row in rows for line in row.results.values()}
-    digests.add((records.study.get("data") or {}).get("digest"))
-    if len(digests - {None}) > 1:
+    digests: dict[str, set] = {}  # by setting: others may have other data
+    for row in rows:
+        for line in row.results.values():
+            digests.setdefault(line.get("setting") or "", set()).add(line.get("data_digest"))
+    digests.get("", set()).add((records.study.get("data") or {}).get("digest"))
+    if any(len(found - {None}) > 1 for found in digests.values()):
         notes.append(
             "The runs did not all read the same data (their data digests differ): the scores are"
             " not comparable. Run the study again in a fresh workdir."

@@ -122,3 +122,33 @@ def sharing_study(workdir: Path, num_seeds: int = 3, sharings=SHARINGS, fail=(),
     measured = kwargs.get("measurements", measurements())
     body = study(labels, name(sharings[0]), list(range(num_seeds)))
     return write(workdir, body, results, measured, kwargs.get("tail", ""))
+
+
+def accuracy_study(workdir: Path, settings=("sort d32", "sort d64", "copy d32"), **fields) -> Path:
+    """Writes a study of accuracy in several settings: QKV, Q=K-V and the latter with "+"."""
+    labels = {
+        "QKV": {},
+        "Q=K-V": {"model.sharing": "q=k-v"},
+        "(Q=K-V)+": {"model.sharing": "q=k-v", "model.score": ["score2d(10)"]},
+    }
+    losses = {"QKV": 0.02, "Q=K-V": 0.10, "(Q=K-V)+": 0.03}
+    results = []
+    for setting in settings:
+        for seed in range(3):
+            for label, overrides in labels.items():
+                noise = np.random.default_rng([seed, len(label)]).uniform(0, 0.01)
+                error = 0.0 if "copy" in setting else losses[label] + noise
+                line = result(label, overrides, seed)
+                for name in ("perplexity", "num_bytes", "pad_fraction", "sample"):
+                    del line[name]
+                curve = [{"step": s, "tokens": 64 * s, "seconds": s, "error": error + 0.1 / (1 + s)}
+                         for s in (0, 50, 100)]  # fmt: skip
+                results.append(line | {
+                    "metric": "error", "score": error, "accuracy": 1 - error,
+                    "solved": float(error <= 0.05), "setting": setting, "curve": curve,
+                    "overrides": overrides | {"data.source": f"synthetic:{setting.split()[0]}"},
+                    "data_digest": setting.split()[0], "train_score": None,
+                })  # fmt: skip
+    body = study(labels, "QKV", [0, 1, 2]) | {"settings": list(settings)} | fields
+    body["config"]["data"]["source"] = "synthetic:sort"
+    return write(workdir, body, results)

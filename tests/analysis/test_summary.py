@@ -99,8 +99,8 @@ def test_the_gap_is_paired_and_starts_after_the_first_step():
                            "bits_per_byte": (4 + seed) * (1 + gap * (s > 0))}
                           for s in (0, 1, 2)]}  # fmt: skip
 
-    base = curves.curve({0: line(0, 0), 1: line(1, 0)})
-    other = curves.curve({0: line(0, 0.1), 1: line(1, 0.1), 2: line(9, 0.5)})
+    base = curves.curve({0: line(0, 0), 1: line(1, 0)}, "bits_per_byte")
+    other = curves.curve({0: line(0, 0.1), 1: line(1, 0.1), 2: line(9, 0.5)}, "bits_per_byte")
     tokens, values = curves.gap(base, other)
     assert tokens.tolist() == [10, 20] and values.shape == (2, 2)
     assert values.mean(0) == pytest.approx([0.1, 0.1])

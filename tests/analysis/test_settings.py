@@ -1,0 +1,89 @@
+"""Studies of accuracy, in several settings, beside the figures of a paper."""
+
+import csv
+
+import pytest
+import simulated_study as simulated
+
+from qkvjax.analysis import claims, records
+from qkvjax.analysis.document import Fold, Paragraph, Table
+from qkvjax.analysis.report import closing_lines, write_report
+from qkvjax.analysis.settings import by_setting
+from qkvjax.analysis.summary import summarize
+from qkvjax.errors import UserError
+
+REFERENCE = {
+    "source": "a paper",
+    "metric": "accuracy",
+    "values": {
+        "sort d32": {"QKV": [0.975, 0.97, 0.98], "Q=K-V": [0.5, 0.6, 0.7], "(Q=K-V)+": [0.999]},
+        "copy d32": {"QKV": [1.0], "Q=K-V": [1.0], "(Q=K-V)+": [0.996]},
+    },
+}
+
+
+def summary_of(workdir):
+    return summarize(records.read(workdir))
+
+
+def test_differences_are_paired_within_settings(tmp_path):
+    summary = summary_of(simulated.accuracy_study(tmp_path))
+    row = summary.rows[1]
+    assert summary.metric.key == "error" and summary.planned == 9
+    assert row.paired.n == 9 and row.paired.verdict == "worse"
+    assert row.paired.mean == pytest.approx(0.08 * 2 / 3, abs=0.01)
+    assert summary.relative(0.25) == 0.25  # points, not parts of an error
+    assert not summary.notes  # other settings may have other data
+
+
+def test_runs_of_one_setting_that_read_other_data_are_told(tmp_path):
+    workdir = simulated.accuracy_study(tmp_path)
+    text = (workdir / "results.jsonl").read_text()
+    text = text.replace('"data_digest": "copy"', '"data_digest": "other"', 1)
+    (workdir / "results.jsonl").write_text(text)
+    assert any("not comparable" in note for note in summary_of(workdir).notes)
+
+
+def test_each_setting_stands_beside_the_reference(tmp_path):
+    summary = summary_of(simulated.accuracy_study(tmp_path, reference=REFERENCE))
+    parts = by_setting(summary)
+    (told,) = [part.text for part in parts if isinstance(part, Paragraph)]
+    assert "overlap in 4 of 6 cells" in told and "above in 1 and below in 1" in told
+    means, solved = [part for part in parts if isinstance(part, Table)]
+    assert [row[0] for row in means.rows] == [
+        "sort (2 settings)", "copy", "all (3 settings)",
+    ]  # fmt: skip
+    assert means.rows[0][1].below == "0.975" and means.rows[1][2].text == "1.000"
+    assert means.rows[0][2].below == "0.600"  # of the settings that both have
+    assert solved.rows[0][1].text == "100\u00a0%" and solved.rows[0][2].text == "0\u00a0%"
+    folds = [part for part in parts if isinstance(part, Fold)]
+    assert len(folds) == 2 and len(folds[0].parts[0].rows) == 2
+
+
+def test_the_report_speaks_of_errors(tmp_path):
+    workdir = simulated.accuracy_study(tmp_path, reference=REFERENCE)
+    write_report(workdir)
+    text = (workdir / "report.md").read_text()
+    assert "bits per byte" not in text.split("## The claims")[0]
+    assert "of the labels" in text and "9 runs" in text and "3 settings" in text
+    lines = list(csv.DictReader((workdir / "results.csv").open()))
+    assert {line["metric"] for line in lines} == {"error"}
+    assert "error" in "\n".join(closing_lines(workdir))
+
+
+def test_plus_is_compared_with_the_same_sharing(tmp_path):
+    found = {c.id: f for c, f in claims.findings(summary_of(simulated.accuracy_study(tmp_path)))}
+    assert found["P8"].verdict == claims.SUPPORTED and "(Q=K-V)+" in found["P8"].measured
+    assert found["P4"].verdict == claims.CANT_TELL and "QKV 0.98" in found["P4"].measured
+    assert found["P5"].verdict == claims.NOT_MEASURED
+    assert found["A1"].verdict == claims.CANT_TELL
+
+
+def test_scores_of_two_kinds_are_refused(tmp_path):
+    workdir = simulated.accuracy_study(tmp_path)
+    text = (workdir / "results.jsonl").read_text()
+    (workdir / "results.jsonl").write_text(
+        text.replace('"metric": "error"', '"metric": "bits_per_byte"', 1)
+    )
+    with pytest.raises(UserError, match="mixes the scores bits_per_byte, error"):
+        summary_of(workdir)
