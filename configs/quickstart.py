@@ -31,6 +31,7 @@ def get_config(arg=None):
     config.evals = {
         "eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 20_000},
         "eval_train": {"kind": "bits_per_byte", "split": "train", "max_labels": 8_000},
+        "inside": {"kind": "inside"},
     }
     config.study = ml_collections.ConfigDict({
         "title": "Does a small language model need three projections?",

@@ -7,7 +7,7 @@
 For each layer and head: singular values, effective and stable rank of the projections and of
 W_q W_k^T; for each pair of projections the cosine of the weights, the angles between their
 spaces and the CKA of what they put out; asymmetry of the scores, attention to oneself, entropy
-and largest logit. qkvjax/analysis/spectra.py defines each with its equation. WORKDIR gets
+and largest logit. qkvjax/evaluation/spectra.py defines each with its equation. WORKDIR gets
 analysis.jsonl (a line a measure) and analysis/ with plots: spectra, heads, attention.
 """
 
@@ -47,27 +47,25 @@ def body(values: flags.FlagValues) -> None:
 
 def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
     """Writes analysis.jsonl and the plots of one run; returns a table to print."""
-    from qkvjax.analysis import inside, inside_plots
+    from qkvjax.analysis import inside_plots
     from qkvjax.attention.spec import sharing_name
-    from qkvjax.data.dataset import prepare, whole_rows
+    from qkvjax.data.open import open_dataset
+    from qkvjax.evaluation import inside
     from qkvjax.training.metrics import write_lines
     from qkvjax.training.restore import load_model
 
     model, _, config, step = load_model(workdir, values.step)
-    data = config.data
     for layer in model.spec.layers:  # before the data are read
         inside.blocks_of(layer.blocks, values.projections)
-    dataset = prepare(
-        data.source if values.data is None else values.data, data.tokenizer, data.seq_len,
-        whole=values.data is not None, log=print,
-    )  # fmt: skip
-    ids = whole_rows(dataset, values.num_sequences)
-    records, seen = inside.analyze(model, ids, values.projections)
-    facts = {"step": step, "data_digest": dataset.digest, "num_tokens": int(ids.size)}
+    dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
+    inputs = inside.sequences(dataset, values.num_sequences)
+    records, seen = inside.analyze(model, inputs, values.projections)
+    num_tokens = len(inputs) * config.data.seq_len
+    facts = {"step": step, "data_digest": dataset.digest, "num_tokens": num_tokens}
     write_lines(workdir / "analysis.jsonl", [facts | record for record in records])
     places = inside_plots.write(records, seen, workdir / "analysis")
-    head = f"{workdir}, step {step}: {sharing_name(config.model.sharing)}, {ids.size:,} tokens"
-    return [head, "", *inside.table(records), "", f"plots: {', '.join(map(str, places))}"]
+    head = f"{workdir}, step {step}: {sharing_name(config.model.sharing)}, {num_tokens:,} tokens"
+    return [head, "", *inside_plots.table(records), "", f"plots: {', '.join(map(str, places))}"]
 
 
 if __name__ == "__main__":

@@ -368,7 +368,9 @@ def _check_evaluator(name: str, options) -> None:
         if field not in EVALUATOR_FIELDS:
             near = did_you_mean(field, EVALUATOR_FIELDS)
             raise UserError(f"{name} has no field {field!r}: use {fields}{near}")
-    choices = {"kind": ("bits_per_byte", "accuracy"), "split": ("train", "validation")}
+    if options.get("kind") == "inside" and len(options) > 1:
+        raise UserError(f"{name} of kind 'inside' has no other field: delete the rest")
+    choices = {"kind": ("bits_per_byte", "accuracy", "inside"), "split": ("train", "validation")}
     for field, known in choices.items():
         value = options.get(field, known[0])
         if value not in known:

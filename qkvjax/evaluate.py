@@ -1,4 +1,4 @@
-"""Score a checkpoint on held-out text, its own or another corpus.
+"""Score a checkpoint on held-out data, its own or others.
 
   qkvjax evaluate --workdir=runs/first
   qkvjax evaluate --workdir=runs/first --data=text:my_book.txt
@@ -6,7 +6,9 @@
 
 Without --data the run's own validation documents are scored; with it, the whole corpus. Each
 document is read on its own in windows of data.seq_len and every token is scored once, so that
-the score does not depend on the batch size. Lines are added to WORKDIR/evaluation.jsonl.
+the score does not depend on the batch size. Tasks: bits_per_byte and perplexity of text;
+accuracy, of all labels and as a mean over classes, of what has labels. Lines are added to
+WORKDIR/evaluation.jsonl.
 """
 
 from __future__ import annotations
@@ -21,10 +23,17 @@ from absl import flags
 from qkvjax import cli
 from qkvjax.errors import UserError, did_you_mean
 
+# What each task writes a line about.
+TASKS = {
+    "bits_per_byte": ("bits_per_byte", "perplexity"),
+    "accuracy": ("accuracy", "class_accuracy"),
+}
+
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "the trained run", flag_values=values)
-    flags.DEFINE_list("tasks", ["bits_per_byte"], "what to score, with commas", flag_values=values)
+    flags.DEFINE_list("tasks", None, "what to score, with commas: bits_per_byte (text) or accuracy;"
+                      " unset means what the run was evaluated by", flag_values=values)  # fmt: skip
     flags.DEFINE_string("data", None, "another corpus, as data.source names it", flag_values=values)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest if unset", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "rows at a time; does not change the score",
@@ -36,11 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def body(values: flags.FlagValues) -> None:
-    tasks = {"bits_per_byte": score_text}
-    for task in values.tasks or [""]:
-        if task not in tasks:
+    for task in values.tasks or ():
+        if task not in TASKS:
             raise UserError(
-                f"there is no task {task!r}: use {', '.join(tasks)}{did_you_mean(task, tasks)}"
+                f"there is no task {task!r}: use {', '.join(TASKS)}{did_you_mean(task, TASKS)}"
             )
     if not values.workdir:
         raise UserError("--workdir=DIR is missing: which run should be scored?")
@@ -49,46 +57,40 @@ def body(values: flags.FlagValues) -> None:
     from qkvjax.parallel import host
 
     host.keep_freed_memory()
+    from qkvjax.data.open import open_dataset
     from qkvjax.training.metrics import append_line
     from qkvjax.training.restore import load_model
 
     model, tokenizer, config, step = load_model(values.workdir, values.step)
-    for task in values.tasks:
-        for line in tasks[task](model, config, values):
+    dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
+    for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
+        for line in score(task, model, dataset, config, values.batch_size):
             line = {"task": task, **line, "step": step, "data": values.data or config.data.source}
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             append_line(Path(values.workdir) / "evaluation.jsonl", line | {"date": date})
-            print(
-                f"{line['metric']} {line['value']:.6f} on {line['num_items']:,}"
-                f" labels of {line['data']} ({line['tokenizer']} tokens, pads"
-                f" {100 * line['pad_fraction']:.1f} %), step {step}"
-            )
+            told = f"{line['metric']} {line['value']:.6f} on {line['num_items']:,} labels"
+            if tokenizer:
+                told += f" ({tokenizer.name} tokens, pads {100 * line['pad_fraction']:.1f} %)"
+            print(f"{told} of {line['data']}, step {step}")
 
 
-def score_text(model, config, values) -> list[dict]:
-    """Bits per byte and perplexity of the validation documents, or of --data as a whole."""
-    from qkvjax.data.dataset import prepare
-    from qkvjax.evaluation.language import score
+def score(task: str, model, dataset, config, batch_size: int | None) -> list[dict]:
+    """The lines of a task on the validation split of a data set, one a metric."""
+    from qkvjax.evaluation.evaluators import SCORES, check_text
 
-    data = config.data
-    dataset = prepare(
-        data.source if values.data is None else values.data, data.tokenizer, data.seq_len,
-        data.score_pads, whole=values.data is not None, log=print,
-    )  # fmt: skip
-    found = score(
-        model, dataset, batch_size=values.batch_size or data.batch_size,
+    check_text("--tasks", task, dataset)
+    found = SCORES[task](
+        model, dataset, batch_size=batch_size or config.data.batch_size,
         dtype=config.train.compute_dtype,
     )  # fmt: skip
-    common = {
-        "num_items": int(found["num_labels"]),
-        "num_bytes": found["num_bytes"],
-        "tokenizer": dataset.tokenizer.name,
-        "pad_fraction": found["pad_fraction"],
-        "data_digest": dataset.digest,
-    }
-    return [
-        {"metric": name, "value": found[name], **common} for name in ("bits_per_byte", "perplexity")
-    ]
+    common = {"num_items": int(found["num_labels"]), "data_digest": dataset.digest}
+    if hasattr(dataset, "tokenizer"):
+        common["tokenizer"] = dataset.tokenizer.name
+        common |= {
+            "num_bytes": found.get("num_bytes"),
+            "pad_fraction": found.get("pad_fraction", 0),
+        }
+    return [{"metric": name, "value": found[name], **common} for name in TASKS[task]]
 
 
 if __name__ == "__main__":

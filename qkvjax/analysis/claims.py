@@ -23,45 +23,20 @@ import math
 from collections.abc import Callable
 
 from qkvjax.analysis import curves, formats
+from qkvjax.analysis.claim import (
+    AT_300M,
+    CANT_TELL,
+    CONTRADICTED,
+    SUPPORTED,
+    Claim,
+    Finding,
+    about,
+    in_scope,
+    most,
+)
 from qkvjax.analysis.sharings import field, is_uniform, pure, pure_rows
 from qkvjax.analysis.statistics import Paired, paired
 from qkvjax.analysis.summary import Row, Summary
-
-SUPPORTED, CONTRADICTED = "supported", "contradicted"
-CANT_TELL, NOT_MEASURED = "can't tell at this size", "not measured"
-MIN_TOKENS_PER_PARAM = 10
-AT_300M, ARTICLE = (200e6, 400e6), (100e6, 7e9)
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What a study says about a claim: two texts for people, and the verdict in scope."""
-
-    measured: str = formats.NONE
-    interval: str = formats.NONE
-    verdict: str = NOT_MEASURED
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """One claim.
-
-    Attributes:
-      id, source: A the article, P the paper, F the authors' follow-ups.
-      claim, measured_by: texts.
-      decide: computes a Finding, or None where the study lacks what it needs; None when no
-        study of this kind measures it.
-      sizes: parameters the claim speaks of; None for exact arithmetic.
-      pads: whether padding was scored where the figure comes from; None when it does not say.
-    """
-
-    id: str
-    source: str
-    claim: str
-    measured_by: str
-    decide: Callable[[Summary], Finding | None] | None = None
-    sizes: tuple[float, float] | None = ARTICLE
-    pads: bool | None = None
 
 
 def findings(summary: Summary) -> list[tuple[Claim, Finding]]:
@@ -74,34 +49,6 @@ def findings(summary: Summary) -> list[tuple[Claim, Finding]]:
             found = dataclasses.replace(found, verdict=CANT_TELL)
         result.append((claim, found))
     return result
-
-
-def in_scope(claim: Claim, summary: Summary) -> bool:
-    """Whether this study may decide the claim at all (rules 1 to 3)."""
-    if claim.sizes is None:
-        return True
-    size = summary.baseline.num_params or 0
-    tokens = min((result.get("tokens") or 0 for result in summary.results), default=0)
-    low, high = claim.sizes
-    kind = claim.pads is None or claim.pads == summary.score_pads
-    return low <= size <= high and tokens >= MIN_TOKENS_PER_PARAM * size and kind
-
-
-def about(value: float, low: float | None, high: float | None, no_effect: float) -> str:
-    """Rule 4 for a claim of "about `value`", given an interval."""
-    if low is None or high is None:
-        return CANT_TELL
-    if not low <= value <= high:
-        return CONTRADICTED
-    return CANT_TELL if low <= no_effect <= high else SUPPORTED
-
-
-def most(verdicts: list[str]) -> str:
-    """Supported or contradicted when more than half of the variants are."""
-    for verdict in (SUPPORTED, CONTRADICTED):
-        if 2 * verdicts.count(verdict) > len(verdicts):
-            return verdict
-    return CANT_TELL
 
 
 def _small_loss(summary: Summary) -> Finding | None:
@@ -270,6 +217,31 @@ def _spans(summary: Summary, rows: list[Row]) -> str:
     return "\n".join(f"{r.label} {formats.percent_span(*part)}" for r, part in zip(rows, parts))
 
 
+def _baseline_inside(summary: Summary, *names: str) -> list[str]:
+    """Measures of the baseline's models, over their runs."""
+    lines = [line["inside"] for line in summary.baseline.results.values() if line.get("inside")]
+    texts = []
+    for name in names:
+        values = [line[name] for line in lines if name in line]
+        if values:
+            texts.append(f"{name.replace('_', ' ')} {sum(values) / len(values):.3g}")
+    return texts
+
+
+def _redundant(summary: Summary) -> Finding | None:
+    """A6 names no measure: ranks are printed, and decide nothing."""
+    ranks = _baseline_inside(summary, "rank_q", "rank_k", "rank_v")
+    width = field(summary, summary.baseline, "model.d_model")
+    text = f"effective ranks, width {width}:\n" + "\n".join(ranks)
+    return Finding(text, verdict=CANT_TELL) if ranks else None
+
+
+def _cosines(summary: Summary) -> Finding | None:
+    """P7 names no estimator: both are printed, and decide nothing."""
+    found = _baseline_inside(summary, "cosine_k_v", "cka_k_v", "rank_k", "rank_v")
+    return Finding("\n".join(found), verdict=CANT_TELL) if found else None
+
+
 def _accuracies(summary: Summary, *words: str) -> bool:
     """Whether this is a study of accuracy on data whose source has one of these words."""
     sources = {line.get("overrides", {}).get("data.source") for line in summary.results}
@@ -339,7 +311,8 @@ CLAIMS = (
     Claim("A4", "A", "inference up to 18 % faster on H100-class GPUs",
           "decode latency ratio, end to end"),
     Claim("A5", "A", "inference cost falls by 15 to 20 %", "cost per million tokens from latency"),
-    Claim("A6", "A", "singular values show the three matrices to be redundant", "analyze"),
+    Claim("A6", "A", "singular values show the three matrices to be redundant", "analyze",
+          _redundant),
     Claim("A7", "A", "fewer projections converge faster early on",
           "steps and seconds to common losses", _early_convergence),
     Claim("A8", "A", "simplified variants sometimes win, by regularising on small data",
@@ -368,7 +341,7 @@ CLAIMS = (
     Claim("P5", "P", "vision averages equal within .005", "vision study", _equal_vision, None),
     Claim("P6", "P", "decode +4.4 to 5.3 % throughput, peak memory −6.5 to −6.9 % (1.2B, A100)",
           "bench"),
-    Claim("P7", "P", _P_COSINE, "analyze"),
+    Claim("P7", "P", _P_COSINE, "analyze", _cosines, AT_300M),
     Claim("P8", "P", "“+” restores directionality", "score modifier ablation", _plus, None),
     Claim("F1", "F", "with padding masked the gap is +2.2 % perplexity (300M, one seed)",
           "LM study", _perplexity(("q-k=v", 0.022)), AT_300M, False),

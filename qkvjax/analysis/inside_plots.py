@@ -1,4 +1,4 @@
-"""The plots of `analyze`: spectra, maps of layers by heads, attention maps."""
+"""What `analyze` shows: a table; spectra, maps of layers by heads, attention maps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qkvjax.analysis import plots
-from qkvjax.analysis.inside import Looked
+from qkvjax.analysis import columns, plots
+from qkvjax.evaluation.inside import Looked
 
 MOST_LAYERS, MOST_HEADS = 6, 8  # of attention maps
 _MAPS = {
@@ -16,6 +16,29 @@ _MAPS = {
     "entropy": "entropy, nats",
     "max_logit": "largest logit",
 }
+
+
+def table(records: list[dict]) -> list[str]:
+    """Lines of a table of one model: a row a layer, means over heads."""
+    cells: dict[int, dict[str, list[float]]] = {}
+    for record in records:
+        metric, what = record["metric"], record["what"]
+        name = {
+            "effective_rank": f"rank {what}" if record["head"] is None else None,
+            "linear_cka": f"CKA {what.removesuffix(' activations')}",
+            "score_asymmetry": "asymmetry", "diagonal_mass": "to oneself", "entropy": "entropy",
+            "max_logit": "max logit",
+        }.get(metric)  # fmt: skip
+        if name:
+            row = cells.setdefault(record["layer"], {})
+            row.setdefault(name.replace(" activations", "(x)"), []).append(record["value"])
+    columns_ = list(dict.fromkeys(name for row in cells.values() for name in row))
+    header = [("", "layer"), *(tuple(("", *name.split(" ", 1))[-2:]) for name in columns_)]
+    rows = [
+        [str(layer), *(f"{np.mean(row[n]):.3g}" if n in row else "–" for n in columns_)]
+        for layer, row in cells.items()
+    ]
+    return columns.table(header, rows)
 
 
 def write(records: list[dict], seen: list[Looked], folder: Path) -> list[Path]:

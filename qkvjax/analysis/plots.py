@@ -52,9 +52,9 @@ _STYLE = {
 }
 
 
-def draw(summary: Summary) -> dict[str, str]:
-    """name -> SVG of the plots that this study has data for."""
-    plots = {"curves": _curves, "gap": _gap, "pareto": _pareto, "forest": _forest}
+def draw(summary: Summary, **others: Callable[[Summary], object]) -> dict[str, str]:
+    """name -> SVG of the plots that this study has data for, `others` among them."""
+    plots = {"curves": _curves, "gap": _gap, "pareto": _pareto, "forest": _forest} | others
     return drawn({name: functools.partial(plot, summary) for name, plot in plots.items()})
 
 
@@ -98,12 +98,13 @@ def _look(summary: Summary) -> dict[str, dict]:
     """label -> colour, marker and line style; the baseline is solid ink with dots."""
     look = {summary.baseline.label: {"color": INK, "marker": "o", "linestyle": "solid"}}
     for i, row in enumerate(summary.others):
-        look[row.label] = {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "marker": _MARKERS[i % len(_MARKERS)],
-            "linestyle": _DASHES[i % len(_DASHES)],
-        }
+        look[row.label] = line_style(i) | {"marker": _MARKERS[i % len(_MARKERS)]}
     return look
+
+
+def line_style(i: int) -> dict:
+    """Colour and dashes of line number i."""
+    return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)]}
 
 
 def spread(wanted: list[float], distance: float) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qkvjax.analysis import (
+    claim,
     claims,
     columns,
     decisions,
@@ -32,14 +33,15 @@ from qkvjax.analysis.document import (
     Table,
     Title,
 )
+from qkvjax.analysis.inside_report import draw_spectra, look_inside
 from qkvjax.analysis.settings import by_setting
 from qkvjax.analysis.sharings import is_sharing_study
 from qkvjax.analysis.statistics import BETTER, WORSE
 from qkvjax.analysis.summary import Row, Summary, summarize, write_csv
 
-TONES = {BETTER: "good", WORSE: "bad", claims.SUPPORTED: "good", claims.CONTRADICTED: "bad"}
-_SYMBOLS = {BETTER: "▲", WORSE: "▼", claims.SUPPORTED: "✓", claims.CONTRADICTED: "✗",
-            claims.CANT_TELL: "?", claims.NOT_MEASURED: "–"}  # fmt: skip
+TONES = {BETTER: "good", WORSE: "bad", claim.SUPPORTED: "good", claim.CONTRADICTED: "bad"}
+_SYMBOLS = {BETTER: "▲", WORSE: "▼", claim.SUPPORTED: "✓", claim.CONTRADICTED: "✗",
+            claim.CANT_TELL: "?", claim.NOT_MEASURED: "–"}  # fmt: skip
 
 
 def write_report(workdir: Path) -> Path:
@@ -53,7 +55,7 @@ def write_report(workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     summary = summarize(records.read(workdir))
-    figures = plots.draw(summary)
+    figures = plots.draw(summary, spectra=draw_spectra)
     parts = build(summary, figures)
     write_csv(summary, workdir / "results.csv")
     plots.write(figures, workdir / "plots")
@@ -74,6 +76,7 @@ def build(summary: Summary, figures: dict[str, str]) -> list:
         *_tables(summary),
         *by_setting(summary),
         *_plots(summary, figures),
+        *look_inside(summary, figures),
         *_decisions(summary),
         *_samples(summary),
         *_claims(summary),
@@ -308,10 +311,8 @@ def _plots(summary: Summary, figures: dict[str, str]) -> list:
         "forest": f"Paired differences from {base} with 95 % intervals. Filled markers: the"
         " interval excludes zero.",
     }
-    if not figures:
-        return []
-    shown = [Figure(name, svg, captions[name]) for name, svg in figures.items()]
-    return [Heading("Plots"), *shown]
+    shown = [Figure(name, svg, captions[name]) for name, svg in figures.items() if name in captions]
+    return [Heading("Plots"), *shown] if shown else []
 
 
 def _decisions(summary: Summary) -> list:
@@ -351,8 +352,8 @@ def _claims(summary: Summary) -> list:
     here = [f"{formats.count(summary.baseline.num_params)} parameters"]
     here += [f"{formats.count(max(tokens))} tokens"] if tokens else []
     here += [str(environment["device"])] if environment.get("device") else []
-    seen = [(c, f) for c, f in found if f.verdict != claims.NOT_MEASURED]
-    unseen = [(c, f) for c, f in found if f.verdict == claims.NOT_MEASURED]
+    seen = [(c, f) for c, f in found if f.verdict != claim.NOT_MEASURED]
+    unseen = [(c, f) for c, f in found if f.verdict == claim.NOT_MEASURED]
     parts = [
         Heading("The claims"),
         Paragraph(
@@ -360,7 +361,7 @@ def _claims(summary: Summary) -> list:
             " project (A), the paper arXiv 2606.04032 (P) and its authors’ follow-ups (F), and"
             " what this study says about it. A measured claim is decided only by a study of the"
             " size that the claim speaks of; elsewhere the measurement stands and the verdict is"
-            f" “{claims.CANT_TELL}”. All measurements here: {', '.join(here)}."
+            f" “{claim.CANT_TELL}”. All measurements here: {', '.join(here)}."
         ),
     ]
     if seen:

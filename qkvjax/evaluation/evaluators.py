@@ -7,9 +7,13 @@ import functools
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError
-from qkvjax.evaluation import accuracy, language
+from qkvjax.evaluation import accuracy, inside, language
 
-SCORES = {"bits_per_byte": language.score, "accuracy": accuracy.score}
+SCORES = {
+    "bits_per_byte": language.score,
+    "accuracy": accuracy.score,
+    "inside": inside.score,
+}
 
 
 def make_evaluators(config, dataset, mesh) -> dict:

@@ -94,15 +94,34 @@ def _train(study: Study, task: Task) -> dict:
         "seconds": summary["seconds"],
         "curve": curve,
         "costs": facts["costs"],
-        "sample": {"prompt": study.prompt, "text": _sample(study, task, folder)} if text else None,
+        **_look(study, task, folder, summary),
     }
 
 
-def _sample(study: Study, task: Task, folder) -> str:
-    from qkvjax.generation.decode import continuation, generate, prompt_ids
+def _look(study: Study, task: Task, folder, summary: dict) -> dict:
+    """What the report shows of one model: a sample of its text, spectra, the means inside."""
+    from qkvjax.evaluation.inside import spectra_of
     from qkvjax.training.restore import load_model
 
+    means = {
+        name.removeprefix("inside/"): value
+        for name, value in summary.items()
+        if name.startswith("inside/")
+    }
+    found = {"sample": None, "inside": means or None, "spectra": None}
+    first = task.seed == study.seeds[0] and not task.setting
+    if study.metric != "bits_per_byte" and not first:
+        return found
     model, tokenizer, config, _ = load_model(folder)
+    if tokenizer is not None:
+        text = _sample(study, task, model, tokenizer, config)
+        found["sample"] = {"prompt": study.prompt, "text": text}
+    return found | {"spectra": spectra_of(model) if first else None}
+
+
+def _sample(study: Study, task: Task, model, tokenizer, config) -> str:
+    from qkvjax.generation.decode import continuation, generate, prompt_ids
+
     prompt = prompt_ids(tokenizer, study.prompt)[: config.data.seq_len - 1]
     room = config.data.seq_len - len(prompt) if model.spec.bounded else SAMPLE_TOKENS
     made = generate(

@@ -2,7 +2,7 @@ import pytest
 import simulated_study as simulated
 
 from qkvjax.analysis import claims, records
-from qkvjax.analysis.claims import CANT_TELL, CONTRADICTED, NOT_MEASURED, SUPPORTED
+from qkvjax.analysis.claim import CANT_TELL, CONTRADICTED, NOT_MEASURED, SUPPORTED, about
 from qkvjax.analysis.sharings import masked_bits, paper_bits
 from qkvjax.analysis.summary import summarize
 
@@ -37,7 +37,7 @@ def test_a_small_study_decides_nothing_but_arithmetic(tmp_path):
 
 
 def test_every_listed_claim_is_there_once():
-    ids = [claim.id for claim in claims.CLAIMS]
+    ids = [one.id for one in claims.CLAIMS]
     expected = [f"A{i}" for i in range(1, 19)] + [f"P{i}" for i in range(1, 9)] + ["F1", "F2"]
     assert [i for i in ids if i != "P1b"] == expected
 
@@ -77,7 +77,7 @@ def test_a_study_of_something_else_measures_no_claim(tmp_path):
      (-0.02, 0.01, CONTRADICTED), (None, None, CANT_TELL)],
 )  # fmt: skip
 def test_about(low, high, verdict):
-    assert claims.about(0.03, low, high, no_effect=0.0) == verdict
+    assert about(0.03, low, high, no_effect=0.0) == verdict
 
 
 def test_the_reference_marks():

@@ -189,3 +189,22 @@ def test_labels_are_spread_without_changing_order():
 ])  # fmt: skip
 def test_numbers_read_well(text, expected):
     assert text.replace(formats.NBSP, " ") == expected
+
+
+def test_the_report_looks_inside(tmp_path):
+    workdir = simulated.sharing_study(tmp_path)
+    lines = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        ranks = {"rank_q": 100.4, "rank_k": 99.0, "rank_scores": 28.0, "cka_k_v": 0.7}
+        line["inside"] = (ranks if line["label"] == "QKV" else {"rank_qkv": 90.0}) | {
+            "diagonal_mass": 0.1 + line["seed"] / 10
+        }
+        line["spectra"] = {"q": [1.0, 0.5, 0.1]} if line["seed"] == 0 else None
+    (workdir / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write_report(workdir)
+    text = (workdir / "report.md").read_text()
+    assert "## Inside the models" in text and "q\u00a0100, k\u00a099" in text
+    assert "0.1\u00a0to\u00a00.3" in text and "CKA k, v" in text
+    assert (workdir / "plots/spectra.svg").is_file()
+    table = text.split("## The claims")[1]
+    assert "rank q 100" in table  # A6 is printed, and not decided

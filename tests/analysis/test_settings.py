@@ -5,7 +5,7 @@ import csv
 import pytest
 import simulated_study as simulated
 
-from qkvjax.analysis import claims, records
+from qkvjax.analysis import claim, claims, records
 from qkvjax.analysis.document import Fold, Paragraph, Table
 from qkvjax.analysis.report import closing_lines, write_report
 from qkvjax.analysis.settings import by_setting
@@ -73,10 +73,10 @@ def test_the_report_speaks_of_errors(tmp_path):
 
 def test_plus_is_compared_with_the_same_sharing(tmp_path):
     found = {c.id: f for c, f in claims.findings(summary_of(simulated.accuracy_study(tmp_path)))}
-    assert found["P8"].verdict == claims.SUPPORTED and "(Q=K-V)+" in found["P8"].measured
-    assert found["P4"].verdict == claims.CANT_TELL and "QKV 0.98" in found["P4"].measured
-    assert found["P5"].verdict == claims.NOT_MEASURED
-    assert found["A1"].verdict == claims.CANT_TELL
+    assert found["P8"].verdict == claim.SUPPORTED and "(Q=K-V)+" in found["P8"].measured
+    assert found["P4"].verdict == claim.CANT_TELL and "QKV 0.98" in found["P4"].measured
+    assert found["P5"].verdict == claim.NOT_MEASURED
+    assert found["A1"].verdict == claim.CANT_TELL
 
 
 def test_scores_of_two_kinds_are_refused(tmp_path):

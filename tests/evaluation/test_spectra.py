@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qkvjax.analysis import spectra
+from qkvjax.evaluation import spectra
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkvjax.analysis import inside, inside_plots, spectra
+from qkvjax.analysis import inside_plots
 from qkvjax.errors import UserError
+from qkvjax.evaluation import inside, spectra
 
 B, T = 2, 9
 
@@ -76,7 +77,7 @@ def test_a_pattern_of_layers_is_drawn(model, ids, tmp_path):
     places = inside_plots.write(records, seen, tmp_path)
     assert [place.name for place in places] == ["spectra.svg", "heads.svg", "attention.svg"]
     assert all("<svg" in place.read_text() for place in places)
-    assert len(inside.table(records)) == 2 + 3
+    assert len(inside_plots.table(records)) == 2 + 3
 
 
 def test_the_model_is_left_as_it_was(model, ids):
@@ -84,3 +85,58 @@ def test_the_model_is_left_as_it_was(model, ids):
     before = jax.tree.map(np.array, m)
     inside.analyze(m, ids)
     jax.tree.map(np.testing.assert_array_equal, before, m)
+
+
+def test_the_means_of_a_model(model, ids):
+    records, _ = inside.analyze(model(sharing="q-k-v"), ids)
+    found = inside.means(records)
+    assert found["rank_q"] == pytest.approx(
+        np.mean(values(records, head=None, what="W_q", metric="effective_rank"))
+    )
+    scores = values(records, what="W_q W_k^T", metric="effective_rank")
+    assert found["rank_scores"] == pytest.approx(np.mean(scores))
+    assert found["max_logit"] == max(values(records, metric="max_logit"))
+    assert found["cka_k_v"] == pytest.approx(np.mean(values(
+        records, what="k, v activations", metric="linear_cka")))  # fmt: skip
+    tied = inside.means(inside.analyze(model(sharing="q=k-v"), ids)[0])
+    assert {"rank_qk", "rank_v", "rank_scores"} <= tied.keys() and "cka_k_v" not in tied
+    assert tied["score_asymmetry"] < 1e-6
+
+
+def test_spectra_are_means_over_layers(model):
+    m = model(sharing="q-k=v", num_layers=2)
+    found = inside.spectra_of(m)
+    assert set(found) == {"q", "kv"} and found["q"][0] == 1
+    each = [spectra.singular_values(b.attention.projections["q"].weight[...])
+            for b in m.stack.layers()]  # fmt: skip
+    expected = np.mean([v / v[0] for v in each], 0)
+    np.testing.assert_allclose(found["q"], expected, atol=1e-5)
+
+
+def test_the_evaluator_looks_at_a_model_under_a_mesh(model, tmp_path, monkeypatch):
+    from qkvjax.data.dataset import prepare
+    from qkvjax.parallel.mesh import make_mesh
+
+    monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path))
+    (tmp_path / "a.txt").write_text("some words " * 60)
+    data = prepare(f"text:{tmp_path / 'a.txt'}", "bytes", 16)
+    m = model(tokenizer_size=257)
+    free = inside.score(m, data, batch_size=3)
+    with jax.set_mesh(make_mesh({"replica": 1, "fsdp": 1})):
+        assert inside.score(m, data, batch_size=3) == pytest.approx(free)
+
+
+def test_encoders_are_looked_at_too(filled, recipe):
+    from qkvjax import config as configs
+    from qkvjax.data.open import open_dataset
+    from qkvjax.models.build import make
+    from qkvjax.training.run import spec_of
+
+    config = recipe("configs/paper/synthetic.py")
+    configs.set_field(config, "data.source", "synthetic:sort:train=20:test=10")
+    config.model.d_model = 32
+    data = open_dataset(config)
+    m = filled(lambda: make(spec_of(config, data), jax.random.key(0)))
+    seen = inside.look(m, inside.sequences(data, 4))
+    assert seen[0].weights.shape == (4, 2, 16, 16)
+    assert (seen[0].weights > 0).all()  # nothing is masked

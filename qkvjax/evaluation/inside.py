@@ -1,4 +1,4 @@
-"""What a trained language model's attention layers are and do: records of named measures.
+"""What a trained model's attention layers are and do: records of named measures.
 
 A record is a dict with layer, head (None for the layer as a whole), what (the thing measured,
 such as "W_q", "W_q W_k^T", "k activations"), metric and value; records of spectra also have
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkvjax.analysis import columns, spectra
 from qkvjax.attention.layer import Attention
+from qkvjax.data.dataset import whole_rows
 from qkvjax.errors import UserError
+from qkvjax.evaluation import spectra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,13 @@ def _look(block, x, positions):
     return block(x, positions), (states, scores, weights)
 
 
-def look(model, ids) -> list[Looked]:
-    """Runs whole sequences int [B, T] through the model and keeps what each layer computed."""
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    x, found = model.embed(jnp.asarray(ids), positions), []
+def look(model, inputs) -> list[Looked]:
+    """Runs whole sequences, int [B, T] or as the model reads them, and keeps what each layer
+    computed.
+    """
+    length = inputs.shape[1] + (model.spec.kind == "vit")
+    positions = jnp.broadcast_to(jnp.arange(length), (len(inputs), length))
+    x, found = model.embed(jnp.asarray(inputs), positions), []
     for block in model.stack.layers():
         x, (states, scores, weights) = _look(block, x, positions)
         found.append(Looked(*jax.device_get((states, scores, weights))))
@@ -142,8 +147,8 @@ def activation_records(seen: Looked, index: int, names: list[str]) -> Iterator[d
                    "value": float(value)}  # fmt: skip
 
 
-def analyze(model, ids, wanted: list[str] | None = None) -> tuple[list[dict], list[Looked]]:
-    """Every record of a language model on a batch int [B, T], layer by layer.
+def analyze(model, inputs, wanted: list[str] | None = None) -> tuple[list[dict], list[Looked]]:
+    """Every record of a model on a batch as `look` takes it, layer by layer.
 
     Args:
       wanted: projections to look at, such as ["q", "kv"]; None means all.
@@ -154,7 +159,7 @@ def analyze(model, ids, wanted: list[str] | None = None) -> tuple[list[dict], li
     Raises:
       UserError: a projection that a layer does not have.
     """
-    seen, records = look(model, ids), []
+    seen, records = look(model, inputs), []
     for index, (block, found) in enumerate(zip(model.stack.layers(), seen, strict=True)):
         names = blocks_of(block.attention.spec.blocks, wanted)
         records += weight_records(block.attention, index, names)
@@ -162,27 +167,62 @@ def analyze(model, ids, wanted: list[str] | None = None) -> tuple[list[dict], li
     return records, seen
 
 
-def table(records: list[dict]) -> list[str]:
-    """Lines of a table of one model: a row a layer, means over heads."""
-    cells: dict[int, dict[str, list[float]]] = {}
+def sequences(dataset, count: int) -> np.ndarray:
+    """Up to `count` whole validation sequences as a model reads them: int [count, T], or what
+    labelled examples have.
+
+    Raises:
+      UserError: no validation document is as long as a sequence.
+    """
+    if hasattr(dataset, "tokenizer"):
+        return whole_rows(dataset, count)
+    count = min(count, len(dataset.validation))
+    return next(dataset.scored_batches(count))["inputs"]
+
+
+def means(records: list[dict]) -> dict[str, float]:
+    """One number for each measure: means over layers and heads, of logits the largest.
+
+    rank_q, ... are effective ranks of the projections, rank_scores those of W_q W_k^T by head;
+    cka_k_v and cosine_k_v compare two of them.
+    """
+    found: dict[str, list[float]] = {}
     for record in records:
         metric, what = record["metric"], record["what"]
+        names = "_".join(part.removeprefix("W_") for part in what.split()[:2]).replace(",", "")
+        whole = record["head"] is None
         name = {
-            "effective_rank": f"rank {what}" if record["head"] is None else None,
-            "linear_cka": f"CKA {what.removesuffix(' activations')}",
-            "score_asymmetry": "asymmetry", "diagonal_mass": "to oneself", "entropy": "entropy",
-            "max_logit": "max logit",
-        }.get(metric)  # fmt: skip
+            ("effective_rank", True): f"rank_{names}" if what.startswith("W_") else None,
+            ("effective_rank", False): "rank_scores" if what == "W_q W_k^T" else None,
+            ("cosine", True): f"cosine_{names}",
+            ("linear_cka", True): f"cka_{names}",
+        }.get((metric, whole), metric if what == "attention" else None)
         if name:
-            row = cells.setdefault(record["layer"], {})
-            row.setdefault(name.replace(" activations", "(x)"), []).append(record["value"])
-    columns_ = list(dict.fromkeys(name for row in cells.values() for name in row))
-    header = [("", "layer"), *(tuple(("", *name.split(" ", 1))[-2:]) for name in columns_)]
-    rows = [
-        [str(layer), *(f"{np.mean(row[n]):.3g}" if n in row else "–" for n in columns_)]
-        for layer, row in cells.items()
-    ]
-    return columns.table(header, rows)
+            found.setdefault(name, []).append(record["value"])
+    return {name: float((max if name == "max_logit" else np.mean)(v)) for name, v in found.items()}
+
+
+def score(model, dataset, *, batch_size: int, dtype=None, mesh=None) -> dict[str, float]:
+    """`means` of a model on a few validation sequences: the evaluator of kind "inside".
+
+    The model is looked at in float32 on one device, whatever it trains in and on.
+    """
+    here, inputs = jax.device_get(model), sequences(dataset, min(batch_size, 8))
+    with ThreadPoolExecutor(1) as pool:  # the mesh in force belongs to the thread that set it
+        return means(pool.submit(analyze, here, inputs).result()[0])
+
+
+def spectra_of(model) -> dict[str, list[float]]:
+    """Singular values over the largest of each projection, mean over the layers that have it:
+    "q" -> [min(D, N H)], for the report of a study.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for block in model.stack.layers():
+        for name, projection in block.attention.projections.items():
+            values = spectra.singular_values(projection.weight[...])
+            found.setdefault(name, []).append(values / values[0])
+    alike = {name: rows for name, rows in found.items() if len({len(row) for row in rows}) == 1}
+    return {name: np.mean(rows, 0).round(5).tolist() for name, rows in alike.items()}
 
 
 def _heads(weight: np.ndarray, head_dim: int) -> list[np.ndarray]:
