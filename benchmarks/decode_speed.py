@@ -20,7 +20,7 @@ from qkvjax.analysis.measure import interleaved, ratio, repeat
 from qkvjax.attention import cache as caches
 from qkvjax.attention.spec import SHARINGS
 from qkvjax.generation.decode import empty_caches, sample_tokens
-from qkvjax.models import lm
+from qkvjax.models.build import build
 from qkvjax.models.spec import model_spec
 from qkvjax.parallel import host
 
@@ -32,7 +32,7 @@ def decode_call(size, sharing, rotary_values, dtype, batch, length):
     config = config_of(size, sharing, dtype)
     config.model.update(position="rope", rotary_values=rotary_values)
     spec = model_spec(configs.plain(config.model), size.vocab, length)
-    model = jax.tree.map(lambda a: a.astype(dtype), lm.build(spec))
+    model = jax.tree.map(lambda a: a.astype(dtype), build(spec))
     layers = model.stack.layers()
     held = {"cache": empty_caches(model, batch, length, jnp.dtype(dtype))}
     num_bytes = caches.num_bytes(held["cache"])

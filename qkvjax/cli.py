@@ -25,6 +25,7 @@ DOORS = {
     "evaluate": "score a checkpoint",
     "generate": "sample from one model, or several side by side",
     "analyze": "look into the weights and the attention of trained models",
+    "bench": "measure what every sharing costs, beside three projections",
     "plan": "what a model costs, ours or a stranger's, before anything is trained",
 }
 INTERRUPTED = 130

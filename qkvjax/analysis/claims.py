@@ -22,7 +22,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from qkvjax.analysis import curves, formats
+from qkvjax.analysis import curves, formats, memory
 from qkvjax.analysis.claim import (
     AT_300M,
     CANT_TELL,
@@ -72,7 +72,13 @@ def _small_loss(summary: Summary) -> Finding | None:
 
 
 def _memory(summary: Summary) -> Finding | None:
-    """A2: one batch size can only fall short of the range, not show it."""
+    """A2: one batch size can only fall short of the range, not show it; several show a range."""
+    found = [part for _, _, _, part in memory.savings(summary.records.memory, "train")]
+    if found:
+        span = " to ".join(formats.percent(part, sign=False) for part in (min(found), max(found)))
+        inside = memory.ARTICLE[0] <= max(found) <= memory.ARTICLE[1]
+        text = f"compiled peak saved, over sharings, batches and contexts: {span}"
+        return Finding(text, "exact", SUPPORTED if inside else CONTRADICTED)
     base = summary.baseline.measured.get("peak_bytes")
     rows = [row for row in pure_rows(summary) if row.measured.get("peak_bytes")]
     if not base or not rows:
@@ -121,7 +127,21 @@ def _early_convergence(summary: Summary) -> Finding | None:
 
 
 def _regularising(summary: Summary) -> Finding | None:
-    """A8 needs many epochs on little data; a gap alone decides nothing."""
+    """A8 needs many epochs on little data, and each sharing with its best dropout; a gap alone
+    decides nothing."""
+    tuned = _tuned(summary)
+    if len(tuned) > 1:
+        base = tuned.pop("q-k-v")
+        pairs = {row.label: paired(base.scores, row.scores) for row in tuned.values()}
+        pairs = {label: pair for label, pair in pairs.items() if pair}
+        measured = [f"{k} {formats.percent(summary.relative(p.mean))}" for k, p in pairs.items()]
+        spans = [[summary.relative(v) for v in (p.mean, p.low, p.high)] for p in pairs.values()]
+        won = any(pair.verdict == "better" for pair in pairs.values())
+        return Finding(
+            f"best dropout of each, against {base.label}:\n" + "\n".join(measured),
+            "\n".join(f"{k} {formats.percent_span(*s)}" for k, s in zip(pairs, spans)),
+            SUPPORTED if won else CANT_TELL,
+        )
     rows = [summary.baseline, *pure_rows(summary)]
     gaps = [f"{r.label} {formats.difference(r.train_validation_gap)}"
             for r in rows if r.train_validation_gap is not None]  # fmt: skip
@@ -130,6 +150,19 @@ def _regularising(summary: Summary) -> Finding | None:
     return Finding(
         f"validation minus training {summary.metric.name}:\n" + "\n".join(gaps), verdict=CANT_TELL
     )
+
+
+def _tuned(summary: Summary) -> dict[str, Row]:
+    """sharing -> the row of its best dropout, where a study varies both; QKV among them."""
+    best: dict[str, Row] = {}
+    for row in summary.rows:
+        if row.score is None or not set(row.changed) <= {"model.sharing", "model.dropout"}:
+            continue
+        sharing = row.settings.get("model.sharing")
+        if sharing not in best or row.score.mean < best[sharing].score.mean:
+            best[sharing] = row
+    varied = any("model.dropout" in row.changed for row in summary.rows)
+    return best if varied and "q-k-v" in best else {}
 
 
 def _half_cache(summary: Summary) -> Finding | None:

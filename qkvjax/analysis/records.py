@@ -20,6 +20,7 @@ class Records:
         settings, the seed is "SETTING, seed SEED".
       measurements: label -> its row of measurements.json; empty when there is none.
       measured: measurements.json without its rows.
+      memory: what `qkvjax bench memory` wrote into the workdir; empty when it did not.
       notes: what a reader must know about the files, one sentence each.
     """
 
@@ -27,6 +28,7 @@ class Records:
     results: dict[tuple[str, int], dict]
     measurements: dict[str, dict]
     measured: dict
+    memory: list[dict]
     notes: list[str]
 
 
@@ -57,7 +59,11 @@ def read(workdir: Path) -> Records:
         )
     measured = _read_measurements(workdir / "measurements.json", notes)
     rows = {row["label"]: row for row in measured.pop("rows", []) if "label" in row}
-    return Records(study, results, rows, measured, notes)
+    bench = (
+        _read_lines(workdir / "bench.jsonl", notes) if (workdir / "bench.jsonl").exists() else []
+    )
+    memory = [line for line in bench if line.get("what") == "memory"]
+    return Records(study, results, rows, measured, memory, notes)
 
 
 def _read_study(path: Path) -> dict:

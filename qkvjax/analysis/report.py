@@ -14,6 +14,7 @@ from qkvjax.analysis import (
     columns,
     decisions,
     formats,
+    memory,
     plots,
     records,
     report_html,
@@ -55,7 +56,7 @@ def write_report(workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     summary = summarize(records.read(workdir))
-    figures = plots.draw(summary, spectra=draw_spectra)
+    figures = plots.draw(summary, spectra=draw_spectra, memory=memory.draw)
     parts = build(summary, figures)
     write_csv(summary, workdir / "results.csv")
     plots.write(figures, workdir / "plots")
@@ -77,6 +78,7 @@ def build(summary: Summary, figures: dict[str, str]) -> list:
         *by_setting(summary),
         *_plots(summary, figures),
         *look_inside(summary, figures),
+        *memory.memory_parts(summary, figures),
         *_decisions(summary),
         *_samples(summary),
         *_claims(summary),

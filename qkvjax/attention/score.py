@@ -29,7 +29,8 @@ ROLES = ("q", "k")
 class Score(nnx.Module):
     """The parameters of a layer's score modifiers, shared by its heads but for the roles' own.
 
-    They start where they change nothing, but for score2d: w ~ N(0, 0.02^2), b = 0 (the paper).
+    They start where they change nothing, but for two. score2d: w ~ N(0, 0.02^2), b = 0 (the
+    paper). score_scale: 0, near which score2d's scale sum(w) starts; attention begins uniform.
     """
 
     def __init__(self, spec: AttentionSpec, *, key):
@@ -40,7 +41,7 @@ class Score(nnx.Module):
                 params["mix"] = 0.02 * jax.random.normal(named_key(key, "score2d"), (m,))
                 params["offset"] = jnp.zeros(())
             elif name == "score_scale":
-                params["scale"] = jnp.ones(())
+                params["scale"] = jnp.zeros(())
             elif name == "column_bias":
                 params["column"] = jnp.zeros(spec.max_length)
             else:

@@ -122,13 +122,18 @@ def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> 
             " train.accumulation or the mesh"
         )
     optimizer, rate = make_optimizer(config, durations.steps, durations.warmup)
+    abstract = abstract_state(spec, optimizer, mesh)
+    return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
+
+
+def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh):
+    """The train state as ShapeDtypeStructs with shardings."""
     shapes = jax.eval_shape(lambda: init_state(spec, optimizer, jax.random.key(0)))
-    abstract = jax.tree.map(
+    return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         state_shardings(shapes, mesh),
     )
-    return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
 
 
 def spec_of(config, dataset: Dataset | Examples) -> ModelSpec:

@@ -83,3 +83,18 @@ def test_about(low, high, verdict):
 def test_the_reference_marks():
     assert paper_bits("q-k=v") == pytest.approx(0.0187, abs=1e-4)
     assert masked_bits() == pytest.approx(0.0072, abs=1e-4)
+
+
+def test_a_tie_regularises_only_by_its_best_dropout(tmp_path):
+    """A8: each sharing with its best dropout against QKV with its own."""
+    labels, results = {}, []
+    for sharing, losses in {"q-k-v": (0.05, 0.03), "q-k=v": (0.04, 0.0)}.items():
+        for dropout, loss in zip((0.0, 0.1), losses):
+            label = f"{simulated.name(sharing)} dropout={dropout}"
+            labels[label] = {"model.sharing": sharing, "model.dropout": dropout}
+            results += [simulated.result(label, labels[label], s, loss) for s in range(5)]
+    study = simulated.study(labels, "QKV dropout=0.0", list(range(5)))
+    workdir = simulated.write(tmp_path, study, results)
+    found = {c.id: f for c, f in claims.findings(summarize(records.read(workdir)))}["A8"]
+    assert "against QKV dropout=0.1" in found.measured
+    assert "Q-K=V dropout=0.1 −" in found.measured and "dropout=0.0" not in found.measured

@@ -134,7 +134,7 @@ def test_they_start_where_they_change_nothing(score):
     spec = AttentionSpec(16, 2, score=score, position=position_of(score), max_length=T)
     params = Score(spec, key=jax.random.key(0)).params
     for name, param in params.items():
-        start = 1.0 if "scale" in name or "gain" in name else 0.0
+        start = 1.0 if "gain" in name else 0.0
         if name == "mix":
             assert 0 < float(jnp.max(abs(param[...]))) < 0.1
         else:

@@ -36,7 +36,7 @@ def test_help_lists_every_flag(capsys, door, word):
     assert f"qkvjax {door}" in told.out  # an example
 
 
-@pytest.mark.parametrize("door", ["train", "study", "plan"])
+@pytest.mark.parametrize("door", ["train", "study", "plan", "bench"])
 def test_help_lists_every_field_with_its_default(capsys, door):
     assert cli.main(["qkvjax", door, "--help"]) == 0
     told = capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_an_unknown_door(capsys):
 @pytest.mark.parametrize("door", DOORS)
 def test_an_unknown_flag(door, recipe, capsys):
     module = importlib.import_module(f"qkvjax.{door}")
-    config = [f"--config={recipe}"] if door in ("train", "study", "plan") else []
+    config = [f"--config={recipe}"] if door in ("train", "study", "plan", "bench") else []
     assert module.main([f"qkvjax {door}", *config, "--workdri=x"]) == 2
     told = capsys.readouterr()
     assert told.err == "error: unknown flag --workdri; did you mean 'workdir'?; --help lists them\n"

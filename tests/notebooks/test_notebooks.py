@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom, on little data."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,24 @@ def test_first_tour(tmp_path, monkeypatch):
     whole, half = (int(size.replace(",", "")) for size in sizes)
     assert whole == 2 * half
     assert num_figures(notebook) == 2
+
+
+@pytest.mark.parametrize("kind", ["sharing", "accuracy"])
+def test_study_results(tmp_path, monkeypatch, kind):
+    """On the files of a study: one of text, and one of accuracy in several settings."""
+    sys.path.insert(0, str(ROOT / "tests/analysis"))
+    import simulated_study as simulated
+
+    sys.path.pop(0)
+    workdir = getattr(simulated, f"{kind}_study")(tmp_path / "study")
+    notebook = execute("03_study_results.ipynb", tmp_path, monkeypatch, WORKDIR=str(workdir))
+    text = text_of(notebook)
+    assert "worse" in text and num_figures(notebook) == 1
+    results = [json.loads(line) for line in (workdir / "results.jsonl").open()]
+    scores = [r["score"] for r in results if r["label"] == "QKV"]
+    line = next(line for line in text.splitlines() if line.startswith("QKV "))
+    assert line.split()[1:3] == [str(len(scores)), f"{sum(scores) / len(scores):.4f}"]
+    assert ("sort d64" in text) == (kind == "accuracy")
 
 
 def test_inside_the_weights(tmp_path, monkeypatch):
