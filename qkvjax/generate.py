@@ -55,6 +55,11 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
     from qkvjax.training.restore import load_model
 
     model, tokenizer, config, step = load_model(workdir, values.step)
+    if tokenizer is None:
+        raise UserError(
+            f"{workdir} was trained on {config.data.source}, which is no text: generate needs a"
+            " language model of text"
+        )
     made = generate(
         model,
         prompt_ids(tokenizer, values.prompt),

@@ -107,8 +107,16 @@ def recipe_costs(config) -> tuple[list[str], dict]:
     from qkvjax.models.spec import model_spec
 
     config_lib.validate(config)
-    length = config.data.seq_len
-    model = model_spec(config.model, tokenizer_size(config.data.tokenizer), length)
+    length, shapes = config.data.seq_len, ()
+    if config.model.kind == "lm" and not config.data.source.startswith("synthetic:"):
+        num_inputs = tokenizer_size(config.data.tokenizer)
+    else:  # only the examples tell their shapes
+        from qkvjax.data.open import open_dataset
+
+        data = open_dataset(config)
+        num_inputs, shapes = data.num_inputs, (data.num_outputs, data.output)
+    model = model_spec(config.model, num_inputs, length, *shapes)
+    decodes = model.kind == "lm"
     own = {s.sharing for s in model.layers}
 
     def row(variant: Variant) -> dict:
@@ -129,8 +137,10 @@ def recipe_costs(config) -> tuple[list[str], dict]:
             "train_flops_per_token": train_flops(spec, length),
             "cache_bytes_per_token": cache["bfloat16"],
             "cache_bytes_per_token_float32": cache["float32"],
-            "cache_saved": 1 - cache["bfloat16"] / model.cache_bytes_per_token("bfloat16"),
-            "decode_arithmetic_intensity": flops / cache["bfloat16"],
+            "cache_saved": 1 - cache["bfloat16"] / model.cache_bytes_per_token("bfloat16")
+            if decodes
+            else None,
+            "decode_arithmetic_intensity": flops / cache["bfloat16"] if decodes else None,
         }
 
     rows = [row(variant) for variant in variants(model.layers)]
@@ -149,14 +159,15 @@ def recipe_costs(config) -> tuple[list[str], dict]:
     lines = columns.aligned(
         [
             ("model", f"{model.num_layers} layers of width {model.d_model:,},"
-                      f" {describe_heads(model.layers)}, vocabulary {model.vocab_size:,}"),
+                      f" {describe_heads(model.layers)}, {'vocabulary' if decodes else 'inputs'}"
+                      f" {model.vocab_size:,}"),
             ("parameters", f"{model.num_params:,}"),
             ("forward", f"{macs:,} multiply-adds for a sequence of {length:,} tokens,"
                         f" {macs // length:,} a token"),
             ("training", f"{per_token:.3g} FLOPs a token{whole} ({tokens_text})"),
             ("cache", f"{formats.num_bytes(model.cache_bytes_per_token('bfloat16'))} a token in"
                       f" bfloat16, {formats.num_bytes(model.cache_bytes_per_token('float32'))} in"
-                      " float32"),
+                      " float32" if decodes else "none: nothing is decoded"),
         ]
     )  # fmt: skip
     header = [
@@ -175,7 +186,8 @@ def recipe_costs(config) -> tuple[list[str], dict]:
     if any(s.shares_kv and s.rope and s.rotary_values == "raw" for s in model.layers):
         notes.append("With RoPE, K=V saves cache because the un-rotated state is what is stored.")
     notes = head_notes(model.layers) + notes
-    table = columns.table(header, [_config_cells(one) for one in rows])
+    shown = len(header) if decodes else 6  # without the columns of a cache
+    table = columns.table(header[:shown], [_config_cells(one)[:shown] for one in rows])
     return [*lines, "", *table, "", *columns.notes(notes)], record
 
 
@@ -207,5 +219,5 @@ def _config_cells(one: dict) -> list[str]:
         formats.num_bytes(one["cache_bytes_per_token"]),
         formats.num_bytes(one["cache_bytes_per_token_float32"]),
         formats.NONE if one["as_is"] else formats.saved(one["cache_saved"]),
-        f"{one['decode_arithmetic_intensity']:.3g}",
+        formats.NONE if one["cache_saved"] is None else f"{one['decode_arithmetic_intensity']:.3g}",
     ]

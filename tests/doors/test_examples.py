@@ -1,0 +1,138 @@
+"""Encoders and their tasks through the doors: train, evaluate, analyze, plan, study."""
+
+import json
+
+import pytest
+
+from qkvjax import config as configs
+
+RECIPE = """
+import ml_collections
+from qkvjax import config as base
+from qkvjax.sweep import axis
+
+def get_config(arg=None):
+    config = base.default()
+    config.model.update(
+        kind="encoder", d_model=16, num_layers=1, num_heads=2, mlp_ratio=1.0, position="learned",
+        tie_embeddings=False, max_length=12,
+    )
+    config.data.update(source="synthetic:copy:train=64:test=20", seq_len=6, batch_size=8)
+    config.train.update(steps=8, log_every=4, eval_every=4, checkpoint_every=8)
+    config.evals = {"eval": {"kind": "accuracy"}, "inside": {"kind": "inside"}}
+    config.study = ml_collections.ConfigDict({
+        "points": axis("model.sharing", ("q-k-v", "q=k-v")),
+        "settings": (
+            {"label": "copy", "data.source": "synthetic:copy:train=64:test=20"},
+            {"label": "sub wide", "data.source": "synthetic:sub:train=64:test=20",
+             "model.d_model": 32},
+        ),
+        "seeds": 2,
+        "reference": {"source": "nobody", "metric": "accuracy",
+                      "values": {"copy": {"QKV": [0.5, 0.6]}}},
+    })
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def task(folders):
+    path = folders / "task.py"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(door, task, folders):
+    """The workdir of a trained encoder."""
+    workdir = folders / "encoder"
+    told = door("train", f"--config={task}", f"--workdir={workdir}")
+    assert told.code == 0, told.err
+    return workdir
+
+
+def test_metrics_of_training(encoder, lines):
+    last = lines(encoder / "metrics.jsonl")[-1]
+    assert last["eval/error"] == pytest.approx(1 - last["eval/accuracy"])
+    assert last["eval/num_labels"] == 120 and 0 < last["inside/diagonal_mass"] < 1
+    assert json.loads((encoder / "run.json").read_text())["costs"]["cache_bytes_per_token"] == 0
+
+
+def test_evaluate_scores_what_training_scored(door, encoder, lines, copy):
+    workdir = copy(encoder)
+    for size in (1, 7):
+        assert door("evaluate", f"--workdir={workdir}", f"--batch_size={size}").code == 0
+    records = lines(workdir / "evaluation.jsonl")
+    assert [r["metric"] for r in records] == ["accuracy", "class_accuracy"] * 2
+    last = lines(encoder / "metrics.jsonl")[-1]
+    assert records[0]["value"] == records[2]["value"] == last["eval/accuracy"]
+    assert records[0]["num_items"] == 120 and "tokenizer" not in records[0]
+    told = door("evaluate", f"--workdir={workdir}", "--tasks=bits_per_byte")
+    assert told.code == 2 and "needs text" in told.err
+    told = door("evaluate", f"--workdir={workdir}", "--data=synthetic:sort:test=30")
+    assert told.code == 0 and "180 labels of synthetic:sort" in told.out
+
+
+def test_analyze_and_generate(door, encoder, copy):
+    workdir = copy(encoder)
+    told = door("analyze", f"--workdir={workdir}", "--num_sequences=3")
+    assert told.code == 0 and "QKV, 18 tokens" in told.out
+    told = door("generate", f"--workdir={workdir}")
+    assert told.code == 2 and "generate needs a language model of text" in told.err
+
+
+def test_plan_counts_an_encoder_without_a_cache(door, task, tmp_path):
+    told = door("plan", f"--config={task}", f"--workdir={tmp_path}")
+    assert told.code == 0, told.err
+    assert "nothing is decoded" in told.out and "cache a" not in told.out
+    record = json.loads((tmp_path / "plan.json").read_text())
+    by_hand = 16 * (10 + 10 + 12) + 16 * 3 + 4 * 16 * 16 + 2 * 8 + 3 * 16 * 16  # + gains, swiglu
+    assert record["num_params"] == by_hand
+
+
+def test_a_study_with_settings(door, task, tmp_path, lines):
+    flags = (f"--config={task}", f"--workdir={tmp_path}")
+    told = door("study", *flags, "--list")
+    assert told.code == 0 and len(told.out.splitlines()) == 1 + 2 * 2 * 2
+    told = door("study", *flags, "--jobs=2")
+    assert told.code == 0, told.err
+    results = lines(tmp_path / "results.jsonl")
+    assert {(r["label"], r["setting"], r["seed"]) for r in results} == {
+        (label, setting, seed)
+        for label in ("QKV", "Q=K-V") for setting in ("copy", "sub wide") for seed in (0, 1)
+    }  # fmt: skip
+    assert {r["metric"] for r in results} == {"error"}
+    assert all(r["status"] == "done" and r["inside"]["entropy"] > 0 for r in results)
+    assert len({r["data_digest"] for r in results}) == 2
+    page = (tmp_path / "report.md").read_text()
+    assert "Setting by setting" in page and "The reference is nobody" in page
+    assert not (tmp_path / ".compiled").exists()  # nothing is left to share
+    told = door("study", *flags)
+    assert told.code == 0 and "all 8 runs are finished" in told.out
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({"settings": ({"model.d_model": 16}, {"model.d_model": 16})}, "are called"),
+        ({"settings": ({"model.sharing": "q-k=v"}, {"seed": 3})}, "sets `seed`"),
+        ({"settings": ({"model.sharing": "q-k=v"}, {})}, "stands in a point and in a setting"),
+        ({"settings": ({"model.d_model": 15}, {})}, "is no legal configuration"),
+    ],
+)
+def test_bad_settings(door, task, tmp_path, study, message):
+    path = tmp_path / "bad.py"
+    change = f"    config.study.update({study!r})\n    return config\n"
+    path.write_text(task.read_text().replace("    return config\n", change))
+    told = door("study", f"--config={path}", f"--workdir={tmp_path / 'w'}", "--list")
+    assert told.code == 2 and message in told.err and told.err.count("error:") == 1
+
+
+def test_an_inside_evaluator_has_no_other_field(door, task, tmp_path):
+    told = door("train", f"--config={task}", f"--workdir={tmp_path}",
+                "--config.evals.inside.split=train")  # fmt: skip
+    assert told.code == 2 and told.err.count("error:") == 1
+    config = configs.default()
+    config.evals.inside = {"kind": "inside", "max_labels": 3}
+    with pytest.raises(Exception, match="has no other field"):
+        configs.validate(config)
