@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def body(values: flags.FlagValues) -> None:
-    for task in values.tasks or ():
+    for task in () if values.tasks is None else values.tasks or [""]:
         if task not in TASKS:
             raise UserError(
                 f"there is no task {task!r}: use {', '.join(TASKS)}{did_you_mean(task, TASKS)}"

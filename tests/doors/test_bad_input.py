@@ -37,7 +37,7 @@ def refused(told, message):
         (["model.num_layers=-1"], "num_layers=-1 must be at least 1"),
         (["model.mlp_ratio=nan"], "model.mlp_ratio=nan"),
         (["model.dropout=1"], r"must be in \[0, 1\)"),
-        (["model.kind=vit"], "use 'lm'"),
+        (["model.kind=rnn"], "is none of lm, encoder, vit"),
         (["model.layer_overrides=3"], "is no tuple of dicts"),
         (["model.layer_overrides=({'num_heads': 'x'},)"], "num_heads='x' is no int"),
         (["seed=-1"], "seed=-1 must be at least 0"),
@@ -52,7 +52,7 @@ def refused(told, message):
         (["optimizer.learning_rate=inf"], "learning_rate=inf"),
         (["optimizer.b2=1.5"], "optimizer.b2=1.5 must be at least 0 and below 1"),
         (["optimizer.clip_norm=-1"], "optimizer.clip_norm=-1"),
-        (["optimizer.schedule=linear"], "is none of cosine, wsd, constant"),
+        (["optimizer.schedule=linear"], "is none of cosine, wsd, multistep, constant"),
         (["train.steps=ten"], 'write steps \\(300\\), "2ep"'),
         (["train.steps=5%"], "a part of itself"),
         (["train.steps=0"], "nothing to train"),
@@ -202,7 +202,7 @@ def test_which_checkpoint(door, tied, checksums, name, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks=accuracy"], "no task 'accuracy': use bits_per_byte"),
+        (["--tasks=f1"], "no task 'f1': use bits_per_byte, accuracy"),
         (["--tasks=bits_per_bite"], "did you mean 'bits_per_byte'"),
         (["--tasks="], "no task ''"),
         (["--batch_size=0"], "--batch_size=0 must be at least 1"),

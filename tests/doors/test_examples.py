@@ -27,7 +27,7 @@ def get_config(arg=None):
             {"label": "sub wide", "data.source": "synthetic:sub:train=64:test=20",
              "model.d_model": 32},
         ),
-        "seeds": 2,
+        "seeds": 1,
         "reference": {"source": "nobody", "metric": "accuracy",
                       "values": {"copy": {"QKV": [0.5, 0.6]}}},
     })
@@ -93,13 +93,12 @@ def test_plan_counts_an_encoder_without_a_cache(door, task, tmp_path):
 def test_a_study_with_settings(door, task, tmp_path, lines):
     flags = (f"--config={task}", f"--workdir={tmp_path}")
     told = door("study", *flags, "--list")
-    assert told.code == 0 and len(told.out.splitlines()) == 1 + 2 * 2 * 2
+    assert told.code == 0 and len(told.out.splitlines()) == 1 + 2 * 2
     told = door("study", *flags, "--jobs=2")
     assert told.code == 0, told.err
     results = lines(tmp_path / "results.jsonl")
     assert {(r["label"], r["setting"], r["seed"]) for r in results} == {
-        (label, setting, seed)
-        for label in ("QKV", "Q=K-V") for setting in ("copy", "sub wide") for seed in (0, 1)
+        (label, setting, 0) for label in ("QKV", "Q=K-V") for setting in ("copy", "sub wide")
     }  # fmt: skip
     assert {r["metric"] for r in results} == {"error"}
     assert all(r["status"] == "done" and r["inside"]["entropy"] > 0 for r in results)
@@ -108,7 +107,7 @@ def test_a_study_with_settings(door, task, tmp_path, lines):
     assert "Setting by setting" in page and "The reference is nobody" in page
     assert not (tmp_path / ".compiled").exists()  # nothing is left to share
     told = door("study", *flags)
-    assert told.code == 0 and "all 8 runs are finished" in told.out
+    assert told.code == 0 and "all 4 runs are finished" in told.out
 
 
 @pytest.mark.parametrize(
