@@ -44,7 +44,13 @@ SMALL = {
     "evaluate": [],
     "plan": [],
     "analyze": ["--num_sequences=2"],
-    "bench": ["--batches=2", "--contexts=16", "--config.data.batch_size=2"],
+    "bench": [
+        "--batches=2",
+        "--contexts=16",
+        "--config.data.batch_size=2",
+        "--config.data.seq_len=16",
+        "--config.model.d_model=32",
+    ],  # fmt: skip
 }
 
 
