@@ -7,10 +7,11 @@
   qkvjax study --config=configs/quickstart.py --workdir=W --report_only
 
 The config is the base of all points and has a group `study`: points (made with qkvjax.sweep;
-the first is the baseline), seeds (how many), prompt and title. The runs of a seed see the same
-batches, so differences are paired. Finished points are skipped when the study is started again;
-failed ones are recorded and tried again. The workdir gets results.jsonl (a line a run),
-results.csv (a line a variant), measurements.json, report.md, report.html and runs/.
+the first is the baseline), seeds (how many), prompt and title; settings, a grid in each place of
+which every point is trained and compared; reference, somebody's figures to print beside. The runs
+of a seed see the same batches, so differences are paired. Finished points are skipped when the
+study is started again; failed ones are recorded and tried again. The workdir gets results.jsonl (a
+line a run), results.csv (a line a variant), measurements.json, report.md, report.html and runs/.
 """
 
 from __future__ import annotations

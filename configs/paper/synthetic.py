@@ -6,9 +6,9 @@
 Kayyam et al. 2026, section 4.1, as the authors' later code settles it: one-hot digits, learned
 positions from N(0, 1), pre-norm blocks with biases, exact GELU, torch's initial values, Adam with
 a cosine over 158 steps of 128 sequences. Width 32, 64, 256 x layers 2, 4 x heads 2, 4 x task are
-the settings; QKV, Q=K-V, Q-K=V, Q=K=V and the two with "+", score2d(10), the variants. The paper's
-Q=V-K is not among them. A setting of width 32 takes about 6 s a run on a CPU core, 64 9 s, 256 50
-to 100 s; the whole sweep of 1,080 runs about ten hours of a core.
+the settings; QKV, Q=K-V, Q-K=V, Q=K=V and the two with "+", score2d(10), the variants (Q=V-K is not
+in the paper). A run of width 32 takes about 7 s of a CPU core, of 64 10 s, of 256, by its
+arithmetic, 50 to 100 s: the whole sweep of 1,080 runs some ten hours of a core.
 """
 
 import json
