@@ -308,7 +308,9 @@ def _equal_vision(summary: Summary) -> Finding | None:
 
 
 def _plus(summary: Summary) -> Finding | None:
-    """P8: each variant with score2d against the same sharing without."""
+    """P8: each variant with score2d against the same sharing without. A gain does not say why:
+    score2d also starts the scores near zero.
+    """
     rows = {
         (field(summary, row, "model.sharing"), str(field(summary, row, "model.score") or "")): row
         for row in summary.rows
@@ -321,8 +323,7 @@ def _plus(summary: Summary) -> Finding | None:
         if pair:
             measured.append(f"{row.label} {formats.percent(pair.mean)} {summary.metric.of}")
             intervals.append(f"{row.label} {formats.percent_span(pair.mean, pair.low, pair.high)}")
-            side = {"better": SUPPORTED, "worse": CONTRADICTED}
-            verdicts.append(side.get(pair.verdict, CANT_TELL))
+            verdicts.append(CONTRADICTED if pair.verdict == "worse" else CANT_TELL)
     if not measured or summary.metric.relative:
         return None
     text = "against the same sharing without:\n" + "\n".join(measured)

@@ -37,9 +37,9 @@ def by_setting(summary: Summary) -> list:
         groups.setdefault(name.split()[0], []).append(name)
     what = key.replace("_", " ")
     columns = ["Settings", *labels]
-    means = [_row(_many(g, s), s, labels, ours, theirs, _mean) for g, s in groups.items()]
+    means = [_row(_many(g, s, ours), s, labels, ours, theirs, _mean) for g, s in groups.items()]
     if len(groups) > 1:
-        means.append(_row(_many("all", names), names, labels, ours, theirs, _mean))
+        means.append(_row(_many("all", names, ours), names, labels, ours, theirs, _mean))
     parts = [
         Heading("Setting by setting"),
         *_agreement(ours, theirs, key, reference.get("source")),
@@ -47,7 +47,9 @@ def by_setting(summary: Summary) -> list:
               caption=f"Mean {what} over settings and seeds" + _beside(theirs) + "."),
     ]  # fmt: skip
     if key == "accuracy":
-        solved = [_row(_many(g, s), s, labels, ours, theirs, _solved) for g, s in groups.items()]
+        solved = [
+            _row(_many(g, s, ours), s, labels, ours, theirs, _solved) for g, s in groups.items()
+        ]
         parts.append(
             Table(columns, solved, left=("Settings",),
                   caption=f"Runs that learned the task: {what} of at least {SOLVED:g}. Where runs"
@@ -63,8 +65,11 @@ def by_setting(summary: Summary) -> list:
     return parts
 
 
-def _many(name: str, settings: list[str]) -> str:
-    return name if len(settings) == 1 else f"{name} ({len(settings)} settings)"
+def _many(name: str, settings: list[str], ours: Values) -> str:
+    """ "sort (12 settings)", or "sort (8 of 12 settings)" where some have no run yet."""
+    there = {setting for setting, _ in ours} & set(settings)
+    part = f"{len(there)} of " if len(there) < len(settings) else ""
+    return name if len(settings) == 1 else f"{name} ({part}{len(settings)} settings)"
 
 
 def _beside(theirs: Values) -> str:

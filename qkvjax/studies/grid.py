@@ -206,6 +206,14 @@ class Study:
         done = self.done()
         return [task for task in self.tasks if task.identity not in done]
 
+    def _environment(self) -> dict:
+        """Where the first run that ended was trained, as it told itself."""
+        for line in self.lines():
+            facts = read_json(self.workdir / str(line.get("workdir")) / "run.json")
+            if facts.get("environment"):
+                return facts["environment"]
+        return {}
+
     def listing(self) -> str:
         """A line a task: number, state, seed, identity, label, folder."""
         done = self.done()
@@ -260,7 +268,9 @@ class Study:
             "seeds": self.seeds,
             "config": self.base,
             "command": old["command"] if old and keep_command else command,
-            "environment": measured.get("environment") or old.get("environment") or {},
+            "environment": measured.get("environment")
+            or old.get("environment")
+            or self._environment(),
             "data": {
                 "source": self.base["data"]["source"],
                 "description": dataset.description,

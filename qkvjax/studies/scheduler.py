@@ -101,6 +101,7 @@ def run_all(
     finally:
         signal.signal(signal.SIGTERM, before)
         live.close()
+    study.claim("", keep_command=True)  # with the environment that the runs tell
     if not skipped and not failed:
         shutil.rmtree(study.workdir / ".compiled", ignore_errors=True)
     if skipped:

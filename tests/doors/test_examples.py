@@ -103,6 +103,8 @@ def test_a_study_with_settings(door, task, tmp_path, lines):
     assert {r["metric"] for r in results} == {"error"}
     assert all(r["status"] == "done" and r["inside"]["entropy"] > 0 for r in results)
     assert len({r["data_digest"] for r in results}) == 2
+    study = json.loads((tmp_path / "study.json").read_text())
+    assert study["environment"]["jax"] and study["command"].endswith("--jobs=2")
     page = (tmp_path / "report.md").read_text()
     assert "Setting by setting" in page and "The reference is nobody" in page
     assert not (tmp_path / ".compiled").exists()  # nothing is left to share
