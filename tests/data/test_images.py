@@ -144,3 +144,34 @@ def test_shapes_that_do_not_fit(npz):
         patches_of("npz:x", images, 4, 16, "none")
     with pytest.raises(UserError, match="data.seq_len=10"):
         sets_of("anomaly:npz:x", images, 16)
+
+
+def test_images_that_tfds_has_prepared(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    class LittlePictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({
+                "image": tfds.features.Tensor(shape=(8, 12, 1), dtype=np.uint8),
+                "label": tfds.features.ClassLabel(num_classes=3),
+            })  # fmt: skip
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._rows(0, 40), "test": self._rows(40, 60)}
+
+        def _rows(self, start, stop):
+            for i in range(start, stop):
+                yield i, {"image": PIXELS[i][..., None], "label": int(LABELS[i])}
+
+        _generate_examples = _rows
+
+    LittlePictures(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    images = open_images("tfds:little_pictures")
+    np.testing.assert_array_equal(images.train[0][..., 0], PIXELS[:40])
+    np.testing.assert_array_equal(images.validation[1], LABELS[40:])
+    with pytest.raises(UserError, match="is not prepared in"):
+        open_images("tfds:cifar10")
