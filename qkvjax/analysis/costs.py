@@ -103,16 +103,15 @@ def describe_heads(specs: Sequence[AttentionSpec]) -> str:
 def recipe_costs(config) -> tuple[list[str], dict]:
     """The lines to print for --config and the record for plan.json."""
     from qkvjax import config as config_lib
+    from qkvjax.data.open import open_dataset, reads_text
     from qkvjax.data.tokenizers import tokenizer_size
     from qkvjax.models.spec import model_spec
 
     config_lib.validate(config)
     length, shapes = config.data.seq_len, ()
-    if config.model.kind == "lm" and not config.data.source.startswith("synthetic:"):
+    if reads_text(config):
         num_inputs = tokenizer_size(config.data.tokenizer)
     else:  # only the examples tell their shapes
-        from qkvjax.data.open import open_dataset
-
         data = open_dataset(config)
         num_inputs, shapes = data.num_inputs, (data.num_outputs, data.output)
     model = model_spec(config.model, num_inputs, length, *shapes)

@@ -110,7 +110,7 @@ def _decode_step(config, spec, num_ids):
     model = jax.eval_shape(lambda: make(spec, jax.random.key(0)))
     model = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), model)
     layers = jax.eval_shape(lambda m: m.stack.layers(), model)
-    cache = jax.eval_shape(lambda: empty_caches(_Has(spec), batch, context, dtype))
+    cache = jax.eval_shape(lambda m: empty_caches(m, batch, context, dtype), model)
     logits = jax.ShapeDtypeStruct((batch, spec.vocab_size), jnp.float32)
     arguments = (jnp.int32(context - 1), jax.random.key(0), jnp.float32(1))
     options = {"dtype": dtype, "max_tokens": 1, "num_ids": num_ids, "greedy": True}
@@ -192,10 +192,3 @@ def memory_parts(summary: Summary, figures: dict[str, str]) -> list:
         " dtype that is computed in, and a full cache."
     )
     return [Heading("Memory"), Figure("memory", figures["memory"], caption)]
-
-
-class _Has:
-    """What `empty_caches` asks of a model."""
-
-    def __init__(self, spec):
-        self.spec = spec

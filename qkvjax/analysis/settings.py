@@ -7,9 +7,9 @@ import numpy as np
 from qkvjax.analysis import formats
 from qkvjax.analysis.document import Cell, Fold, Heading, Paragraph, Table
 from qkvjax.analysis.summary import Summary
+from qkvjax.evaluation import SOLVED
 
 ALIKE = 0.005  # accuracies this close count as equal: single runs differ by as much
-SOLVED = 0.95
 
 Values = dict[tuple[str, str], list[float]]  # (setting, label) -> runs
 

@@ -15,7 +15,7 @@ from qkvjax.data.order import check_accumulation, scored_rows, training_rows
 from qkvjax.data.packing import num_windows, packed_rows, scored_batch, training_batch, window
 from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
-from qkvjax.data.split import SPLITS, divide
+from qkvjax.data.split import SPLITS, check_split, divide
 from qkvjax.data.store import damaged, find_or_make
 from qkvjax.data.token_files import open_tokens
 from qkvjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -100,8 +100,7 @@ class Dataset:
           the scored tokens; pad_labels, int32 [batch_size], scored labels that are padding (0
           without `data.score_pads`).
         """
-        if split not in SPLITS:
-            raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
+        check_split(split)
         rows = self.train if split == "train" else self.validation
         labels = self.num_train_tokens if split == "train" else self.num_validation_tokens
         chosen = scored_rows(len(rows), labels, max_labels)

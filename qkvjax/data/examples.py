@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from qkvjax.data.order import check_accumulation, scored_rows, training_rows
-from qkvjax.data.split import SPLITS
-from qkvjax.errors import UserError
+from qkvjax.data.split import check_split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,8 +134,7 @@ class Examples:
           max_labels: about so many labels, from examples spaced evenly; None scores all.
           split: "validation" or "train".
         """
-        if split not in SPLITS:
-            raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
+        check_split(split)
         labelled = self.train if split == "train" else self.validation
         chosen = scored_rows(len(labelled), labelled.num_labels, max_labels)
         for start in range(0, len(chosen), batch_size):

@@ -19,6 +19,11 @@ READS = {
 }
 
 
+def reads_text(config) -> bool:
+    """Whether the data of a run are text, so that its tokenizer tells the model's shapes."""
+    return config.model.kind == "lm" and not config.data.source.startswith("synthetic:")
+
+
 def open_dataset(
     config, source: str | None = None, *, whole: bool = False,
     log: Callable[[str], None] = lambda line: None,

@@ -18,6 +18,12 @@ HELD_OUT = 10  # a tenth
 FEWEST_DOCUMENTS = 20
 
 
+def check_split(split: str) -> None:
+    """Raises UserError unless it is one of SPLITS."""
+    if split not in SPLITS:
+        raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """How the documents of a source are divided.

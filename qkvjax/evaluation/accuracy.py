@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkvjax.errors import UserError
+from qkvjax.evaluation import SOLVED
 from qkvjax.training.loop import place
 from qkvjax.training.loss import cross_entropy
-
-SOLVED = 0.95  # accuracy from which a task counts as learned
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

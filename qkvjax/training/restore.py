@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from qkvjax import config as configs
-from qkvjax.data.open import open_dataset
+from qkvjax.data.open import open_dataset, reads_text
 from qkvjax.data.tokenizers import load_tokenizer
 from qkvjax.errors import UserError
 from qkvjax.models.build import make
@@ -31,7 +31,7 @@ def load_model(workdir: str | Path, step: int | None = None, *, log=print):
         raise UserError(f"there is no workdir {workdir}: train a model first")
     config = configs.load(workdir / "config.json")
     configs.validate(config)
-    if config.model.kind == "lm" and not config.data.source.startswith("synthetic:"):
+    if reads_text(config):
         tokenizer = load_tokenizer(config.data.tokenizer)
         spec = model_spec(configs.plain(config.model), tokenizer.num_ids, config.data.seq_len)
     else:
