@@ -65,7 +65,7 @@ def decode(model, layers, cache, ids, start, *, dtype, impl="auto"):
     for layer, held in zip(layers, cache, strict=True):
         x, held = layer.decode(x, held, start, impl=impl)
         updated.append(held)
-    return model.logits(x), updated
+    return model.logits(model.norm(x)), updated
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames="cache")

@@ -66,12 +66,18 @@ class LanguageModel(nnx.Module):
         Raises:
           UserError: T exceeds a learned table.
         """
+        return self.logits(self.hidden(inputs, positions, segment_ids, key, dtype=dtype, impl=impl))
+
+    def hidden(
+        self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
+        impl: str = "auto",
+    ) -> jax.Array:  # fmt: skip
+        """What the head reads, [B, T, D] in `dtype`; arguments as in `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         stem, inner = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, stem)
-        x = self.stack(x, positions, segment_ids, inner, impl=impl)
-        return self.logits(x)
+        return self.norm(self.stack(x, positions, segment_ids, inner, impl=impl))
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
         """int [B, T] -> [B, T, D]: token embedding plus what positions add at the input."""
@@ -86,15 +92,15 @@ class LanguageModel(nnx.Module):
             x = x + sincos(positions, self.spec.d_model).astype(dtype)
         return x
 
+    def head_weight(self, dtype) -> jax.Array:
+        """The map from D to the vocabulary, [D, V]."""
+        head = rules.gather(self.embedding[...]).T if self.head is None else self.head.weight[...]
+        return head.astype(dtype)
+
     def logits(self, x) -> jax.Array:
-        """[B, T, D] -> [B, T, V] in float32 or wider."""
-        x = self.norm(x)
-        if self.head is None:
-            weight = rules.gather(self.embedding[...]).T
-        else:
-            weight = self.head.weight[...]
+        """[B, T, D] that the final norm has left -> [B, T, V] in float32 or wider."""
         wide = jnp.promote_types(x.dtype, jnp.float32)  # what the product is summed and kept in
-        return rules.matmul(x, weight.astype(x.dtype), wide)
+        return rules.matmul(x, self.head_weight(x.dtype), wide)
 
     def check_length(self, length: int) -> None:
         """Raises UserError when `length` positions exceed what the model has numbers for."""

@@ -86,6 +86,29 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
     return jax.lax.reshape(flat, out, out_sharding=spec("batch", "length", None))
 
 
+def map_tokens(f, whole: jax.Array, *by_token: jax.Array):
+    """f(whole, *by_token) -> (of tokens, totals), on each device's own tokens.
+
+    `by_token` and what f returns of tokens are [B, T, ...] and stay where they are; each device
+    has all of `whole`, and totals are summed over devices.
+    """
+    if not has_mesh():
+        return f(whole, *by_token)
+
+    sizes = jax.sharding.get_abstract_mesh().shape
+    spread = tuple(axis for axis in (*RULES["batch"], RULES["length"]) if sizes[axis] > 1)
+
+    def local(*arrays):
+        of_tokens, totals = f(*arrays)
+        return of_tokens, jax.lax.psum(totals, spread) if spread else totals
+
+    tokens = spec("batch", "length")
+    in_specs = (PartitionSpec(), *(tokens for _ in by_token))
+    out_specs = (tokens, PartitionSpec())
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return run(gather(whole), *by_token)
+
+
 def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:
     """[B, T, N*H] -> [B, T, N, H]."""
     shape = (*x_BTF.shape[:2], heads, x_BTF.shape[2] // heads)

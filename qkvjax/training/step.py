@@ -11,9 +11,10 @@ import optax
 from flax import nnx
 
 from qkvjax.models.build import make
+from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules
-from qkvjax.training.loss import cross_entropy
+from qkvjax.training.loss import cross_entropy, linear_cross_entropy
 from qkvjax.training.optimizer import adamw, is_matrix, schedule
 
 Batch = Mapping[str, jax.Array]
@@ -76,10 +77,14 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
 
     def objective(model, batch, key, total):
         segments = batch.get("segment_ids")  # labelled examples have none
-        logits = model(batch["inputs"], batch["positions"], segments, key, dtype=dtype)
-        nats, squares = cross_entropy(logits, batch["targets"], batch["weights"])
-        loss = jnp.sum(nats) / total
-        return loss + z_loss * jnp.sum(squares) / total, loss
+        inputs = batch["inputs"], batch["positions"], segments, key
+        labels = batch["targets"], batch["weights"]
+        if isinstance(model, LanguageModel):  # a vocabulary is too wide to hold all logits
+            x = model.hidden(*inputs, dtype=dtype)
+            loss, nats = linear_cross_entropy(x, model.head_weight(dtype), *labels, z_loss)
+            return loss / total, nats / total
+        nats, squares = map(jnp.sum, cross_entropy(model(*inputs, dtype=dtype), *labels))
+        return (nats + z_loss * squares) / total, nats / total
 
     def train_step(state: TrainState, batch: Batch):
         total = jnp.maximum(jnp.sum(batch["weights"]), 1)
