@@ -1,31 +1,68 @@
 """One op for every implementation of attention.
 
-`impl` is "auto" or a name of IMPLEMENTATIONS. "auto" takes the fastest that this machine
-runs: today that is "xla" everywhere.
+`impl` is "auto" or a name of IMPLEMENTATIONS:
+
+    xla        plain operations that XLA fuses; every machine
+    reference  the 20-line truth, in float32; every machine
+    triton     our kernels for NVIDIA GPUs from Ampere on; one tile for K = V
+
+"auto" takes xla: the kernels compile for such GPUs but have not run on hardware yet, and a
+guess is no reason to prefer them. A named implementation that cannot run raises.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError, did_you_mean
-from qkvjax.kernels import reference, xla
+from qkvjax.kernels import reference, triton, xla
 from qkvjax.parallel import rules
 
-IMPLEMENTATIONS = {"xla": xla.attention, "reference": reference.attention}
+PLAIN = {"xla": xla.attention, "reference": reference.attention}
+IMPLEMENTATIONS = (*PLAIN, "triton")
+
+
+def missing(impl: str) -> str | None:
+    """What this machine lacks for an implementation; None where it runs."""
+    if impl != "triton":
+        return None
+    device = jax.devices()[0]
+    capability = float(getattr(device, "compute_capability", None) or 0)
+    if device.platform == "gpu" and capability >= 8:
+        return None
+    return "an NVIDIA GPU of compute capability 8.0 or newer"
 
 
 def choose(impl: str = "auto") -> str:
     """The implementation that `impl` stands for; raises UserError for one that is not here."""
     if impl == "auto":
         return "xla"
+    here = [name for name in IMPLEMENTATIONS if not missing(name)]
     if impl not in IMPLEMENTATIONS:
         raise UserError(
             f"attention implementation {impl!r} is unknown: this machine has"
-            f" {', '.join(IMPLEMENTATIONS)}{did_you_mean(impl, IMPLEMENTATIONS)}"
+            f" {', '.join(here)}{did_you_mean(impl, here)}"
+        )
+    if missing(impl):
+        raise UserError(
+            f"attention implementation {impl!r} needs {missing(impl)}: this machine has"
+            f" {', '.join(here)}"
         )
     return impl
+
+
+def check(impl: str, q: jax.Array, v: jax.Array | None, softcap: float | None = None) -> None:
+    """Raises UserError where a kernel does not take such arguments, and says what does."""
+    why = triton.refusal(q, v, softcap=softcap)
+    if why is None and rules.shards_sequence():
+        why = "it wants whole sequences (mesh.context=1)"
+    if why:
+        raise UserError(
+            f"attention implementation {impl!r} cannot compute this: {why}; use impl='auto'"
+        )
 
 
 def attention(
@@ -60,6 +97,12 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
+    name = choose(impl)
+    if name == "triton":
+        check(name, q, v, softcap)
+        options = {"causal": causal, "window": window, "scale": scale}
+        arrays = {"k": k, "v": v, "segment_ids": segment_ids, "q_pe": q_pe, "k_pe": k_pe}
+        return rules.on_each_device(functools.partial(triton.attention, **options), q, arrays)
     places = jnp.arange(q.shape[1])[None]
     mask = reference.visible(
         places,
@@ -69,9 +112,8 @@ def attention(
         q_segments=segment_ids,
         k_segments=None if segment_ids is None else rules.gather_sequence(segment_ids),
     )
-    run = IMPLEMENTATIONS[choose(impl)]
     skips = causal and not rules.shards_sequence()  # tiles of queries would cross devices
-    return run(
+    return PLAIN[name](
         q, k, v, mask=mask, causal=skips, window=window, scale=scale, softcap=softcap, q_pe=q_pe,
         k_pe=k_pe,
     )  # fmt: skip
@@ -104,5 +146,4 @@ def decode_attention(
     """
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
-    run = IMPLEMENTATIONS[choose(impl)]
-    return run(q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
+    return PLAIN[choose(impl)](q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)

@@ -109,6 +109,22 @@ def map_tokens(f, whole: jax.Array, *by_token: jax.Array):
     return run(gather(whole), *by_token)
 
 
+def on_each_device(f, x: jax.Array, arrays: dict[str, jax.Array | None]) -> jax.Array:
+    """f(x, **arrays) on each device's part of a batch: for kernels, which know no mesh.
+
+    The result lies as x does.
+    """
+    if not has_mesh():
+        return f(x, **arrays)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    where = lambda array: jax.typeof(array).sharding.spec  # noqa: E731
+    run = jax.shard_map(
+        lambda x, given: f(x, **given),
+        in_specs=(where(x), jax.tree.map(where, given)), out_specs=where(x), check_vma=False,
+    )  # fmt: skip
+    return run(x, given)
+
+
 def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:
     """[B, T, N*H] -> [B, T, N, H]."""
     shape = (*x_BTF.shape[:2], heads, x_BTF.shape[2] // heads)

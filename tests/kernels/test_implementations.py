@@ -13,7 +13,7 @@ from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch, xla
 
 B, T, N, H, P = 2, 13, 4, 6, 3
-OTHERS = [name for name in dispatch.IMPLEMENTATIONS if name != "reference"]
+OTHERS = [name for name in dispatch.PLAIN if name != "reference"]
 SEGMENTS = jnp.array([[0] * 5 + [1] * 8, [0] * 13])
 
 
@@ -73,7 +73,7 @@ def test_long_sequences_are_tiled_as_they_are(length):
         np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
-@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", dispatch.PLAIN)
 @pytest.mark.parametrize(("causal", "num_kv_heads"), [(True, 2), (False, 1)])
 def test_against_loops(impl, causal, num_kv_heads):
     q, k, v, q_pe, k_pe = inputs(num_kv_heads)
@@ -138,7 +138,7 @@ def test_forward_and_gradient_are_the_references(impl, num_kv_heads, dtype):
             assert relative(a, b) < (1e-6 if dtype == jnp.float32 else 0.02), where
 
 
-@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", dispatch.PLAIN)
 def test_what_is_hidden_stays_hidden_however_large_the_scores(impl):
     """The first query sees one key, of score about -1e4, and hidden ones of about 1e4."""
     _, _, v, *_ = inputs(4)
@@ -149,7 +149,7 @@ def test_what_is_hidden_stays_hidden_however_large_the_scores(impl):
     np.testing.assert_allclose(got[:, 1], v[:, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", dispatch.PLAIN)
 def test_no_values_means_the_keys(impl):
     q, k, *_ = inputs(2)
     got = dispatch.attention(q, k, impl=impl)
@@ -162,7 +162,7 @@ def test_no_values_means_the_keys(impl):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", dispatch.PLAIN)
 def test_decoding_reads_nothing_behind_the_query(impl, window):
     """The last tokens of a causal sequence, against a cache with rubbish behind them."""
     q, k, v, *_ = inputs(2)
@@ -181,4 +181,12 @@ def test_unknown_implementation_lists_what_is_here():
         dispatch.attention(q, k, v, impl="flash")
     with pytest.raises(UserError, match="did you mean 'reference'"):
         dispatch.choose("refrence")
-    assert dispatch.choose("auto") in dispatch.IMPLEMENTATIONS
+    assert dispatch.choose("auto") in dispatch.PLAIN
+
+
+def test_a_kernel_that_cannot_run_here_says_so():
+    if dispatch.missing("triton") is None:
+        pytest.skip("this machine has a GPU that runs it")
+    q, k, v, *_ = inputs(2)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU .*this machine has xla, reference"):
+        dispatch.attention(q, k, v, impl="triton")

@@ -1,0 +1,105 @@
+"""The mathematics of one tile, in plain jnp: every kernel imports it, whatever its backend.
+
+A tile has r rows (queries) and c columns (keys). Scores are in base 2, that is multiplied by
+log2(e), since exp2 is what the hardware computes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+LOG2E = math.log2(math.e)
+HIDDEN = -1e30  # finite: the difference of two hidden scores is a number
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The product of two matrices over `axes` of the first and the second, in float32."""
+    contract = ((axes[0],), (axes[1],)), ((), ())
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+
+def visible(rows, columns, *, causal, window, length, row_segments=None, column_segments=None):
+    """bool of the broadcast shape: which of the keys at `columns` the queries at `rows` see.
+
+    Args:
+      rows, columns: int places that broadcast, such as [r, 1] and [1, c]; either may come first.
+      length: keys there are; places from there on are padding.
+      row_segments, column_segments: int, of the same shapes as the places.
+    """
+    distance = rows - columns
+    seen = columns < length
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= jnp.abs(distance) < window
+    if row_segments is not None:
+        seen &= row_segments == column_segments
+    return seen
+
+
+def key_tiles(first, last, size: int, *, causal, window, length):
+    """(begin, end) of the tiles of `size` keys that queries at places first..last see."""
+    begin, end = 0, length
+    if window is not None:
+        begin = jnp.maximum(first - window + 1, 0)
+        end = jnp.minimum(last + window, length)
+    if causal:
+        end = jnp.minimum(last + 1, length)
+    return jax.lax.div(jnp.int32(begin), size), jax.lax.div(jnp.int32(end) + size - 1, size)
+
+
+def query_tiles(first, last, size: int, *, causal, window, length):
+    """(begin, end) of the tiles of `size` queries that see keys at places first..last."""
+    begin, end = 0, length
+    if window is not None:
+        begin = jnp.maximum(first - window + 1, 0)
+        end = jnp.minimum(last + window, length)
+    if causal:
+        begin = first
+    return jax.lax.div(jnp.int32(begin), size), jax.lax.div(jnp.int32(end) + size - 1, size)
+
+
+def nothing(rows: int, width: int):
+    """The state of `absorb` before the first tile."""
+    return jnp.full((rows,), HIDDEN, jnp.float32), jnp.zeros((rows,)), jnp.zeros((rows, width))
+
+
+def absorb(state, scores, seen, values):
+    """One step of the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1).
+
+    Args:
+      state: (largest score [r], sum of weights [r], weighted values [r, H]), float32.
+      scores: [r, c] in base 2.
+      seen: bool [r, c].
+      values: [c, H].
+    """
+    top, total, mixed = state
+    scores = jnp.where(seen, scores, HIDDEN)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+    weights = jnp.where(seen, jnp.exp2(scores - new_top[:, None]), 0.0)
+    shrink = jnp.exp2(top - new_top)
+    mixed = mixed * shrink[:, None] + dot(weights.astype(values.dtype), values)
+    return new_top, total * shrink + jnp.sum(weights, axis=1), mixed
+
+
+def merge(top, total, mixed, axis: int):
+    """Softmax's result from states of disjoint keys that lie along `axis` (flash decoding).
+
+    top, total: [..., s, ..., r]; mixed: [..., s, ..., r, H]; the result has no s.
+    """
+    share = jnp.exp2(top - jnp.max(top, axis=axis, keepdims=True))
+    total = jnp.sum(total * share, axis=axis)
+    return jnp.sum(mixed * share[..., None], axis=axis) / total[..., None]
+
+
+def weights_and_slopes(scores, seen, normaliser, value_slopes, delta):
+    """Softmax's weights P of a tile, and the loss's slopes dS of its unscaled scores.
+
+    dS = P * (dP - delta) with dP = dO V^T and delta = rowsum(O * dO) (Dao et al. 2022, algorithm
+    4). All arguments broadcast to the tile, which may lie either way round.
+    """
+    weights = jnp.where(seen, jnp.exp2(scores - normaliser), 0.0)
+    return weights, weights * (value_slopes - delta)
