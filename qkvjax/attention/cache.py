@@ -54,9 +54,14 @@ def attend(
     }
     held = {name: array.astype(x.dtype) for name, array in cache.items()}
     slots = jnp.arange(next(iter(cache.values())).shape[1])
-    k, v = layer.expand(held, slots[None])  # the same slots in each sequence
+    key = layer.key_of_state() if layout == "shared" else None
+    if key is not None and dispatch.makes_keys(impl, key, layer.spec.head_dim):
+        k, v = held["kv"], None
+    else:
+        key = None
+        k, v = layer.expand(held, slots[None])  # the same slots in each sequence
     out = dispatch.decode_attention(
-        q, k, v, positions=positions, window=layer.spec.window, impl=impl,
+        q, k, v, positions=positions, window=layer.spec.window, key=key, impl=impl,
         **layer.columns(q, k, slots[None]),
     )  # fmt: skip
     return layer.finish(out, positions), cache

@@ -19,6 +19,7 @@ from qkvjax.attention.projection import Linear, RMSNorm, named_key, wide_times
 from qkvjax.attention.score import Score
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.kernels import dispatch
+from qkvjax.kernels.triton_decode import KeyOfState
 from qkvjax.parallel import rules
 
 Entry = dict[str, jax.Array]
@@ -97,6 +98,17 @@ class Attention(nnx.Module):
         if self.spec.values_are_keys:
             return shared, None
         return self._scored("k", shared, positions), shared
+
+    def key_of_state(self) -> KeyOfState | None:
+        """How a kernel makes a key of the shared state; None where the key is the state, or where
+        score modifiers change it."""
+        spec = self.spec
+        modified = any(name.startswith("role_") for name, _ in spec.modifiers)
+        if spec.values_are_keys or not spec.rope or modified:
+            return None
+        norm = self.norms["".join(spec.block("k"))] if spec.qk_norm else None
+        gain = None if norm is None else norm.gain[...]
+        return KeyOfState(spec.rotary_base, spec.rotary_dim, gain)
 
     def columns(self, q, k, positions) -> dict[str, jax.Array]:
         """What score modifiers add for each key: `q_pe` and `k_pe` of the attention op, or nothing.

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError, did_you_mean
-from qkvjax.kernels import reference, triton, xla
+from qkvjax.kernels import reference, triton, triton_decode, xla
+from qkvjax.kernels.triton_decode import KeyOfState
 from qkvjax.parallel import rules
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
@@ -52,6 +53,11 @@ def choose(impl: str = "auto") -> str:
             f" {', '.join(here)}"
         )
     return impl
+
+
+def makes_keys(impl: str, key: KeyOfState, head_width: int) -> bool:
+    """Whether decoding by `impl` makes keys of stored states as it reads them."""
+    return choose(impl) == "triton" and not triton_decode.cannot_make(key, head_width)
 
 
 def check(impl: str, q: jax.Array, v: jax.Array | None, softcap: float | None = None) -> None:
@@ -129,6 +135,7 @@ def decode_attention(
     scale: float | None = None,
     q_pe: jax.Array | None = None,
     k_pe: jax.Array | None = None,
+    key: KeyOfState | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """Causal attention of a few new tokens onto a cache that already holds them.
@@ -140,10 +147,27 @@ def decode_attention(
       v: [B, S, K, H] values; None says that the keys are the values.
       positions: int [B, T], the queries' places.
       q_pe, k_pe: [B, T, N, P] and [B, S, K, P], a second part of the scores.
+      key: `k` holds states that are the values; this makes their keys (`makes_keys` says which
+        implementations can).
 
     Returns:
       [B, T, N, H] in the dtype of q.
     """
+    name = choose(impl)
+    if name == "triton":
+        check(name, q, v)
+        options = {"window": window, "scale": scale}
+        if key is not None:
+            options |= {"base": key.base, "width": key.width}
+        arrays = {"k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe,
+                  "gain": None if key is None else key.gain}  # fmt: skip
+        return rules.on_each_device(functools.partial(_decode, **options), q, arrays)
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
-    return PLAIN[choose(impl)](q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
+    return PLAIN[name](q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
+
+
+def _decode(q, *, base=None, width=None, gain=None, **arguments):
+    """`triton_decode.decode` with the key's description in arrays and numbers."""
+    key = None if width is None else KeyOfState(base, width, gain)
+    return triton_decode.decode(q, key=key, **arguments)

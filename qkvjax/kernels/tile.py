@@ -62,26 +62,31 @@ def query_tiles(first, last, size: int, *, causal, window, length):
     return jax.lax.div(jnp.int32(begin), size), jax.lax.div(jnp.int32(end) + size - 1, size)
 
 
-def nothing(rows: int, width: int):
-    """The state of `absorb` before the first tile."""
-    return jnp.full((rows,), HIDDEN, jnp.float32), jnp.zeros((rows,)), jnp.zeros((rows, width))
+def nothing(rows: int, widths: list[int]):
+    """The state of `absorb` before the first tile; values come in pieces of these widths."""
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
+    top = jnp.full((rows,), HIDDEN, jnp.float32)
+    return top, zeros(rows), [zeros(rows, width) for width in widths]
 
 
 def absorb(state, scores, seen, values):
     """One step of the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1).
 
     Args:
-      state: (largest score [r], sum of weights [r], weighted values [r, H]), float32.
+      state: (largest score [r], sum of weights [r], weighted values [r, H] in pieces), float32.
       scores: [r, c] in base 2.
       seen: bool [r, c].
-      values: [c, H].
+      values: [c, H] in the same pieces.
     """
     top, total, mixed = state
     scores = jnp.where(seen, scores, HIDDEN)
     new_top = jnp.maximum(top, jnp.max(scores, axis=1))
     weights = jnp.where(seen, jnp.exp2(scores - new_top[:, None]), 0.0)
     shrink = jnp.exp2(top - new_top)
-    mixed = mixed * shrink[:, None] + dot(weights.astype(values.dtype), values)
+    mixed = [
+        old * shrink[:, None] + dot(weights.astype(piece.dtype), piece)
+        for old, piece in zip(mixed, values)
+    ]
     return new_top, total * shrink + jnp.sum(weights, axis=1), mixed
 
 

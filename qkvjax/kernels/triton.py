@@ -114,11 +114,13 @@ def attention(
 
 def _parts(x, second):
     """The parts of the scores' operand, the second as wide as a product has to be."""
-    if second is None:
-        return (x,)
-    width = max(NARROWEST, pl.next_power_of_2(second.shape[-1]))
-    fill = [(0, 0)] * 3 + [(0, width - second.shape[-1])]
-    return x, jnp.pad(second.astype(x.dtype), fill)
+    return (x,) if second is None else (x, widened(second.astype(x.dtype)))
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """[B, T, N, P] with zeros up to a P that a product can have."""
+    width = max(NARROWEST, pl.next_power_of_2(x.shape[-1]))
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,8 +135,8 @@ def _forward(options, qs, ks, v, segments):
     rows, columns = _tiles(blocks.queries), _whole(length, group)
     out = jax.ShapeDtypeStruct((*qs[0].shape[:3], value.shape[-1]), qs[0].dtype)
     normaliser = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    call = _pallas(
-        functools.partial(_forward_kernel, options), "attention_forward", options, blocks,
+    call = pallas(
+        functools.partial(_forward_kernel, options), "attention_forward", options.interpret, blocks,
         grid=(length // blocks.queries, batch, heads),
         in_specs=_specs((qs, rows), (ks, columns), (v, columns), (segments, _all_places)),
         out_specs=[rows(out), _numbers(blocks.queries)(normaliser)],
@@ -155,11 +157,11 @@ def _forward_kernel(options, qs, ks, v, segments, out, normaliser):
         k = [ref[at, :] for ref in ks]
         scores = _scores(options, q, k)
         seen = _seen(options, rows, _places(j * blocks.keys, blocks.keys, segments))
-        return tile.absorb(state, scores, seen, k[0] if v is None else v[at, :])
+        return tile.absorb(state, scores, seen, [k[0] if v is None else v[at, :]])
 
     tiles = tile.key_tiles(first, first + blocks.queries - 1, blocks.keys, **options.limits)
-    start = tile.nothing(blocks.queries, out.shape[-1])
-    top, total, mixed = jax.lax.fori_loop(*tiles, step, start)
+    start = tile.nothing(blocks.queries, [out.shape[-1]])
+    top, total, [mixed] = jax.lax.fori_loop(*tiles, step, start)
     total = jnp.maximum(total, 1e-30)  # of rows that pad the sequence
     out[...] = (mixed / total[:, None]).astype(out.dtype)
     normaliser[...] = top + jnp.log2(total)
@@ -178,8 +180,9 @@ def _backward(options, residuals, slope):
     by_query, by_key = _tiles(blocks.queries), _tiles(blocks.keys)
     whole, grouped = _whole(length, group), _group(length, group)
     row_numbers, group_numbers = _numbers(blocks.queries), _group_numbers(group, length)
-    call = _pallas(
-        functools.partial(_keys_kernel, options, group), "attention_keys", options, blocks,
+    call = pallas(
+        functools.partial(_keys_kernel, options, group), "attention_keys", options.interpret,
+        blocks,
         grid=(length // blocks.keys, batch, num_kv_heads),
         in_specs=_specs(
             (qs, grouped), (ks, by_key), (v, by_key), (slope, grouped),
@@ -188,8 +191,8 @@ def _backward(options, residuals, slope):
         out_specs=jax.tree.map(by_key, (ks, v)), out_shape=same((ks, v)),
     )  # fmt: skip
     dks, dv = call(qs, ks, v, *rest)
-    call = _pallas(
-        functools.partial(_queries_kernel, options), "attention_queries", options, blocks,
+    call = pallas(
+        functools.partial(_queries_kernel, options), "attention_queries", options.interpret, blocks,
         grid=(length // blocks.queries, batch, heads),
         in_specs=_specs(
             (qs, by_query), (ks, whole), (v, whole), (slope, by_query),
@@ -332,11 +335,11 @@ def _specs(*pairs):
     return [jax.tree.map(make, tree) for tree, make in pairs]
 
 
-def _pallas(kernel, name, options, blocks, **shapes):
+def pallas(kernel, name: str, interpret: bool, blocks: Blocks, **shapes):
     """`pallas_call` that goes by Triton whatever the version's default is."""
     params = lowering.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
     with warnings.catch_warnings():  # of its removal some day; setup.cfg bounds the version
         warnings.filterwarnings("ignore", message=".*Pallas Triton.*")
         return pl.pallas_call(
-            kernel, name=name, interpret=options.interpret, compiler_params=params, **shapes
+            kernel, name=name, interpret=interpret, compiler_params=params, **shapes
         )

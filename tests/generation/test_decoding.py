@@ -68,7 +68,7 @@ def one_by_one(model, ids):
     x = model.embed(ids, positions)
     for block in model.stack.layers():
         x = block(x, positions)
-    return model.logits(x)
+    return model.logits(model.norm(x))
 
 
 def check(model, ids, full, layouts):

@@ -1,0 +1,241 @@
+"""Decoding in Pallas through Triton: a few new tokens onto a cache that is read once.
+
+With K = V one tile is loaded and used twice. Where keys are normed and rotated but values are
+not (`rotary_values=raw`), the tile is the shared state: its key is made in registers.
+
+The cache is cut into splits that run side by side; each leaves the state of its online softmax,
+and the states are merged afterwards (flash decoding). Letters: B sequences, S slots, N query
+heads, K key-value heads, H head width, R rows: the new tokens of all query heads of a K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from qkvjax.errors import UserError
+from qkvjax.kernels import tile
+from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
+
+BLOCK = Blocks(queries=64, keys=64, warps=4, stages=3)
+# Programs that fill the 132 processors of a Hopper GPU twice, of at least so many slots each.
+PROGRAMS, FEWEST_SLOTS = 264, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyOfState:
+    """How the key of slot s is made from the stored state: RMSNorm, then rotation by s.
+
+    Attributes:
+      base, width: of `attention.position.rotate`; the width is even.
+      gain: [H] of the norm, or None without a norm.
+      epsilon: of the norm.
+    """
+
+    base: float
+    width: int
+    gain: jax.Array | None = None
+    epsilon: float = 1e-6
+
+
+def cannot_make(key: KeyOfState | None, head_width: int) -> str | None:
+    """Why the kernel cannot make such keys; None where it can."""
+    if key is None:
+        return None
+    pieces = [piece for piece in (key.width // 2, head_width - key.width) if piece]
+    if all(piece >= NARROWEST and piece & (piece - 1) == 0 for piece in pieces):
+        return None
+    return (
+        f"it rotates {key.width} of {head_width} numbers only where half of the former and what is"
+        f" left of the latter are powers of two from {NARROWEST} on"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fixed when the kernel is compiled."""
+
+    window: int | None
+    scale: float
+    slots: int
+    per_split: int
+    tile: int
+    pieces: tuple[int, ...]
+    epsilon: float
+
+
+def decode(
+    q, k, v=None, *, positions, window=None, scale=None, q_pe=None, k_pe=None,
+    key: KeyOfState | None = None, splits: int | None = None, block: Blocks = BLOCK,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """As `kernels.dispatch.decode_attention`, whose arguments these are.
+
+    Args:
+      splits: parts of the cache that run side by side; None chooses.
+
+    Raises:
+      UserError: `refusal` or `cannot_make` has an answer.
+    """
+    why = refusal(q, v) or cannot_make(key, q.shape[-1])
+    if why:
+        raise UserError(f"the triton kernel takes no such attention: {why}")
+    batch, length, heads, width = q.shape
+    num_kv_heads, group = k.shape[2], heads // k.shape[2]
+    fill = NARROWEST - k.shape[1]
+    if fill > 0:  # of a cache shorter than the smallest tile
+        k, v, k_pe = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (0, fill), (0, 0), (0, 0)]), (k, v, k_pe)
+        )
+    slots = k.shape[1]
+    size = min(block.keys, 1 << (slots.bit_length() - 1))
+    if splits is None:
+        splits = min(-(-PROGRAMS // (batch * num_kv_heads)), max(1, slots // FEWEST_SLOTS))
+    per_split = -(-slots // splits // size) * size if slots // splits >= size else size
+    splits = -(-slots // per_split)
+    pieces = (width,) if key is None else (key.width // 2, key.width // 2, width - key.width)
+    options = Options(
+        window, width**-0.5 if scale is None else float(scale), slots, per_split, size,
+        tuple(piece for piece in pieces if piece), 0.0 if key is None else key.epsilon,
+    )  # fmt: skip
+
+    # Rows go by tiles as well: a prompt that enters a cache has many.
+    tall = min(max(NARROWEST, pl.next_power_of_2(length * group)), block.queries)
+    rows = -(-length * group // tall) * tall
+
+    def packed(x):  # [B, T, N, H] -> [B, K, R, H]
+        x = x.reshape(batch, length, num_kv_heads, group, -1).transpose(0, 2, 1, 3, 4)
+        x = x.reshape(batch, num_kv_heads, length * group, -1)
+        return jnp.pad(x, [(0, 0), (0, 0), (0, rows - length * group), (0, 0)])
+
+    places = jnp.repeat(positions.astype(jnp.int32), group, axis=1)
+    places = jnp.pad(places, [(0, 0), (0, rows - length * group)], mode="edge")
+    ends = jnp.max(positions, axis=1).astype(jnp.int32) + 1
+    begins = jnp.zeros_like(ends)
+    if window is not None:
+        begins = jnp.maximum(jnp.min(positions, axis=1).astype(jnp.int32) - window + 1, 0)
+    turns = gains = None
+    if key is not None:
+        half = key.width // 2
+        angles = jnp.arange(slots, dtype=jnp.float32)[:, None]
+        angles = angles * key.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        turns = jnp.cos(angles), jnp.sin(angles)
+        gains = None if key.gain is None else key.gain.astype(jnp.float32)
+    second = None
+    if q_pe is not None:
+        second = packed(widened(q_pe.astype(q.dtype))), widened(k_pe.astype(k.dtype))
+
+    value_pieces = options.pieces if v is None else (v.shape[3],)
+    inputs = packed(q), k, v, second, turns, gains, places, begins, ends
+    specs = (
+        _rows(inputs[0], tall, splits), _slots(k), None if v is None else _slots(v),
+        None if second is None else (_rows(second[0], tall, splits), _slots(second[1])),
+        *(jax.tree.map(_table, x) for x in (turns, gains)), _places(tall, splits),
+        *map(_number, (begins, ends)),
+    )  # fmt: skip
+    lead = batch, num_kv_heads, splits, rows
+    state = functools.partial(_state, tall, splits)
+    wanted = lambda *last: jax.ShapeDtypeStruct((*lead, *last), jnp.float32)  # noqa: E731
+    top, total, mixed = pallas(
+        functools.partial(_kernel, options, splits), "attention_decode", interpret, block,
+        grid=(batch, num_kv_heads, rows // tall * splits), in_specs=list(specs),
+        out_specs=[state(), state(), [state(piece) for piece in value_pieces]],
+        out_shape=[wanted(), wanted(), [wanted(piece) for piece in value_pieces]],
+    )(*inputs)  # fmt: skip
+    out = tile.merge(top, total, jnp.concatenate(mixed, axis=-1), axis=2)[:, :, : length * group]
+    out = out.reshape(batch, num_kv_heads, length, group, -1).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, length, heads, -1).astype(q.dtype)
+
+
+# Where program (sequence b, key-value head n, i) finds its part of an array; i counts the splits
+# of each tile of rows.
+
+
+def _rows(x, tall: int, splits: int):
+    """A tile of one head's rows in [B, K, R, H]."""
+    return pl.BlockSpec((None, None, tall, x.shape[3]), lambda b, n, i: (b, n, i // splits, 0))
+
+
+def _slots(x):
+    """One head of [B, S, K, H]."""
+    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda b, n, i: (b, 0, n, 0))
+
+
+def _table(x):
+    """All of it."""
+    return pl.BlockSpec(x.shape, lambda b, n, i: (0,) * x.ndim)
+
+
+def _places(tall: int, splits: int):
+    """A tile of rows in [B, R]."""
+    return pl.BlockSpec((None, tall), lambda b, n, i: (b, i // splits))
+
+
+def _number(x):
+    """A number of [B]."""
+    return pl.BlockSpec((None,), lambda b, n, i: (b,))
+
+
+def _state(tall: int, splits: int, *last: int):
+    """What a split leaves of a tile of rows in [B, K, splits, R, ...]."""
+    zeros = (0,) * len(last)
+    return pl.BlockSpec(
+        (None, None, None, tall, *last), lambda b, n, i: (b, n, i % splits, i // splits, *zeros)
+    )
+
+
+def _kernel(options, splits, q, k, v, second, turns, gains, places, begin, end, top, total, mixed):
+    """One split of one sequence's cache for the rows of one key-value head."""
+    size = options.tile
+    edges = [sum(options.pieces[:i]) for i in range(len(options.pieces) + 1)]
+    spans = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    queries = [q[:, span] for span in spans]
+    rows = places[...][:, None]
+    lowest = jax.lax.rem(pl.program_id(2), splits) * options.per_split
+    gain = None if gains is None else [gains[span] for span in spans]
+
+    def step(j, state):
+        # The last tile is moved back into the cache; what it then sees twice counts once.
+        wanted = lowest + j * size
+        first = jnp.minimum(wanted, options.slots - size)
+        at = pl.ds(first, size)
+        held = [k[at, span] for span in spans]
+        keys = held if turns is None else _keys(options, held, gain, *(t[at, :] for t in turns))
+        products = [tile.dot(a, b, (1, 1)) for a, b in zip(queries, keys)]
+        if second is not None:
+            products.append(tile.dot(second[0][...], second[1][at, :], (1, 1)))
+        columns = (first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0))[None, :]
+        seen = (columns >= wanted) & (columns <= rows)
+        if options.window is not None:
+            seen &= rows - columns < options.window
+        scores = sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
+        return tile.absorb(state, scores, seen, held if v is None else [v[at, :]])
+
+    of_split = lambda slot: jnp.clip(slot - lowest, 0, options.per_split)  # noqa: E731
+    tiles = (
+        jax.lax.div(of_split(begin[...]), size),
+        jax.lax.div(of_split(end[...]) + size - 1, size),
+    )
+    start = tile.nothing(rows.shape[0], [ref.shape[-1] for ref in mixed])
+    top[...], total[...], sums = jax.lax.fori_loop(*tiles, step, start)
+    for ref, found in zip(mixed, sums):
+        ref[...] = found
+
+
+def _keys(options, held, gain, cos, sin):
+    """The keys of a tile of stored states, piece by piece."""
+    wide = [piece.astype(jnp.float32) for piece in held]
+    if gain is not None:
+        squares = [jnp.sum(piece * piece, axis=1) for piece in wide]
+        mean = sum(squares[1:], squares[0]) / sum(options.pieces)
+        factor = jax.lax.rsqrt(mean + options.epsilon)[:, None]
+        # Rounded where the layer rounds: what leaves the norm has the dtype of the state.
+        wide = [(p * factor * g[None, :]).astype(held[0].dtype) for p, g in zip(wide, gain)]
+        wide = [piece.astype(jnp.float32) for piece in wide]
+    a, b, *rest = wide
+    turned = [a * cos - b * sin, b * cos + a * sin, *rest]
+    return [piece.astype(held[0].dtype) for piece in turned]
