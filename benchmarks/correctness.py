@@ -44,7 +44,7 @@ def main() -> None:
         q, k, v = (jax.random.normal(key, (2, given.length, 4, 64), dtype) for key in keys)
         for tied, tensors in ((False, (q, k, v)), (True, (q, k))):
             wanted = truth(*tensors)
-            for impl in dispatch.IMPLEMENTATIONS:
+            for impl in [i for i in dispatch.IMPLEMENTATIONS if not dispatch.missing(i)]:
                 found = output_and_gradients(impl, *tensors)
                 errors = {
                     name: float(np.linalg.norm(x - y) / np.linalg.norm(y))

@@ -36,13 +36,19 @@ fi
 
 if [ -n "${MINI:-}" ]; then
     export JAX_PLATFORMS=cpu
-    small=tiny large=tiny dtype=float32 lengths="64" batches="2"
+    small=tiny large=tiny dtype=float32 lengths="64" batches="2" widths="16"
+    bench=(--config=configs/lm.py:depth=1 --config.data.seq_len=16 --config.data.batch_size=2
+        --contexts=16 --batches=2)
     study=(--config=configs/quickstart.py:steps=2,seeds=1 --config.model.d_model=16
         --config.data.seq_len=16 --config.evals.eval.max_labels=200
         --config.evals.eval_train.max_labels=200
         "--config.study.points=({'model.sharing': 'q-k-v'}, {'model.sharing': 'q-k=v'})")
 else
     small=124m large=350m dtype=bfloat16 lengths="2048 32768" batches="1 32"
+    widths="64 128"
+    bench=(--config=configs/lm.py:depth=12 --config.model.num_heads=32 --config.model.num_kv_heads=8
+        --config.train.compute_dtype=bfloat16 --config.data.seq_len=4096 --contexts=16384
+        --config.data.batch_size=1 --batches=8)
     study=(--config=configs/quickstart.py)
 fi
 compile=$([ -n "${MINI:-}" ] && echo 0 || echo 1)
@@ -88,6 +94,12 @@ for length in $lengths; do
     for batch in $batches; do
         stage "decode_${batch}_$length" "$python" benchmarks/decode_speed.py --size=$small \
             --dtype=$dtype --batch="$batch" --length="$length" --output="$results/decode_speed.jsonl"
+    done
+done
+for width in $widths; do
+    for what in decode kernels; do
+        stage "${what}_$width" "$python" -m qkvjax.bench $what "${bench[@]}" \
+            --config.model.head_dim="$width" --workdir="$results/bench_$width"
     done
 done
 stage study "$python" -m qkvjax.study "${study[@]}" --workdir="$results/study"

@@ -3,6 +3,8 @@
   qkvjax bench memory --config=configs/lm.py:depth=2 --workdir=runs/memory
   qkvjax bench memory --config=configs/lm.py:size=300m,recipe=paper --workdir=runs/300m \\
       --batches=4,16 --contexts=1024,2048
+  qkvjax bench decode --config=configs/lm.py:depth=4 --workdir=runs/decode --contexts=8192
+  qkvjax bench kernels --config=configs/lm.py:depth=4 --workdir=runs/kernels
 
 memory: the peak that the compiler plans for a training step and for decoding, against the
 sequences of a batch and against the context, for each sharing. Nothing is run and no data are
@@ -10,6 +12,10 @@ read, so that models of any size can be asked about. What is varied is varied ar
 data.batch_size and data.seq_len. Activations are those of the attention that this platform uses.
 The workdir gets bench.jsonl (a line a program) and memory.svg; a study's workdir shows them in its
 report.
+
+decode: seconds of one attention layer for a token onto a full cache, every batch with every
+context. kernels: seconds of attention over whole sequences, with two tensors and with K = V,
+forward and with its gradient. Both time each implementation that this machine has, in turns.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from absl import flags
 from qkvjax import cli
 from qkvjax.errors import UserError
 
-MEASURES = ("memory",)
+MEASURES = ("memory", "decode", "kernels")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -42,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def body(values: flags.FlagValues, what: str | None) -> None:
     if what not in MEASURES:
         raise UserError(
-            f"what should be measured? Write qkvjax bench {MEASURES[0]} --config=PATH"
-            + (f", not bench {what}" if what else "")
+            f"what should be measured? Write qkvjax bench {MEASURES[0]} --config=PATH (or"
+            f" {' or '.join(MEASURES[1:])})" + (f", not bench {what}" if what else "")
         )
     config = values.config
     batches = _numbers("batches", values.batches, config.data.batch_size, (0.25, 1, 4))
@@ -51,13 +57,19 @@ def body(values: flags.FlagValues, what: str | None) -> None:
     from qkvjax import config as configs
 
     configs.validate(config)
-    from qkvjax.analysis import memory, plots
-    from qkvjax.training.metrics import write_lines
+    from qkvjax.analysis import memory, plots, speed
+    from qkvjax.training.metrics import read_lines, write_lines
     from qkvjax.training.run import open_workdir
 
     workdir = open_workdir(values.workdir)
-    records = memory.measure(config, batches, contexts, log=lambda line: print(line, flush=True))
-    write_lines(workdir / "bench.jsonl", records)
+    measure = {"memory": memory.measure, "decode": speed.decode, "kernels": speed.kernels}[what]
+    records = measure(config, batches, contexts, log=lambda line: print(line, flush=True))
+    file = workdir / "bench.jsonl"
+    kept = [r for r in read_lines(file, what=str) if r["what"] != what]
+    write_lines(file, kept + records)  # measured anew, a figure replaces the one before
+    if what != "memory":
+        print("\n".join(["", *speed.table(records)]))
+        return
     plots.write(plots.drawn({"memory": lambda: memory.plot(records)}), workdir)
     print("\n".join(["", *memory.table(records), "", f"plot: {workdir / 'memory.svg'}"]))
 

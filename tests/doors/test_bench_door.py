@@ -63,3 +63,41 @@ def test_bad_input(door, recipe, tmp_path, monkeypatch, flags, told):
     monkeypatch.chdir(tmp_path)
     result = door("bench", *flags[:1], f"--config={recipe}", *flags[1:])
     assert result.code == 2 and told in result.err and result.err.count("error:") == 1
+
+
+@pytest.fixture(scope="module")
+def timed(door, recipe, folders):
+    """(what was told, records) of both measures of speed, into a workdir that has memory's."""
+    workdir, told = folders / "speed", {}
+    for what in ("memory", "decode", "kernels", "decode"):
+        flags = (f"--config={recipe}", "--batches=4", "--contexts=16", f"--workdir={workdir}")
+        told[what] = door("bench", what, *flags)
+    return told, workdir / "bench.jsonl"
+
+
+def test_decoding_of_every_sharing(timed, lines):
+    told, file = timed
+    assert told["decode"].code == 0, told["decode"].err
+    records = [r for r in lines(file) if r["what"] == "decode"]
+    sizes = {r["sharing"]: r["cache_bytes"] for r in records}
+    assert len(records) == 7  # five sharings, two of them with the output rotated back as well
+    assert sizes["q-k=v"] == sizes["q=k=v"] == sizes["q-k-v"] / 2 == sizes["q=k-v"] / 2
+    assert records[0]["ratio"][0] == 1 and all(r["impl"] == "xla" for r in records)
+    for r in records:
+        assert r["gigabytes_per_second"] == pytest.approx(r["cache_bytes"] / r["seconds"] / 1e9)
+    assert "Q-K=V unrotated_output" in told["decode"].out and "GB/s" in told["decode"].out
+
+
+def test_the_op_with_two_tensors_and_with_one(timed, lines):
+    told, file = timed
+    assert told["kernels"].code == 0, told["kernels"].err
+    records = [r for r in lines(file) if r["what"] == "kernels"]
+    found = {(r["sharing"], r["pass"]) for r in records}
+    assert found == {(s, p) for s in ("q-k-v", "q-k=v") for p in ("forward", "with backward")}
+    assert "Q-K=V, with backward" in told["kernels"].out
+
+
+def test_measures_keep_each_other(timed, lines):
+    """Measured again, a figure replaces the one before; the others stay."""
+    whats = [r["what"] for r in lines(timed[1])]
+    assert set(whats) == {"memory", "decode", "kernels"} and whats.count("decode") == 7
