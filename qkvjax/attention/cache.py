@@ -1,7 +1,8 @@
 """The decode cache: contiguous, one or two tensors a layer.
 
-A cache is a dict of arrays [B, S, K, H] with the keys of a layer's entries: {"k", "v"} in
-layout "kv", {"kv"} in layout "shared". Slot s holds position s.
+A cache is a dict of arrays [B, K, S, H] with the keys of a layer's entries: {"k", "v"} in
+layout "kv", {"kv"} in layout "shared". Slot s holds position s. Heads come first: what a head
+reads for a token then lies in one piece, which is several times faster on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def empty(
 ) -> Entry:
     """A cache of zeros; its bytes are batch * length * spec.cache_bytes_per_token exactly."""
     names = ("kv",) if spec.check_layout(layout) == "shared" else ("k", "v")
-    shape = (batch, length, spec.num_kv_heads, spec.head_dim)
+    shape = (batch, spec.num_kv_heads, length, spec.head_dim)
     return {name: jnp.zeros(shape, dtype) for name in names}
 
 
@@ -48,20 +49,35 @@ def attend(
     q, entry = layer.project(x, positions, layout)
     cache = {
         name: jax.lax.dynamic_update_slice(
-            cache[name], entry[name].astype(cache[name].dtype), (0, start, 0, 0)
+            cache[name], _turned(entry[name]).astype(cache[name].dtype), (0, 0, start, 0)
         )
         for name in cache
     }
-    held = {name: array.astype(x.dtype) for name, array in cache.items()}
-    slots = jnp.arange(next(iter(cache.values())).shape[1])
+    held = {name: _turned(array).astype(x.dtype) for name, array in cache.items()}
+    slots = jnp.arange(next(iter(cache.values())).shape[2])
     key = layer.key_of_state() if layout == "shared" else None
-    if key is not None and dispatch.makes_keys(impl, key, layer.spec.head_dim):
+    if key is None:
+        k, v = layer.expand(held, slots[None])  # the same slots in each sequence
+    elif dispatch.makes_keys(impl, key, layer.spec.head_dim):
         k, v = held["kv"], None
     else:
-        key = None
-        k, v = layer.expand(held, slots[None])  # the same slots in each sequence
+        k, v, key = *_by_head(layer, held["kv"], slots), None
     out = dispatch.decode_attention(
         q, k, v, positions=positions, window=layer.spec.window, key=key, impl=impl,
         **layer.columns(q, k, slots[None]),
     )  # fmt: skip
     return layer.finish(out, positions), cache
+
+
+def _turned(array: jax.Array) -> jax.Array:
+    """[B, S, K, H] <-> [B, K, S, H]."""
+    return array.transpose(0, 2, 1, 3)
+
+
+def _by_head(layer: Attention, state: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`layer.expand` of a shared state [B, S, K, H] whose keys do not depend on the head: heads
+    count as sequences, so that the state is read as it is stored."""
+    stored = _turned(state)
+    batch, heads, length, width = stored.shape
+    key, _ = layer.expand({"kv": stored.reshape(batch * heads, length, 1, width)}, slots[None])
+    return _turned(key.reshape(stored.shape)), state

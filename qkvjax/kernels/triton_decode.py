@@ -92,6 +92,8 @@ def decode(
             lambda x: jnp.pad(x, [(0, 0), (0, fill), (0, 0), (0, 0)]), (k, v, k_pe)
         )
     slots = k.shape[1]
+    # As a cache is stored; these transpositions and those of its views cancel.
+    k, v, k_pe = jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), (k, v, k_pe))
     size = min(block.keys, 1 << (slots.bit_length() - 1))
     if splits is None:
         splits = min(-(-PROGRAMS // (batch * num_kv_heads)), max(1, slots // FEWEST_SLOTS))
@@ -161,8 +163,8 @@ def _rows(x, tall: int, splits: int):
 
 
 def _slots(x):
-    """One head of [B, S, K, H]."""
-    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda b, n, i: (b, 0, n, 0))
+    """One head of [B, K, S, H]."""
+    return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, n, i: (b, n, 0, 0))
 
 
 def _table(x):

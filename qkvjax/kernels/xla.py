@@ -29,17 +29,16 @@ def attention(
     q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, width)
     v = k if v is None else v
     score = functools.partial(_attend, softcap=softcap)
-    if length != k.shape[1]:  # a few tokens onto a cache, which is read as it lies
-        out = score("btkgh", "bskh", q, k, v, mask)
-        return out.reshape(batch, length, heads, v.shape[-1])
-    # Heads first: XLA's CPU multiplies batches of matrices twice as fast when they lie whole.
+    # Heads first: XLA's CPU multiplies batches of matrices twice as fast when they lie whole. A
+    # cache is stored so, and its transpositions cancel.
     q_BKGTH = q.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
     size = max(SMALLEST_TILE, -(-length // TILES)) if causal else length
     tiles = []
     for start in range(0, length, size):
         first = max(0, start - window + 1) if causal and window else 0
-        rows, seen = slice(start, start + size), slice(first, start + size)
+        rows = slice(start, start + size)
+        seen = slice(first, start + size) if causal else slice(None)
         tile = q_BKGTH[..., rows, :], k_BKSH[:, :, seen], v_BKSH[:, :, seen], mask[:, rows, seen]
         tiles.append(score("bkgth", "bksh", *tile))
     out = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=3)

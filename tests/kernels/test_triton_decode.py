@@ -163,3 +163,23 @@ def test_what_it_does_not_take():
         triton_decode.decode(q, k, positions=jnp.zeros((1, 1), int), key=KeyOfState(1e4, 24))
     with pytest.raises(UserError, match="head width.*not 48"):
         triton_decode.decode(q[..., :48], k[..., :48], positions=jnp.zeros((1, 1), int))
+
+
+@pytest.mark.parametrize("values", ["raw", "unrotated_output"])
+def test_the_cache_is_not_copied(model, interpreted, values):
+    """Compiled, the arguments of the kernel need no second array as large as a layer's cache."""
+    model = model(
+        num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, sharing="q-k=v",
+        position="rope", rotary_values=values, qk_norm=False,
+    )  # fmt: skip
+    cache = decoding.empty_caches(model, 2, 4096, jnp.float32)
+    run = jax.jit(
+        lambda cache, ids: decoding.decode(
+            model, model.stack.layers(), cache, ids, jnp.int32(9), dtype=jnp.float32, impl="triton"
+        ),
+        donate_argnums=0,
+    )
+    compiled = run.lower(cache, jnp.ones((2, 1), int)).compile().as_text()
+    assert "transpose" not in "".join(
+        line for line in compiled.splitlines() if "4096" in line.split("(")[0]
+    )
