@@ -256,7 +256,8 @@ def _damage():
             raise Damaged(damage)
     finally:
         sys.unraisablehook, sys.excepthook = hooks
-        log.setLevel(level)
+        if not damage:  # else reads that end later still would write to the log
+            log.setLevel(level)
 
 
 def _signed(arrays: dict) -> dict:
