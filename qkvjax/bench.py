@@ -27,6 +27,7 @@ from absl import flags
 
 from qkvjax import cli
 from qkvjax.errors import UserError
+from qkvjax.parallel import host
 
 MEASURES = ("memory", "decode", "kernels")
 
@@ -51,6 +52,7 @@ def body(values: flags.FlagValues, what: str | None) -> None:
             f"what should be measured? Write qkvjax bench {MEASURES[0]} --config=PATH (or"
             f" {' or '.join(MEASURES[1:])})" + (f", not bench {what}" if what else "")
         )
+    host.keep_freed_memory()  # before threads have arenas of their own
     config = values.config
     batches = _numbers("batches", values.batches, config.data.batch_size, (0.25, 1, 4))
     contexts = _numbers("contexts", values.contexts, config.data.seq_len, (0.5, 1, 2))

@@ -114,7 +114,6 @@ def _here() -> list[str]:
 def _places(config, batches, contexts) -> list[tuple[int, int]]:
     if config.model.kind != "lm":
         raise UserError(f"model.kind={config.model.kind!r}: speed is measured of kind lm")
-    host.keep_freed_memory()
     return [(batch, context) for batch in batches for context in contexts]
 
 
