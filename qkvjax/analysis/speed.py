@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -117,12 +118,18 @@ def _places(config, batches, contexts) -> list[tuple[int, int]]:
     return [(batch, context) for batch in batches for context in contexts]
 
 
+@functools.cache
+def _environment() -> dict:
+    """Asked once: it starts git."""
+    return host.environment()
+
+
 def _facts(what: str, config, batch: int, context: int, variant) -> dict:
     sharing, values, impl = variant
     return {
         "what": what, "sharing": sharing, "rotary_values": values, "impl": impl, "batch": batch,
         "context": context, "dtype": config.train.compute_dtype, "device": host.device_name(),
-        "environment": host.environment(),
+        "environment": _environment(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 

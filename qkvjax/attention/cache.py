@@ -61,7 +61,7 @@ def attend(
     elif dispatch.makes_keys(impl, key, layer.spec.head_dim):
         k, v = held["kv"], None
     else:
-        k, v, key = *_by_head(layer, held["kv"], slots), None
+        k, v, key = _keys_by_head(layer, held["kv"], slots), held["kv"], None
     out = dispatch.decode_attention(
         q, k, v, positions=positions, window=layer.spec.window, key=key, impl=impl,
         **layer.columns(q, k, slots[None]),
@@ -74,10 +74,10 @@ def _turned(array: jax.Array) -> jax.Array:
     return array.transpose(0, 2, 1, 3)
 
 
-def _by_head(layer: Attention, state: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`layer.expand` of a shared state [B, S, K, H] whose keys do not depend on the head: heads
-    count as sequences, so that the state is read as it is stored."""
+def _keys_by_head(layer: Attention, state: jax.Array, slots: jax.Array) -> jax.Array:
+    """Keys of a shared state, both [B, S, K, H], where they do not depend on the head: heads count
+    as sequences of `layer.expand`, so that the state is read as it is stored."""
     stored = _turned(state)
     batch, heads, length, width = stored.shape
     key, _ = layer.expand({"kv": stored.reshape(batch * heads, length, 1, width)}, slots[None])
-    return _turned(key.reshape(stored.shape)), state
+    return _turned(key.reshape(stored.shape))

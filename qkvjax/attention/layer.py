@@ -103,9 +103,8 @@ class Attention(nnx.Module):
         """How a kernel makes a key of the shared state; None where the key is the state, or where
         score modifiers change it."""
         spec = self.spec
-        modified = any(name.startswith("role_") for name, _ in spec.modifiers)
         own = type(self)._scored is not Attention._scored  # a variant that makes keys its own way
-        if spec.values_are_keys or not spec.rope or modified or own:
+        if spec.values_are_keys or not spec.rope or spec.modifies_roles or own:
             return None
         norm = self.norms["".join(spec.block("k"))] if spec.qk_norm else None
         gain = None if norm is None else norm.gain[...]

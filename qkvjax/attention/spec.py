@@ -237,10 +237,14 @@ class AttentionSpec:
         return int(round(self.head_dim * self.rotary_fraction)) if self.rope else 0
 
     @property
+    def modifies_roles(self) -> bool:
+        """Whether a score modifier changes queries and keys themselves, head by head."""
+        return any(name.startswith("role_") for name, _ in self.modifiers)
+
+    @property
     def values_are_keys(self) -> bool:
         """Whether the very tensor that serves as key is the value (one tile, used twice)."""
-        own = any(name.startswith("role_") for name, _ in self.modifiers)
-        transformed = self.rope or self.qk_norm or own
+        transformed = self.rope or self.qk_norm or self.modifies_roles
         return self.shares_kv and (self.rotary_values != "raw" or not transformed)
 
     def num_role_heads(self, role: str) -> int:

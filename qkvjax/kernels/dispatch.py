@@ -157,17 +157,8 @@ def decode_attention(
     if name == "triton":
         check(name, q, v)
         options = {"window": window, "scale": scale}
-        if key is not None:
-            options |= {"base": key.base, "width": key.width}
-        arrays = {"k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe,
-                  "gain": None if key is None else key.gain}  # fmt: skip
-        return rules.on_each_device(functools.partial(_decode, **options), q, arrays)
+        arrays = {"k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key}
+        return rules.on_each_device(functools.partial(triton_decode.decode, **options), q, arrays)
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
     return PLAIN[name](q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
-
-
-def _decode(q, *, base=None, width=None, gain=None, **arguments):
-    """`triton_decode.decode` with the key's description in arrays and numbers."""
-    key = None if width is None else KeyOfState(base, width, gain)
-    return triton_decode.decode(q, key=key, **arguments)

@@ -42,23 +42,25 @@ def visible(rows, columns, *, causal, window, length, row_segments=None, column_
 
 def key_tiles(first, last, size: int, *, causal, window, length):
     """(begin, end) of the tiles of `size` keys that queries at places first..last see."""
-    begin, end = 0, length
-    if window is not None:
-        begin = jnp.maximum(first - window + 1, 0)
-        end = jnp.minimum(last + window, length)
-    if causal:
-        end = jnp.minimum(last + 1, length)
-    return jax.lax.div(jnp.int32(begin), size), jax.lax.div(jnp.int32(end) + size - 1, size)
+    begin, end = _reach(first, last, window, length)
+    return _tiles(begin, jnp.minimum(last + 1, length) if causal else end, size)
 
 
 def query_tiles(first, last, size: int, *, causal, window, length):
     """(begin, end) of the tiles of `size` queries that see keys at places first..last."""
-    begin, end = 0, length
-    if window is not None:
-        begin = jnp.maximum(first - window + 1, 0)
-        end = jnp.minimum(last + window, length)
-    if causal:
-        begin = first
+    begin, end = _reach(first, last, window, length)
+    return _tiles(first if causal else begin, end, size)
+
+
+def _reach(first, last, window, length):
+    """(begin, end) of the places that a window leaves to those at first..last, either way."""
+    if window is None:
+        return 0, length
+    return jnp.maximum(first - window + 1, 0), jnp.minimum(last + window, length)
+
+
+def _tiles(begin, end, size: int):
+    """(begin, end) of the tiles that hold places begin, ..., end - 1."""
     return jax.lax.div(jnp.int32(begin), size), jax.lax.div(jnp.int32(end) + size - 1, size)
 
 

@@ -26,6 +26,11 @@ BLOCK = Blocks(queries=64, keys=64, warps=4, stages=3)
 PROGRAMS, FEWEST_SLOTS = 264, 256
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["gain"],
+    meta_fields=["base", "width", "epsilon"],
+)
 @dataclasses.dataclass(frozen=True)
 class KeyOfState:
     """How the key of slot s is made from the stored state: RMSNorm, then rotation by s.
@@ -211,9 +216,8 @@ def _kernel(options, splits, q, k, v, second, turns, gains, places, begin, end, 
         if second is not None:
             products.append(tile.dot(second[0][...], second[1][at, :], (1, 1)))
         columns = (first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0))[None, :]
-        seen = (columns >= wanted) & (columns <= rows)
-        if options.window is not None:
-            seen &= rows - columns < options.window
+        seen = tile.visible(rows, columns, causal=True, window=options.window, length=options.slots)
+        seen &= columns >= wanted
         scores = sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
         return tile.absorb(state, scores, seen, held if v is None else [v[at, :]])
 

@@ -6,8 +6,6 @@ them, H head width.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -28,7 +26,6 @@ def attention(
     scale = width**-0.5 if scale is None else scale
     q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, width)
     v = k if v is None else v
-    score = functools.partial(_attend, softcap=softcap)
     # Heads first: XLA's CPU multiplies batches of matrices twice as fast when they lie whole. A
     # cache is stored so, and its transpositions cancel.
     q_BKGTH = q.transpose(0, 2, 3, 1, 4)
@@ -40,17 +37,17 @@ def attention(
         rows = slice(start, start + size)
         seen = slice(first, start + size) if causal else slice(None)
         tile = q_BKGTH[..., rows, :], k_BKSH[:, :, seen], v_BKSH[:, :, seen], mask[:, rows, seen]
-        tiles.append(score("bkgth", "bksh", *tile))
+        tiles.append(_attend(*tile, softcap))
     out = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v.shape[-1])
 
 
-def _attend(q_axes, k_axes, q, k, v, mask, softcap):
-    """Scores, softmax and values of scaled queries; the axes as in einsum."""
+def _attend(q, k, v, mask, softcap):
+    """Scores, softmax and values of scaled queries [B, K, G, T, H] and keys [B, K, S, H]."""
     accumulator = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum(f"{q_axes},{k_axes}->bkgts", q, k, preferred_element_type=accumulator)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=accumulator)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(accumulator).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum(f"bkgts,{k_axes}->{q_axes}", weights, v)
+    return jnp.einsum("bkgts,bksh->bkgth", weights, v)

@@ -109,8 +109,10 @@ def map_tokens(f, whole: jax.Array, *by_token: jax.Array):
     return run(gather(whole), *by_token)
 
 
-def on_each_device(f, x: jax.Array, arrays: dict[str, jax.Array | None]) -> jax.Array:
+def on_each_device(f, x: jax.Array, arrays: dict[str, object]) -> jax.Array:
     """f(x, **arrays) on each device's part of a batch: for kernels, which know no mesh.
+
+    `arrays` are trees of arrays, or None.
 
     The result lies as x does.
     """
