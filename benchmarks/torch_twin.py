@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-ROUNDS = 9
+ROUNDS = 25
 SECONDS = 1.0
 
 

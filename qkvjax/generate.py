@@ -3,6 +3,7 @@
   qkvjax generate --workdir=runs/first --prompt="def main("
   qkvjax generate --workdir=runs/first --workdir=runs/tied --prompt="import " --temperature=0
   qkvjax generate --workdir=runs/tied --cache_layout=kv      cache K and V apart, to compare
+  qkvjax generate --workdir=runs/tied --cache_dtype=int8     a byte a number, one scale a head
 
 Prints the text, decoded tokens a second and the bytes of the cache that was allocated.
 """
@@ -34,6 +35,10 @@ def define(values: flags.FlagValues) -> None:
         "cache_layout", None, "kv or shared; the smallest that fits if unset", flag_values=values
     )
     flags.DEFINE_integer("cache_length", None, "room in tokens; as much as needed if unset",
+                         flag_values=values)  # fmt: skip
+    flags.DEFINE_string("cache_dtype", None, "float32, bfloat16 or int8; the model's if unset",
+                        flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("page_size", None, "tokens of a page; contiguous if unset",
                          flag_values=values)  # fmt: skip
 
 
@@ -69,6 +74,8 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
         seed=values.seed,
         layout=values.cache_layout,
         cache_length=values.cache_length,
+        cache_dtype=values.cache_dtype,
+        page_size=values.page_size,
         dtype=config.train.compute_dtype,
     )
     per_token = made.cache_bytes // made.cache_length

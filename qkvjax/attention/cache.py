@@ -1,27 +1,47 @@
-"""The decode cache: contiguous, one or two tensors a layer.
+"""The decode cache: one or two tensors a layer, contiguous or in pages, also in int8.
 
-A cache is a dict of arrays [B, K, S, H] with the keys of a layer's entries: {"k", "v"} in
-layout "kv", {"kv"} in layout "shared". Slot s holds position s. Heads come first: what a head
-reads for a token then lies in one piece, which is several times faster on a CPU.
+A layer's cache is a dict of `kernels.stored` tensors with the keys of a layer's entries:
+{"k", "v"} in layout "kv", {"kv"} in layout "shared". Contiguous ones are [B, K, S, H], and slot s
+holds position s. In pages they are [P, K, E, H], and a block table says which pages hold a
+sequence; all layers share the table. Heads come before slots: what a head reads for a token then
+lies in one piece, which is several times faster on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qkvjax.attention.layer import Attention, Entry
+from qkvjax.attention.layer import Attention
 from qkvjax.attention.spec import AttentionSpec
+from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch
+from qkvjax.kernels.stored import Int8, Stored, in_order, widen, write
+
+Cache = dict[str, Stored]
 
 
 def empty(
     spec: AttentionSpec, batch: int, length: int, dtype=jnp.float32, layout: str | None = None
-) -> Entry:
-    """A cache of zeros; its bytes are batch * length * spec.cache_bytes_per_token exactly."""
+) -> Cache:
+    """A cache of zeros; its bytes are batch * length * spec.cache_bytes_per_token exactly.
+
+    Args:
+      batch, length: sequences and slots of each, or pages and slots of each.
+      dtype: of a float, or int8.
+    """
     names = ("kv",) if spec.check_layout(layout) == "shared" else ("k", "v")
     shape = (batch, spec.num_kv_heads, length, spec.head_dim)
-    return {name: jnp.zeros(shape, dtype) for name in names}
+
+    def tensor():
+        if jnp.dtype(dtype) != jnp.int8:
+            return jnp.zeros(shape, dtype)
+        return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.bfloat16))
+
+    return {name: tensor() for name in names}
 
 
 def num_bytes(cache) -> int:
@@ -29,55 +49,77 @@ def num_bytes(cache) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(cache))
 
 
+def block_table(lengths: Sequence[int], page_size: int, num_pages: int) -> np.ndarray:
+    """Pages for sequences of these lengths, int32 [B, n], handed out in order.
+
+    n is what the longest needs; what a shorter one does not need names page 0 and is never read.
+
+    Raises:
+      UserError: the pool has too few pages.
+    """
+    needed = [-(-length // page_size) for length in lengths]
+    if sum(needed) > num_pages:
+        raise UserError(
+            f"sequences of {', '.join(f'{n:,}' for n in lengths[:8])} tokens need {sum(needed):,}"
+            f" pages of {page_size}, and the pool has {num_pages:,}: give it more, or decode fewer"
+            " sequences at a time"
+        )
+    table = np.zeros((len(lengths), max(needed)), np.int32)
+    ends = np.cumsum(needed)
+    for row, end, count in zip(table, ends, needed, strict=True):
+        row[:count] = np.arange(end - count, end)
+    return table
+
+
 def attend(
-    layer: Attention, x, cache: Entry, start: jax.Array, *, impl: str = "auto"
-) -> tuple[jax.Array, Entry]:
+    layer: Attention, x, cache: Cache, start: jax.Array, *, table: jax.Array | None = None,
+    impl: str = "auto",
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Attention of new tokens onto the cache, which they join.
 
     Args:
       layer: the attention layer.
       x: [B, T, D] the new tokens.
       cache: the layer's cache, with room behind `start`.
-      start: int scalar, the position of the first new token.
+      start: int, the position of the first new token, or [B] of each sequence's.
+      table: the block table int [B, n] of a cache in pages.
 
     Returns:
       [B, T, D] and the cache with the new entries.
     """
     batch, length, _ = x.shape
-    layout = "shared" if "kv" in cache else "kv"
-    positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
+    spec, layout = layer.spec, "shared" if "kv" in cache else "kv"
+    positions = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(length), (batch, length))
     q, entry = layer.project(x, positions, layout)
-    cache = {
-        name: jax.lax.dynamic_update_slice(
-            cache[name], _turned(entry[name]).astype(cache[name].dtype), (0, 0, start, 0)
-        )
-        for name in cache
-    }
-    held = {name: _turned(array).astype(x.dtype) for name, array in cache.items()}
-    slots = jnp.arange(next(iter(cache.values())).shape[2])
-    key = layer.key_of_state() if layout == "shared" else None
-    if key is None:
-        k, v = layer.expand(held, slots[None])  # the same slots in each sequence
-    elif dispatch.makes_keys(impl, key, layer.spec.head_dim):
-        k, v = held["kv"], None
-    else:
-        k, v, key = _keys_by_head(layer, held["kv"], slots), held["kv"], None
+    cache = {name: write(cache[name], entry[name], start, table) for name in cache}
+    k, v, held, key = cache.get("kv", cache.get("k")), cache.get("v"), table, None
+    slots = jnp.arange(k.shape[2] * (1 if table is None else table.shape[1]))
+    if layout == "shared" and not spec.values_are_keys:  # keys are made on read
+        key, v = layer.key_of_state(), None
+        if not (key and dispatch.makes_keys(impl, key, spec.head_dim)):
+            state = widen(in_order(k, table), x.dtype)
+            k, v = _keys(layer, state, slots, by_head=key is not None), state
+            held = key = None
     out = dispatch.decode_attention(
-        q, k, v, positions=positions, window=layer.spec.window, key=key, impl=impl,
-        **layer.columns(q, k, slots[None]),
+        q, _turned(k), _turned(v), positions=positions, window=spec.window, key=key, table=held,
+        impl=impl, **layer.columns(q, slots[None]),
     )  # fmt: skip
     return layer.finish(out, positions), cache
 
 
-def _turned(array: jax.Array) -> jax.Array:
-    """[B, S, K, H] <-> [B, K, S, H]."""
-    return array.transpose(0, 2, 1, 3)
+def _turned(x):
+    """[B, S, K, ...] <-> [B, K, S, ...] of any tree."""
+    return jax.tree.map(lambda array: jnp.swapaxes(array, 1, 2), x)
 
 
-def _keys_by_head(layer: Attention, state: jax.Array, slots: jax.Array) -> jax.Array:
-    """Keys of a shared state, both [B, S, K, H], where they do not depend on the head: heads count
-    as sequences of `layer.expand`, so that the state is read as it is stored."""
-    stored = _turned(state)
-    batch, heads, length, width = stored.shape
-    key, _ = layer.expand({"kv": stored.reshape(batch * heads, length, 1, width)}, slots[None])
-    return _turned(key.reshape(stored.shape))
+def _keys(layer: Attention, state: jax.Array, slots: jax.Array, by_head: bool) -> jax.Array:
+    """Keys of a shared state, both [B, K, S, H].
+
+    Where they do not depend on the head, heads count as sequences of `layer.expand`, so that the
+    state is read as it is stored.
+    """
+    if not by_head:
+        return _turned(layer.expand({"kv": _turned(state)}, slots[None])[0])
+    batch, heads, length, width = state.shape
+    alone = state.reshape(batch * heads, length, 1, width)
+    return layer.expand({"kv": alone}, slots[None])[0].reshape(state.shape)

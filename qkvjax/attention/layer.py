@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         k, v = self.expand(entry, places)
         out = dispatch.attention(
             q, k, v, causal=self.spec.causal, window=self.spec.window,
-            segment_ids=segment_ids, impl=impl, **self.columns(q, k, places),
+            segment_ids=segment_ids, impl=impl, **self.columns(q, places),
         )  # fmt: skip
         return self.finish(out, positions)
 
@@ -110,22 +110,20 @@ class Attention(nnx.Module):
         gain = None if norm is None else norm.gain[...]
         return KeyOfState(spec.rotary_base, spec.rotary_dim, gain)
 
-    def columns(self, q, k, positions) -> dict[str, jax.Array]:
+    def columns(self, q, positions) -> dict[str, jax.Array]:
         """What score modifiers add for each key: `q_pe` and `k_pe` of the attention op, or nothing.
 
         Args:
-          q, k: [B, T, N, H] and [B, S, K, H], for their shapes.
+          q: [B, T, N, H], for its shape.
           positions: int [B or 1, S], of the keys.
         """
         column = None if self.score is None else self.score.affine(positions)[1]
         if column is None:
             return {}
         unscaled = q.shape[-1] ** 0.5  # the op divides by it
-        ones = jax.numpy.ones_like
-        return {
-            "q_pe": unscaled * ones(q[..., :1]),
-            "k_pe": wide_times(ones(k[..., :1]), column[:, :, None, None]),
-        }  # fmt: skip
+        shape = (q.shape[0], positions.shape[1], self.spec.num_kv_heads, 1)
+        k_pe = jax.numpy.broadcast_to(column[:, :, None, None], shape)
+        return {"q_pe": unscaled * jax.numpy.ones_like(q[..., :1]), "k_pe": k_pe.astype(q.dtype)}
 
     def finish(self, out, positions) -> jax.Array:
         """From attention's output [B, T, N, H] to [B, T, D]."""

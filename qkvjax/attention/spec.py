@@ -304,7 +304,9 @@ class AttentionSpec:
     def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
         """Bytes the decode cache of this layer holds for each token."""
         tensors = 1 if self.check_layout(layout) == "shared" else 2
-        return tensors * self.num_kv_heads * self.head_dim * itemsize(dtype)
+        size = itemsize(dtype)
+        scale = 2 if size == 1 else 0  # int8 has one in bfloat16 for each head
+        return tensors * self.num_kv_heads * (self.head_dim * size + scale)
 
     def decode_arithmetic_intensity(self, dtype="bfloat16", layout: str | None = None) -> float:
         """FLOPs per cache byte when one query reads the cache (scores and values only).

@@ -19,6 +19,8 @@ from qkvjax.attention.spec import itemsize
 from qkvjax.errors import UserError
 from qkvjax.models.lm import LanguageModel
 
+PREFILL = 512  # tokens of a prompt that enter the cache at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -46,40 +48,73 @@ def empty_caches(model: LanguageModel, batch: int, length: int, dtype, layout=No
     return [caches.empty(layer, batch, length, dtype, layout) for layer in model.spec.layers]
 
 
-def decode(model, layers, cache, ids, start, *, dtype, impl="auto"):
+def advance(model, layers, cache, ids, start, *, dtype, table=None, impl="auto"):
     """Runs new tokens through the model and into its caches.
 
     Args:
-      model: for embedding, final norm and head.
+      model: for embedding and final norm.
       layers: `model.stack.layers()`.
       cache: a list of caches, one a layer.
       ids: int [B, T] new tokens at positions start, ..., start + T - 1.
-      start: int scalar.
+      start: int scalar, or [B] where sequences have come to different lengths.
+      table: the block table of a cache in pages; None means a contiguous one.
 
     Returns:
-      Logits [B, T, V] and the caches.
+      What the head reads, [B, T, D], and the caches.
     """
-    positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
+    positions = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(ids.shape[1]), ids.shape)
     x = model.embed(ids, positions, dtype)
     updated = []
     for layer, held in zip(layers, cache, strict=True):
-        x, held = layer.decode(x, held, start, impl=impl)
+        x, held = layer.decode(x, held, start, table=table, impl=impl)
         updated.append(held)
-    return model.logits(model.norm(x)), updated
+    return model.norm(x), updated
+
+
+def decode(model, layers, cache, ids, start, *, dtype, table=None, impl="auto"):
+    """Logits [B, T, V] of new tokens, and the caches with them; arguments as in `advance`."""
+    x, cache = advance(model, layers, cache, ids, start, dtype=dtype, table=table, impl=impl)
+    return model.logits(x), cache
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames="cache")
-def prefill(model, layers, cache, ids, *, dtype):
-    """The prompt int [B, T] into empty caches: last logits [B, V] and caches."""
-    logits, cache = decode(model, layers, cache, ids, 0, dtype=dtype)
-    return logits[:, -1], cache
+def _prefill(model, layers, cache, ids, start, table, *, dtype):
+    x, cache = advance(model, layers, cache, ids, start, dtype=dtype, table=table)
+    return model.logits(x[:, -1:])[:, -1], cache
+
+
+def prefill(model, layers, cache, ids, *, dtype, table=None):
+    """A prompt int [B, P] into empty caches: last logits [B, V] and caches.
+
+    It goes in pieces of PREFILL tokens: scores take memory by the length of a piece times that
+    of the cache.
+    """
+    length, start = ids.shape[1], 0
+    # The short piece goes first, so that prompts of any length share the program of whole ones.
+    for end in range((length - 1) % PREFILL + 1, length + 1, PREFILL):
+        piece = ids[:, start:end]
+        logits, cache = _prefill(model, layers, cache, piece, jnp.int32(start), table, dtype=dtype)
+        start = end
+    return logits, cache
 
 
 @functools.partial(
     jax.jit, static_argnames=("dtype", "max_tokens", "num_ids", "greedy"), donate_argnames="cache"
 )
 def sample_tokens(
-    model, layers, cache, logits, start, key, temperature, *, dtype, max_tokens, num_ids, greedy
+    model,
+    layers,
+    cache,
+    logits,
+    start,
+    key,
+    temperature,
+    table=None,
+    *,
+    dtype,
+    max_tokens,
+    num_ids,
+    greedy,
 ):
     """max_tokens tokens int32 [B, max_tokens], each fed back through the cache."""
 
@@ -90,12 +125,45 @@ def sample_tokens(
             ids = jnp.argmax(logits, axis=-1)
         else:
             ids = jax.random.categorical(key, logits / temperature)
-        logits, cache = decode(model, layers, cache, ids[:, None], position, dtype=dtype)
+        logits, cache = decode(
+            model, layers, cache, ids[:, None], position, dtype=dtype, table=table
+        )
         return (logits[:, -1], cache, position + 1), ids.astype(jnp.int32)
 
     keys = jax.random.split(key, max_tokens)
     (_, cache, _), ids = jax.lax.scan(one, (logits, cache, start), keys)
     return ids.T, cache
+
+
+def allocate(model, batch, needed, length, dtype, layout, page_size):
+    """(caches, block table or None, slots of each sequence) for `needed` tokens of each."""
+    if page_size is not None and not 1 <= page_size < 2**31:
+        raise UserError(f"page_size={page_size} must be at least 1 and below 2^31")
+    itemsize(dtype)
+    length, pages, table = needed if length is None else length, None, None
+    per_token = model.spec.cache_bytes_per_token(dtype, layout)
+    if page_size is not None:
+        pages = -(-length // page_size)
+        length = pages * page_size
+    if length < needed:
+        raise UserError(
+            f"a cache of {length} tokens is too short for the prompt and the new tokens: they need"
+            f" {needed} ({batch * needed * per_token:,} bytes); raise --cache_length or shorten the"
+            " prompt"
+        )
+    shape = (batch, length) if pages is None else (batch * pages, page_size)
+    try:
+        cache = empty_caches(model, *shape, dtype, layout)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the cache of {length:,} tokens takes {batch * length * per_token:,} bytes, more than"
+            " is free here: lower --max_tokens or --cache_length"
+        ) from None
+    if pages is not None:
+        table = jnp.asarray(caches.block_table([length] * batch, page_size, batch * pages))
+    return cache, table, length
 
 
 def generate(
@@ -109,6 +177,8 @@ def generate(
     batch: int = 1,
     layout: str | None = None,
     cache_length: int | None = None,
+    cache_dtype=None,
+    page_size: int | None = None,
     dtype="float32",
 ) -> Generation:
     """Samples `batch` continuations of one prompt.
@@ -120,8 +190,10 @@ def generate(
       max_tokens: how many tokens to sample.
       temperature: 0 takes the likeliest token.
       layout: "kv" or "shared"; None means the smallest for each layer.
-      cache_length: room in tokens; None means as much as needed.
-      dtype: of activations and cache.
+      cache_length: room in tokens, of each sequence; None means as much as needed.
+      cache_dtype: of the cache, a float or int8; None means `dtype`.
+      page_size: slots of a page of a cache in pages; None means a contiguous one.
+      dtype: of activations.
 
     Raises:
       UserError: a cache too short, a layout that this sharing lacks, a learned table too short.
@@ -133,34 +205,19 @@ def generate(
     if not 0 <= seed < 2**31:
         raise UserError(f"seed={seed} must be at least 0 and below 2^31")
     needed = len(prompt) + max_tokens
-    length = needed if cache_length is None else cache_length
-    if length < needed:
-        bytes_needed = batch * needed * model.spec.cache_bytes_per_token(dtype, layout)
-        raise UserError(
-            f"a cache of {length} tokens is too short for a prompt of {len(prompt)} and"
-            f" {max_tokens} new tokens: they need {needed} ({bytes_needed:,} bytes); raise"
-            " --cache_length or shorten the prompt"
-        )
     model.check_length(needed)
     itemsize(dtype)
     dtype = jnp.dtype(dtype)
     layers = model.stack.layers()
-    try:
-        cache = empty_caches(model, batch, length, dtype, layout)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        wanted = batch * length * model.spec.cache_bytes_per_token(dtype, layout)
-        raise UserError(
-            f"the cache of {length:,} tokens takes {wanted:,} bytes, more than is free here: lower"
-            " --max_tokens or --cache_length"
-        ) from None
+    cache, table, length = allocate(
+        model, batch, needed, cache_length, cache_dtype or dtype, layout, page_size
+    )
     size = caches.num_bytes(cache)
     ids = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (batch, len(prompt)))
-    logits, cache = prefill(model, layers, cache, ids, dtype=dtype)
+    logits, cache = prefill(model, layers, cache, ids, dtype=dtype, table=table)
     arguments = (
         model, layers, cache, logits, jnp.int32(len(prompt)), jax.random.key(seed),
-        jnp.float32(temperature or 1),
+        jnp.float32(temperature or 1), table,
     )  # fmt: skip
     options = {
         "dtype": dtype, "max_tokens": max_tokens, "num_ids": num_ids, "greedy": temperature == 0,

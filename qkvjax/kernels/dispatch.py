@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.kernels import reference, triton, triton_decode, xla
+from qkvjax.kernels.stored import Stored, in_order, widen
 from qkvjax.kernels.triton_decode import KeyOfState
 from qkvjax.parallel import rules
 
@@ -127,8 +128,8 @@ def attention(
 
 def decode_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array | None = None,
+    k: Stored,
+    v: Stored | None = None,
     *,
     positions: jax.Array,
     window: int | None = None,
@@ -136,6 +137,7 @@ def decode_attention(
     q_pe: jax.Array | None = None,
     k_pe: jax.Array | None = None,
     key: KeyOfState | None = None,
+    table: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """Causal attention of a few new tokens onto a cache that already holds them.
@@ -143,12 +145,13 @@ def decode_attention(
     Args:
       q: [B, T, N, H] queries of the new tokens.
       k: [B, S, K, H] the cache's keys, slot s holding position s; slots behind the last
-        position may hold anything finite.
-      v: [B, S, K, H] values; None says that the keys are the values.
+        position may hold anything finite. With a table, pages [P, E, K, H].
+      v: values like the keys; None says that the keys are the values.
       positions: int [B, T], the queries' places.
       q_pe, k_pe: [B, T, N, P] and [B, S, K, P], a second part of the scores.
       key: `k` holds states that are the values; this makes their keys (`makes_keys` says which
         implementations can).
+      table: int [B, n], the block table of a cache in pages.
 
     Returns:
       [B, T, N, H] in the dtype of q.
@@ -157,8 +160,18 @@ def decode_attention(
     if name == "triton":
         check(name, q, v)
         options = {"window": window, "scale": scale}
-        arrays = {"k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key}
+        arrays = {
+            "k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key,
+            "table": table,
+        }  # fmt: skip
         return rules.on_each_device(functools.partial(triton_decode.decode, **options), q, arrays)
+    k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
     return PLAIN[name](q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
+
+
+def _read(x: Stored, table: jax.Array | None, dtype) -> jax.Array:
+    """[B, S, K, H] of a cached tensor, in order and in a floating dtype."""
+    by_head = jax.tree.map(lambda array: jnp.swapaxes(array, 1, 2), x)
+    return jnp.swapaxes(widen(in_order(by_head, table), dtype), 1, 2)

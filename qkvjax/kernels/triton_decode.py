@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from qkvjax.errors import UserError
 from qkvjax.kernels import tile
+from qkvjax.kernels.stored import Int8
 from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
 
 BLOCK = Blocks(queries=64, keys=64, warps=4, stages=3)
@@ -60,6 +61,14 @@ def cannot_make(key: KeyOfState | None, head_width: int) -> str | None:
     )
 
 
+def _odd_pages(k, table) -> str | None:
+    """Why the kernel cannot read such pages [P, E, K, H]; None where it can."""
+    size = k.shape[1]
+    if table is None or (size >= NARROWEST and size & (size - 1) == 0):
+        return None
+    return f"a page has a power of two of slots from {NARROWEST} on, not {size}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is fixed when the kernel is compiled."""
@@ -69,13 +78,14 @@ class Options:
     slots: int
     per_split: int
     tile: int
+    page: int
     pieces: tuple[int, ...]
     epsilon: float
 
 
 def decode(
     q, k, v=None, *, positions, window=None, scale=None, q_pe=None, k_pe=None,
-    key: KeyOfState | None = None, splits: int | None = None, block: Blocks = BLOCK,
+    key: KeyOfState | None = None, table=None, splits: int | None = None, block: Blocks = BLOCK,
     interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """As `kernels.dispatch.decode_attention`, whose arguments these are.
@@ -86,7 +96,7 @@ def decode(
     Raises:
       UserError: `refusal` or `cannot_make` has an answer.
     """
-    why = refusal(q, v) or cannot_make(key, q.shape[-1])
+    why = refusal(q, v) or cannot_make(key, q.shape[-1]) or _odd_pages(k, table)
     if why:
         raise UserError(f"the triton kernel takes no such attention: {why}")
     batch, length, heads, width = q.shape
@@ -94,19 +104,20 @@ def decode(
     fill = NARROWEST - k.shape[1]
     if fill > 0:  # of a cache shorter than the smallest tile
         k, v, k_pe = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, 0), (0, fill), (0, 0), (0, 0)]), (k, v, k_pe)
+            lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)), (k, v, k_pe)
         )
-    slots = k.shape[1]
+    # A tile lies within a page.
+    size = min(block.keys, 1 << (k.shape[1].bit_length() - 1))
+    slots = k.shape[1] * (1 if table is None else table.shape[1])
     # As a cache is stored; these transpositions and those of its views cancel.
-    k, v, k_pe = jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), (k, v, k_pe))
-    size = min(block.keys, 1 << (slots.bit_length() - 1))
+    k, v, k_pe = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (k, v, k_pe))
     if splits is None:
         splits = min(-(-PROGRAMS // (batch * num_kv_heads)), max(1, slots // FEWEST_SLOTS))
     per_split = -(-slots // splits // size) * size if slots // splits >= size else size
     splits = -(-slots // per_split)
     pieces = (width,) if key is None else (key.width // 2, key.width // 2, width - key.width)
     options = Options(
-        window, width**-0.5 if scale is None else float(scale), slots, per_split, size,
+        window, width**-0.5 if scale is None else float(scale), slots, per_split, size, k.shape[2],
         tuple(piece for piece in pieces if piece), 0.0 if key is None else key.epsilon,
     )  # fmt: skip
 
@@ -137,9 +148,11 @@ def decode(
         second = packed(widened(q_pe.astype(q.dtype))), widened(k_pe.astype(k.dtype))
 
     value_pieces = options.pieces if v is None else (v.shape[3],)
-    inputs = packed(q), k, v, second, turns, gains, places, begins, ends
+    inputs = packed(q), k, v, table, second, turns, gains, places, begins, ends
+    held = functools.partial(_slots, paged=table is not None)
     specs = (
-        _rows(inputs[0], tall, splits), _slots(k), None if v is None else _slots(v),
+        _rows(inputs[0], tall, splits), *(jax.tree.map(held, x) for x in (k, v)),
+        None if table is None else _pages(table),
         None if second is None else (_rows(second[0], tall, splits), _slots(second[1])),
         *(jax.tree.map(_table, x) for x in (turns, gains)), _places(tall, splits),
         *map(_number, (begins, ends)),
@@ -167,9 +180,16 @@ def _rows(x, tall: int, splits: int):
     return pl.BlockSpec((None, None, tall, x.shape[3]), lambda b, n, i: (b, n, i // splits, 0))
 
 
-def _slots(x):
-    """One head of [B, K, S, H]."""
-    return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, n, i: (b, n, 0, 0))
+def _slots(x, paged: bool = False):
+    """One head of [B, K, S, ...], or of all pages [P, K, E, ...]."""
+    zeros = (0,) * (x.ndim - 2)
+    first = x.shape[0] if paged else None
+    return pl.BlockSpec((first, None, *x.shape[2:]), lambda b, n, i: (0 if paged else b, n, *zeros))
+
+
+def _pages(x):
+    """One sequence's row of the block table [B, n]."""
+    return pl.BlockSpec((None, x.shape[1]), lambda b, n, i: (b, 0))
 
 
 def _table(x):
@@ -195,7 +215,9 @@ def _state(tall: int, splits: int, *last: int):
     )
 
 
-def _kernel(options, splits, q, k, v, second, turns, gains, places, begin, end, top, total, mixed):
+def _kernel(
+    options, splits, q, k, v, table, second, turns, gains, places, begin, end, top, total, mixed
+):
     """One split of one sequence's cache for the rows of one key-value head."""
     size = options.tile
     edges = [sum(options.pieces[:i]) for i in range(len(options.pieces) + 1)]
@@ -210,7 +232,11 @@ def _kernel(options, splits, q, k, v, second, turns, gains, places, begin, end, 
         wanted = lowest + j * size
         first = jnp.minimum(wanted, options.slots - size)
         at = pl.ds(first, size)
-        held = [k[at, span] for span in spans]
+        within = (at,)
+        if table is not None:
+            page = table[jax.lax.div(first, options.page)]
+            within = (page, pl.ds(jax.lax.rem(first, options.page), size))
+        held = [_load(k, within, span, q.dtype) for span in spans]
         keys = held if turns is None else _keys(options, held, gain, *(t[at, :] for t in turns))
         products = [tile.dot(a, b, (1, 1)) for a, b in zip(queries, keys)]
         if second is not None:
@@ -219,7 +245,9 @@ def _kernel(options, splits, q, k, v, second, turns, gains, places, begin, end, 
         seen = tile.visible(rows, columns, causal=True, window=options.window, length=options.slots)
         seen &= columns >= wanted
         scores = sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
-        return tile.absorb(state, scores, seen, held if v is None else [v[at, :]])
+        return tile.absorb(
+            state, scores, seen, held if v is None else [_load(v, within, slice(None), q.dtype)]
+        )
 
     of_split = lambda slot: jnp.clip(slot - lowest, 0, options.per_split)  # noqa: E731
     tiles = (
@@ -230,6 +258,14 @@ def _kernel(options, splits, q, k, v, second, turns, gains, places, begin, end, 
     top[...], total[...], sums = jax.lax.fori_loop(*tiles, step, start)
     for ref, found in zip(mixed, sums):
         ref[...] = found
+
+
+def _load(x, within, span, dtype):
+    """Part of a tile of a cached tensor."""
+    if not isinstance(x, Int8):
+        return x[*within, span].astype(dtype)
+    codes, scales = x.codes[*within, span], x.scales[within]
+    return (codes.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]).astype(dtype)
 
 
 def _keys(options, held, gain, cos, sin):

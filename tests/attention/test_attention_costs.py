@@ -53,7 +53,7 @@ def test_num_params_counts_the_leaves(sharing, num_kv_heads, use_bias, qk_norm):
 
 
 @pytest.mark.parametrize(("sharing", "num_kv_heads"), LEGAL)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 def test_allocated_cache_is_what_the_spec_says(sharing, num_kv_heads, dtype):
     spec = AttentionSpec(d_model=32, num_heads=4, num_kv_heads=num_kv_heads, sharing=sharing)
     for layout in ("kv", "shared") if spec.shares_kv else ("kv",):
@@ -62,7 +62,9 @@ def test_allocated_cache_is_what_the_spec_says(sharing, num_kv_heads, dtype):
         assert caches.num_bytes(cache) == 3 * 17 * spec.cache_bytes_per_token(dtype, layout)
     smallest = caches.num_bytes(caches.empty(spec, 3, 17, dtype))
     tensors = 1 if sharing in ("q-k=v", "q=k=v") else 2
-    assert smallest == 3 * 17 * tensors * num_kv_heads * 8 * jnp.dtype(dtype).itemsize
+    scale = 2 if dtype == jnp.int8 else 0
+    head = 8 * jnp.dtype(dtype).itemsize + scale
+    assert smallest == 3 * 17 * tensors * num_kv_heads * head
 
 
 @pytest.mark.parametrize(

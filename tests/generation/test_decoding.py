@@ -104,6 +104,69 @@ def test_cached_is_full_with_modified_scores(model, ids, values):
     check(m, ids, one_by_one(m, ids), ("kv", "shared"))
 
 
+VARIANTS = (
+    {"position": "learned", "num_kv_heads": 2},
+    {"sharing": "q-k=v", "position": "none", "num_kv_heads": 1},
+    {"sharing": "q-k=v", "qk_norm": True},
+    {"sharing": "q-k=v", "qk_norm": True, "score": ("role_gain", "column_bias")},
+    {"sharing": "q=k=v", "rotary_values": "unrotated_output"},
+)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=name)
+@pytest.mark.parametrize("page", [None, 4])
+def test_sequences_of_different_lengths(model, ids, fields, page):
+    """Each goes on from its own length, contiguous or in pages that lie in any order."""
+    m = model(num_layers=1, **fields)
+    full = np.asarray(one_by_one(m, ids))
+    lengths, blocks, table = jnp.array([2, 6]), m.stack.layers(), None
+    shape = (B, 12)
+    if page:
+        shape, table = (7, page), jnp.array([[5, 0, 2], [1, 6, 3]])
+    cache = decoding.empty_caches(m, *shape, jnp.float32)
+    step = jax.jit(lambda cache, ids, at: decoding.decode(
+        m, blocks, cache, ids, at, table=table, dtype=jnp.float32
+    ))  # fmt: skip
+    # The prompts share a batch: what the shorter one reads too much is overwritten or hidden.
+    _, cache = step(cache, ids[:, :6], jnp.array([0, 0]))
+    for i in range(3):
+        at = lengths + i
+        logits, cache = step(cache, jnp.take_along_axis(ids, at[:, None], 1), at)
+        wanted = full[np.arange(B), at]
+        np.testing.assert_allclose(logits[:, 0], wanted, atol=1e-5 * abs(full).max())
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_int8_is_near(model, ids, page):
+    """A byte a number loses little, for keys and values and for the state that is both."""
+    for fields in VARIANTS[:3]:
+        m = model(num_layers=1, **fields)
+        full, table = np.asarray(one_by_one(m, ids)), None
+        shape = (B, 12)
+        if page:
+            shape, table = (B * 3, page), jnp.asarray(caches.block_table([12] * B, page, B * 3))
+        cache = decoding.empty_caches(m, *shape, jnp.int8)
+        assert caches.num_bytes(cache) == B * 12 * m.spec.cache_bytes_per_token("int8")
+        found = []
+        for i in range(T):
+            logits, cache = decoding.decode(
+                m, m.stack.layers(), cache, ids[:, i : i + 1], jnp.int32(i), table=table,
+                dtype=jnp.float32,
+            )  # fmt: skip
+            found.append(logits)
+        error = np.abs(jnp.concatenate(found, 1) - full).max() / np.abs(full).max()
+        assert 1e-6 < error < 0.02, fields
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 512])
+def test_a_prompt_in_pieces(model, ids, size, monkeypatch):
+    m = model(num_layers=1, sharing="q-k=v")
+    monkeypatch.setattr(decoding, "PREFILL", size)
+    cache = decoding.empty_caches(m, B, 12, jnp.float32)
+    logits, _ = decoding.prefill(m, m.stack.layers(), cache, ids, dtype=jnp.float32)
+    np.testing.assert_allclose(logits, m(ids)[:, -1], atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_allocated_bytes_of_a_pattern(tiny, dtype):
     """Each layer in its smallest layout: two tensors of 4 heads, or one of 1 head."""

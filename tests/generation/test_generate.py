@@ -67,6 +67,15 @@ def test_rows_that_pad_the_vocabulary_are_never_sampled(small, greedy):
     assert greedy or len(np.unique(ids)) > 15
 
 
+def test_pages_and_int8(sample):
+    plain = sample(temperature=0, batch=2)
+    paged = sample(temperature=0, batch=2, page_size=4)
+    np.testing.assert_array_equal(paged.ids, plain.ids)
+    assert paged.cache_length == 12 and paged.cache_bytes == 2 * 12 * 32 * 4
+    small = sample(temperature=0, cache_dtype="int8", page_size=4)
+    assert small.cache_bytes == 12 * (32 + 4 * 2)  # a scale of two bytes for each of 4 heads
+
+
 def test_a_cache_too_short_says_how_many_bytes(sample):
     with pytest.raises(UserError, match=r"need 11 \(2,816 bytes\).*--cache_length"):
         sample(cache_length=10, batch=2)
@@ -94,6 +103,9 @@ def test_what_a_model_cannot(model, fields, options, message):
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"temperature": -0.5}, "temperature at least 0"),
         ({"dtype": "float12"}, "dtype 'float12' is unknown"),
+        ({"cache_dtype": "int3"}, "dtype 'int3' is unknown"),
+        ({"page_size": 0}, "page_size=0 must be at least 1"),
+        ({"page_size": 4, "cache_length": 7}, r"cache of 8 tokens .* need 11 \(1,408 bytes\)"),
     ],
 )
 def test_bad_options(sample, options, message):
