@@ -44,7 +44,7 @@ def train_call(size: Size, sharing: str, dtype: str):
     from qkvjax.analysis.measure import peak_bytes
     from qkvjax.parallel.mesh import make_mesh
     from qkvjax.training.loop import place
-    from qkvjax.training.step import init_state, make_optimizer, make_train_step
+    from qkvjax.training.step import init_state, make_optimizer, make_train_step, on_leaves
 
     config = config_of(size, sharing, dtype)
     mesh = make_mesh({}, jax.devices()[:1])
@@ -61,12 +61,13 @@ def train_call(size: Size, sharing: str, dtype: str):
             "weights": np.ones(shape, np.float32),
         }
         batch = place(batch, mesh)
-        step = jax.jit(make_train_step(config, optimizer, rate), donate_argnums=0)
-        compiled = step.lower(state, batch).compile()
-    held = {"state": state}
+        leaves, tree = jax.tree.flatten(state)
+        step = on_leaves(make_train_step(config, optimizer, rate), tree)
+        compiled = jax.jit(step, donate_argnums=0).lower(leaves, batch).compile()
+    held = {"leaves": leaves}
 
     def call():
-        held["state"], metrics = compiled(held["state"], batch)
+        held["leaves"], metrics = compiled(held["leaves"], batch)
         return metrics["loss"]
 
     return call, peak_bytes(compiled)

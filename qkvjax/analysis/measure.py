@@ -121,12 +121,13 @@ def repeat(call: Callable[[], object], at_least: float = 0.15) -> Callable[[], f
 
 def _train_timer(run: Run) -> tuple[Callable[[], float], int | None]:
     """(timer of a train step, its peak bytes)."""
-    held = {"state": run.init()}
-    compiled = run.compile_step(held["state"])
+    state = run.init()
+    compiled = run.compile_step(state)
+    held = {"leaves": jax.tree.leaves(state)}
     batch = place(run.batch(0), run.mesh)
 
     def step():
-        held["state"], metrics = compiled(held["state"], batch)
+        held["leaves"], metrics = compiled(held["leaves"], batch)
         return metrics["loss"]
 
     return repeat(step), peak_bytes(compiled)

@@ -122,7 +122,7 @@ def fit(
     """Trains from `state.step` to `steps`.
 
     Args:
-      train_step: compiled (state, batch) -> (state, metrics).
+      train_step: compiled (leaves of a state, batch) -> (leaves, metrics).
       make_batch: step -> host arrays, for any step.
       seconds: training seconds that earlier parts of the run took.
       stop: asked after each step; an exit code means to save and raise Stopped.
@@ -136,6 +136,7 @@ def fit(
       (state, summary): the summary has step, seconds and the last evaluation's metrics.
     """
     start = int(state.step)
+    leaves, tree = jax.tree.flatten(state)
     clock, began, window = Clock(seconds), time.perf_counter(), Window()
     summary: dict[str, float] = {}
     since_step, since_seconds = start, seconds
@@ -143,7 +144,7 @@ def fit(
 
     step = start
     for batch in prefetch(make_batch, start, steps):
-        state, values = train_step(state, place(batch, mesh))
+        leaves, values = train_step(leaves, place(batch, mesh))
         step += 1
         window.add(values)
         out_of_time = max_seconds is not None and time.perf_counter() - began >= max_seconds
@@ -157,14 +158,14 @@ def fit(
         wants_log = wants_save or due(step, log_every, last)
         if step == start + 1 and not wants_log:
             # The first step touches everything once; it would spoil the first line's speed.
-            jax.block_until_ready(state.step)
+            jax.block_until_ready(leaves)
             clock.pause()
             since_step, since_seconds = step, clock.spent
             clock.go()
         if not (wants_log or wants_eval):
             continue
 
-        jax.block_until_ready(state.step)
+        state = jax.tree.unflatten(tree, jax.block_until_ready(leaves))
         clock.pause()
         line: dict[str, float] = {"seconds": clock.spent, "tokens": step * tokens_per_step}
         if wants_log:
@@ -203,6 +204,7 @@ def fit(
             break
     bar(None)
     checkpoints.wait()
+    state = jax.tree.unflatten(tree, leaves)
     return state, summary | {"step": step, "seconds": clock.spent}
 
 

@@ -18,7 +18,13 @@ from qkvjax.data.open import open_dataset
 from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel.mesh import make_mesh
-from qkvjax.training.step import init_state, make_optimizer, make_train_step, state_shardings
+from qkvjax.training.step import (
+    init_state,
+    make_optimizer,
+    make_train_step,
+    on_leaves,
+    state_shardings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +74,14 @@ class Run:
         return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
 
     def compile_step(self, state):
-        """The compiled train step, (state, batch) -> (state, metrics), state donated."""
+        """The compiled train step on the state's leaves, which are donated:
+        (leaves, batch) -> (leaves, metrics)."""
         from qkvjax.training.loop import place
 
-        step = jax.jit(make_train_step(self.config, self.optimizer, self.rate), donate_argnums=0)
-        return step.lower(state, place(self.batch(0), self.mesh)).compile()
+        leaves, tree = jax.tree.flatten(state)
+        step = on_leaves(make_train_step(self.config, self.optimizer, self.rate), tree)
+        step = jax.jit(step, donate_argnums=0)
+        return step.lower(leaves, place(self.batch(0), self.mesh)).compile()
 
 
 def resolve_durations(config, dataset: Dataset) -> Durations:

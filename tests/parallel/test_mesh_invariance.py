@@ -72,12 +72,14 @@ def train(run, state):
     with jax.set_mesh(run.mesh):
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, run.abstract))
         step = run.compile_step(state)
+        leaves, tree = jax.tree.flatten(state)
         losses, norms = [], []
         for i in range(STEPS):
-            state, metrics = step(state, place(run.batch(i), run.mesh))
+            leaves, metrics = step(leaves, place(run.batch(i), run.mesh))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
-    leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(state.model)]
+    model = jax.tree.unflatten(tree, leaves).model
+    leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(model)]
     text = step.as_text()
     counts = {kind: len(re.findall(rf" {kind}(-start)?\(", text)) for kind in COLLECTIVES}
     return {"loss": losses, "grad_norm": norms, "parameters": leaves, "collectives": counts}
