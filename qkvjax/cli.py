@@ -24,6 +24,7 @@ DOORS = {
     "study": "train every point of a grid and write the report",
     "evaluate": "score a checkpoint",
     "generate": "sample from one model, or several side by side",
+    "convert": "bring in a model from elsewhere, or tie a trained one",
     "analyze": "look into the weights and the attention of trained models",
     "bench": "measure what every sharing costs, beside three projections",
     "plan": "what a model costs, ours or a stranger's, before anything is trained",

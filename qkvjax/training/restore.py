@@ -1,20 +1,23 @@
-"""A trained model from its workdir, without its optimizer."""
+"""Trained models without their optimizer: from a workdir, and into one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from qkvjax import config as configs
 from qkvjax.data.open import open_dataset, reads_text
-from qkvjax.data.tokenizers import load_tokenizer
+from qkvjax.data.tokenizers import load_tokenizer, tokenizer_size
 from qkvjax.errors import UserError
 from qkvjax.models.build import make
-from qkvjax.models.spec import model_spec
+from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel.mesh import find_devices
-from qkvjax.training.checkpoint import Checkpoints
-from qkvjax.training.run import spec_of
+from qkvjax.training.checkpoint import Checkpoints, named_arrays
+from qkvjax.training.metrics import write_json
+from qkvjax.training.run import open_workdir, spec_of
 
 
 def load_model(workdir: str | Path, step: int | None = None, *, log=print):
@@ -26,24 +29,92 @@ def load_model(workdir: str | Path, step: int | None = None, *, log=print):
     Raises:
       UserError: no run there, no such step, or no intact checkpoint (code 45).
     """
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        raise UserError(f"there is no workdir {workdir}: train a model first")
-    config = configs.load(workdir / "config.json")
-    configs.validate(config)
-    if reads_text(config):
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        spec = model_spec(configs.plain(config.model), tokenizer.num_ids, config.data.seq_len)
-    else:
-        tokenizer, spec = None, spec_of(config, open_dataset(config))
-    place = jax.sharding.SingleDeviceSharding(find_devices()[0])
+    config = _read_config(workdir)
+    tokenizer = load_tokenizer(config.data.tokenizer) if reads_text(config) else None
+    model, step = _restore(workdir, config, step, log)
+    return model, tokenizer, config, step
+
+
+def load_arrays(workdir: str | Path, step: int | None = None, *, log=print):
+    """(arrays by name, config, step) of a run, for what is no model of this config any more."""
+    config = _read_config(workdir)
+    model, step = _restore(workdir, config, step, log)
+    arrays = {name: np.asarray(array) for name, array in named_arrays({"model": model}).items()}
+    return arrays, config, step
+
+
+def abstract_model(config) -> tuple[ModelSpec, dict[str, jax.ShapeDtypeStruct]]:
+    """The spec of a config's model, and its arrays by name."""
+    spec = _spec(config)
     shapes = jax.eval_shape(lambda: make(spec, jax.random.key(0)))
+    return spec, named_arrays({"model": shapes})
+
+
+def new_workdir(workdir: str | None) -> Path:
+    """A workdir that holds no run; raises UserError for one that does."""
+    path = open_workdir(workdir)
+    if (path / "config.json").exists() or (path / "checkpoints").exists():
+        raise UserError(f"{workdir} holds a model already: choose another folder, or remove it")
+    return path
+
+
+def save_model(
+    workdir: Path, config, arrays: Mapping[str, np.ndarray], origin: Mapping
+) -> ModelSpec:
+    """Makes a workdir of a model that was not trained here, its checkpoint being step 0.
+
+    Args:
+      workdir: from `new_workdir`.
+      config: what the model is.
+      arrays: its numbers by name; tables with a row for each id may lack rows that pad them.
+      origin: where they come from, for origin.json.
+
+    Raises:
+      UserError: the arrays are not those of the config's model.
+    """
+    configs.validate(config)
+    spec, wanted = abstract_model(config)
+    if wanted.keys() != arrays.keys():
+        raise UserError(f"the model lacks {sorted(wanted.keys() ^ arrays.keys())[0]}")
+    state = {}
+    for name, leaf in wanted.items():
+        missing = [a - b for a, b in zip(leaf.shape, arrays[name].shape, strict=True)]
+        padded = np.pad(arrays[name], [(0, n) for n in missing]) if any(missing) else arrays[name]
+        state[name] = jax.numpy.asarray(padded, leaf.dtype)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    try:
+        checkpoints.save(0, state)
+    finally:
+        checkpoints.close()
+    write_json(workdir / "origin.json", dict(origin))
+    write_json(workdir / "config.json", configs.to_dict(config))
+    return spec
+
+
+def _read_config(workdir):
+    if not Path(workdir).is_dir():
+        raise UserError(f"there is no workdir {workdir}: train a model first")
+    config = configs.load(Path(workdir) / "config.json")
+    configs.validate(config)
+    return config
+
+
+def _spec(config) -> ModelSpec:
+    if not reads_text(config):
+        return spec_of(config, open_dataset(config))
+    size = tokenizer_size(config.data.tokenizer)
+    return model_spec(configs.plain(config.model), size, config.data.seq_len)
+
+
+def _restore(workdir, config, step, log):
+    place = jax.sharding.SingleDeviceSharding(find_devices()[0])
+    shapes = jax.eval_shape(lambda: make(_spec(config), jax.random.key(0)))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
     )
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     try:
         state, step = checkpoints.restore({"model": abstract}, step, log=log)
     finally:
         checkpoints.close()
-    return state["model"], tokenizer, config, step
+    return state["model"], step

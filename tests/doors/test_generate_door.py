@@ -1,8 +1,18 @@
 """`generate`: text and the true bytes of the cache, side by side."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+from qkvjax import config as base
+from qkvjax.training.restore import abstract_model, new_workdir, save_model
+
+ROOT = Path(__file__).parents[2]
 
 BYTES = 1 * 2 * 8 * 4  # layers, key-value heads, width of a head, float32
 
@@ -62,3 +72,31 @@ def test_bad_input(door, untied, checksums, flags, message):
     assert told.code == 2 and not told.out
     assert told.err.startswith("error: ") and re.search(message, told.err)
     assert checksums(untied) == before
+
+
+@pytest.mark.slow
+def test_half_a_gigabyte(tmp_path):
+    """A cache of 1 GiB and its twin of one tensor: their processes' peaks differ by half."""
+    peaks = {}
+    for sharing in ("q-k-v", "q-k=v"):
+        config = base.default()
+        config.model.update(
+            d_model=128, num_layers=8, num_heads=4, sharing=sharing, position="none", qk_norm=False
+        )
+        folder = new_workdir(str(tmp_path / sharing))
+        shapes = abstract_model(config)[1]
+        save_model(folder, config, {n: np.zeros(s.shape) for n, s in shapes.items()}, {})
+        tokens = 2**30 // (2 * 8 * 128 * 4)
+        command = [
+            sys.executable, "-m", "qkvjax.generate", f"--workdir={folder}", "--temperature=0",
+            f"--cache_length={tokens}", "--max_tokens=3", "--prompt=a",
+        ]  # fmt: skip
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        told = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        wanted = 2**30 if sharing == "q-k-v" else 2**29
+        assert f"cache {wanted:,} bytes: {tokens} tokens" in told
+        peaks[sharing] = 1024 * usage.ru_maxrss
+    saved = (peaks["q-k-v"] - peaks["q-k=v"]) / 2**29
+    assert 0.9 < saved < 1.1, peaks

@@ -1,0 +1,241 @@
+"""Reads models of Llama's architecture from GGUF files, llama.cpp's format, into our words.
+
+Numbers are widened to float32 whatever they were quantised to. Two things differ from ours:
+
+- llama.cpp rotates neighbours, (0, 1), (2, 3), ..., and keeps the rows of W_q and W_k in that
+  order; we rotate halves, as the checkpoints do that the files were made from.
+- the file's norms add `layer_norm_rms_epsilon` to the mean square, ours NORM_EPSILON. A residual
+  stream that is scaled by c = sqrt(NORM_EPSILON / epsilon) gives the same model: the embedding and
+  both output maps are multiplied by c, and the last norm's gain divided by it where the embedding
+  is the head as well.
+
+Letters: D model width, N query heads, K key-value heads, H head width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from qkvjax.errors import UserError
+
+NORM_EPSILON = 1e-6  # of attention.projection.RMSNorm
+# Keys that stand for something our model does not compute, with the values that do not.
+_PLAIN = {
+    "expert_count": (0,), "rope.scaling.type": ("none",), "attention.sliding_window": (0,),
+    "attention.logit_softcapping": (0,), "embedding_scale": (0, 1), "residual_scale": (0, 1),
+    "logit_scale": (0, 1), "attention.scale": (0,),
+}  # fmt: skip
+# How the texts of a byte-level BPE are cut before they are merged, as tokenizer.json says it.
+_BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
+}  # fmt: skip
+_DIGITS = {"type": "Digits", "individual_digits": True}
+PRE_TOKENIZERS = {
+    "gpt-2": _BYTE_LEVEL,
+    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTE_LEVEL]},
+}
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
+# What a layer is made of: our name -> the file's.
+_LAYER = {
+    "attention_norm.gain": "attn_norm", "attention.projections.q.weight": "attn_q",
+    "attention.projections.k.weight": "attn_k", "attention.projections.v.weight": "attn_v",
+    "attention.output.weight": "attn_output", "mlp_norm.gain": "ffn_norm",
+    "mlp.gate.weight": "ffn_gate", "mlp.up.weight": "ffn_up", "mlp.down.weight": "ffn_down",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A model from a file.
+
+    Attributes:
+      fields: of the config's `model` group.
+      context: tokens of the longest sequence it was made for.
+      arrays: float32, by the names that checkpoints use, without "model.".
+      tokenizer: the content of a tokenizer.json.
+      quantization: types of the file's matrices, as "Q4_1, Q8_0".
+    """
+
+    fields: dict
+    context: int
+    arrays: dict[str, np.ndarray]
+    tokenizer: dict
+    quantization: str
+
+
+def read(path: str | Path) -> Imported:
+    """Reads a GGUF file.
+
+    Raises:
+      UserError: no such file, a damaged or truncated one, another architecture, or a model that
+        ours is not equal to.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need an extra package: pip install qkvjax[gguf]") from None
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: give --source a .gguf file")
+    try:
+        reader = gguf.GGUFReader(path)
+        file = _File(path, reader)
+        file.require_plain()
+        return _model(file, gguf.dequantize)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+        raise UserError(
+            f"{path} is damaged, truncated or no GGUF file ({type(error).__name__}: {error}): copy"
+            " it again"
+        ) from None
+
+
+class _File:
+    """A file's keys and tensors, and messages about them."""
+
+    def __init__(self, path: Path, reader):
+        self.path = path
+        self.values = {name: field.contents() for name, field in reader.fields.items()}
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def get(self, name: str, default=None):
+        return self.values.get(f"llama.{name}", default)
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{self.path}: llama.{name} is {value!r}, and must be a whole number")
+        return value
+
+    def require_plain(self) -> None:
+        architecture = self.values.get("general.architecture")
+        if architecture != "llama":
+            raise UserError(
+                f"{self.path} holds a model of architecture {architecture!r}: convert import reads"
+                " 'llama' (Llama 2, SmolLM, TinyLlama and others of that form)"
+            )
+        for name, plain in _PLAIN.items():
+            if self.get(name, plain[0]) not in plain:
+                raise UserError(
+                    f"{self.path} has llama.{name}={self.get(name)!r}, which our model does not"
+                    " compute: convert import reads models without it"
+                )
+
+
+def _model(file: _File, dequantize) -> Imported:
+    layers, d = file.whole("block_count"), file.whole("embedding_length")
+    heads = file.whole("attention.head_count")
+    kv_heads = file.whole("attention.head_count_kv", heads)
+    width = file.whole("attention.key_length", d // heads)
+    rotary = file.whole("rope.dimension_count", width)
+    inner = file.whole("feed_forward_length")
+    if inner % 8:
+        raise UserError(f"{file.path}: a feed-forward width of {inner} is no multiple of 8")
+    epsilon = file.get("attention.layer_norm_rms_epsilon", 1e-5)
+    scale = (NORM_EPSILON / epsilon) ** 0.5
+    types, taken = set(), set()
+
+    def array(name: str, *shape: int) -> np.ndarray:
+        tensor = file.tensors.get(f"{name}.weight")
+        if tensor is None:
+            raise UserError(f"{file.path} has no tensor {name}.weight: copy it again")
+        taken.add(tensor.name)
+        found = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if found.shape != shape:
+            raise UserError(f"{file.path}: {tensor.name} is {found.shape}, where {shape} was due")
+        if len(shape) == 2:
+            types.add(tensor.tensor_type.name)
+        return found
+
+    def halves(rows: np.ndarray) -> np.ndarray:
+        """Rows [n * H, D] from neighbours to halves."""
+        by_head = rows.reshape(-1, width, d)
+        turned = by_head[:, :rotary].reshape(-1, rotary // 2, 2, d).swapaxes(1, 2)
+        return np.concatenate([turned.reshape(-1, rotary, d), by_head[:, rotary:]], axis=1).reshape(
+            rows.shape
+        )
+
+    rows = {"attn_q": heads * width, "attn_k": kv_heads * width, "attn_v": kv_heads * width}
+    shapes = {name: (n, d) for name, n in rows.items()} | {
+        "attn_output": (d, heads * width), "ffn_gate": (inner, d), "ffn_up": (inner, d),
+        "ffn_down": (d, inner), "attn_norm": (d,), "ffn_norm": (d,),
+    }  # fmt: skip
+
+    def layer(i: int, name: str) -> np.ndarray:
+        found = array(f"blk.{i}.{name}", *shapes[name])
+        if name in ("attn_q", "attn_k"):
+            found = halves(found)
+        if name in ("attn_output", "ffn_down"):
+            found = found * np.float32(scale)
+        return found.T  # ours map from the left
+
+    arrays = {
+        f"stack.blocks.0.{ours}": np.stack([layer(i, name) for i in range(layers)])
+        for ours, name in _LAYER.items()
+    }
+    tokens = file.values["tokenizer.ggml.tokens"]
+    embedding = array("token_embd", len(tokens), d)
+    gain = array("output_norm", d)
+    tied = "output.weight" not in file.tensors
+    if not tied:
+        arrays["head.weight"] = array("output", len(tokens), d).T
+    arrays["embedding"] = embedding * np.float32(scale)
+    arrays["norm.gain"] = gain / np.float32(scale) if tied else gain
+    unknown = sorted(set(file.tensors) - taken)
+    if unknown:
+        raise UserError(
+            f"{file.path} has tensors that our model has no place for, the first {unknown[0]!r}:"
+            " convert import reads Llama's architecture without biases and other additions"
+        )
+    fields = {
+        "kind": "lm", "d_model": d, "num_layers": layers, "num_heads": heads,
+        "num_kv_heads": kv_heads, "head_dim": width, "sharing": "q-k-v", "position": "rope",
+        "rotary_fraction": rotary / width, "rotary_base": float(file.get("rope.freq_base", 1e4)),
+        "qk_norm": False, "norm": "rmsnorm", "mlp": "swiglu", "mlp_ratio": inner / d,
+        "tie_embeddings": tied, "init": "normal",
+    }  # fmt: skip
+    context = file.whole("context_length")
+    return Imported(fields, context, arrays, _tokenizer(file), ", ".join(sorted(types)))
+
+
+def _tokenizer(file: _File) -> dict:
+    """The content of a tokenizer.json."""
+    kind, cut = (file.values.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    cut = {None: "gpt-2", "default": "gpt-2"}.get(cut, cut)
+    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
+        raise UserError(
+            f"{file.path} has a tokenizer of kind {kind!r}, cut as {cut!r}: convert import reads"
+            f" byte-level BPE ('gpt2') that is cut as {' or '.join(map(repr, PRE_TOKENIZERS))}"
+        )
+    tokens = file.values["tokenizer.ggml.tokens"]
+    types = file.values.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    added = [
+        {
+            "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": kind == _CONTROL,
+        }
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]  # fmt: skip
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[cut],
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": file.values["tokenizer.ggml.merges"],
+        },
+    }
+
+
+def write_tokenizer(content: dict, path: Path) -> None:
+    """Writes a tokenizer.json."""
+    path.write_text(json.dumps(content, ensure_ascii=False))

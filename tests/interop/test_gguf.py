@@ -1,0 +1,209 @@
+"""GGUF files: the model that is read is the one that the file's own conventions describe."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from qkvjax.convert import main
+from qkvjax.data.tokenizers import load_tokenizer
+from qkvjax.errors import UserError
+from qkvjax.interop.gguf import read
+from qkvjax.training.restore import load_arrays, load_model
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gguf") is None, reason="needs the extra qkvjax[gguf]"
+)
+
+LAYERS, D, HEADS, KV_HEADS, WIDTH, INNER, EPSILON, BASE = 2, 64, 4, 2, 16, 96, 1e-3, 5000.0
+SHAPES = {
+    "attn_q": (HEADS * WIDTH, D), "attn_k": (KV_HEADS * WIDTH, D), "attn_v": (KV_HEADS * WIDTH, D),
+    "attn_output": (D, HEADS * WIDTH), "ffn_gate": (INNER, D), "ffn_up": (INNER, D),
+    "ffn_down": (D, INNER), "attn_norm": (D,), "ffn_norm": (D,),
+}  # fmt: skip
+
+
+def tokens():
+    from qkvjax.data.tokenizers import _byte_of_character
+
+    return [*_byte_of_character(), "Ġt", "he", "Ġthe", "<|endoftext|>"]
+
+
+def write(path, tied=True, architecture="llama", without=(), extra=(), **keys):
+    """A small random model; returns its tensors, as the file's reader will see them."""
+    import gguf
+
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)  # noqa: E731
+    names = {f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in SHAPES.items()}
+    names |= {"token_embd": (len(tokens()), D), "output_norm": (D,)}
+    names |= {} if tied else {"output": (len(tokens()), D)}
+    names |= dict.fromkeys(extra, (D,))
+    arrays = {n: 1 + 0.1 * draw(*s) if len(s) == 1 else draw(*s) for n, s in names.items()}
+    arrays["token_embd"] *= 0.1  # so small that the norms' epsilon matters
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(48)
+    writer.add_embedding_length(D)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(EPSILON)
+    writer.add_rope_freq_base(BASE)
+    writer.add_tokenizer_model(keys.pop("tokenizer", "gpt2"))
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens())
+    writer.add_token_types([1] * (len(tokens()) - 1) + [3])
+    writer.add_token_merges(["Ġ t", "h e", "Ġt he"])
+    for name, value in keys.items():
+        writer.add_string(name.replace("__", "."), value)
+    eight = gguf.GGMLQuantizationType.Q8_0
+    for name, array in arrays.items():
+        if name in without:
+            continue
+        if name.endswith("ffn_up"):  # in blocks of eight bits
+            packed = gguf.quantize(array, eight)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=eight)
+            arrays[name] = gguf.dequantize(packed, eight)
+        else:
+            writer.add_tensor(f"{name}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return arrays
+
+
+def forward(arrays, ids):
+    """Logits [T, V] in float64 by llama.cpp's conventions: neighbours are rotated."""
+
+    def norm(x, gain):
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPSILON) * gain
+
+    def rotate(x):  # [T, n, H]
+        angles = np.arange(len(x))[:, None] * BASE ** (-np.arange(0, WIDTH, 2) / WIDTH)
+        turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
+        return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+    t = {name: array.astype(np.float64) for name, array in arrays.items()}
+    x = t["token_embd"][ids]
+    for i in range(LAYERS):
+        w = {name: t[f"blk.{i}.{name}"] for name in SHAPES}
+        h = norm(x, w["attn_norm"])
+        q, k, v = (
+            (h @ w[f"attn_{role}"].T).reshape(len(ids), -1, WIDTH) for role in "qkv"
+        )  # fmt: skip
+        q, k = rotate(q), np.repeat(rotate(k), HEADS // KV_HEADS, axis=1)
+        scores = np.einsum("tnh,snh->nts", q, k) / WIDTH**0.5
+        scores = np.where(np.tri(len(ids), dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed = np.einsum("nts,snh->tnh", weights, np.repeat(v, HEADS // KV_HEADS, axis=1))
+        x = x + mixed.reshape(len(ids), -1) @ w["attn_output"].T
+        h = norm(x, w["ffn_norm"])
+        gate = h @ w["ffn_gate"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["ffn_up"].T)) @ w["ffn_down"].T
+    return norm(x, t["output_norm"]) @ t.get("output", t["token_embd"]).T
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_import_is_the_model_of_the_file(tmp_path, tied, capsys):
+    arrays = write(tmp_path / "a.gguf", tied)
+    argv = ["convert", "import", f"--source={tmp_path / 'a.gguf'}", f"--workdir={tmp_path / 'run'}"]
+    assert main(argv) == 0
+    assert "F32, Q8_0" in capsys.readouterr().out
+    model, tokenizer, config, step = load_model(tmp_path / "run")
+    assert step == 0 and config.data.seq_len == 48
+    ids = np.random.default_rng(1).integers(0, len(tokens()), 20)
+    expected = forward(arrays, ids)
+    found = model(ids[None])[0, :, : len(tokens())]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * abs(expected).max())
+    assert main(argv) == 2 and "holds a model already" in capsys.readouterr().err
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    write(tmp_path / "a.gguf")
+    main(["convert", "import", f"--source={tmp_path}/a.gguf", f"--workdir={tmp_path}/run"])
+    tokenizer = load_tokenizer(f"bpe:{tmp_path}/run/tokenizer.json")
+    assert tokenizer.separator == tokens().index("<|endoftext|>")
+    ids = tokenizer.encode("in the 12<|endoftext|>é")
+    assert tokenizer.decode(ids) == "in the 12<|endoftext|>é" and tokenizer.separator not in ids
+    assert tokens().index("Ġthe") in ids and len(ids) == 2 + 1 + 1 + 2 + 13 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "gemma"}, "architecture 'gemma'.*reads 'llama'"),
+        ({"without": ["blk.1.ffn_up"]}, r"no tensor blk\.1\.ffn_up\.weight"),
+        ({"extra": ["rope_freqs"]}, r"no place for, the first 'rope_freqs\.weight'"),
+        ({"llama__rope__scaling__type": "yarn"}, r"rope\.scaling\.type='yarn'"),
+        ({"tokenizer": "llama"}, "tokenizer of kind 'llama'"),
+    ],
+)
+def test_files_that_ours_is_not_equal_to(tmp_path, options, message):
+    write(tmp_path / "a.gguf", **options)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.gguf")
+
+
+def test_damaged_files(tmp_path, capsys):
+    write(tmp_path / "a.gguf")
+    whole, cut = (tmp_path / "a.gguf").read_bytes(), tmp_path / "cut.gguf"
+    lengths = [0, 3, 20, 200, len(whole) // 2, len(whole) - 300]
+    for content in (*(whole[:n] for n in lengths), b"PK\3\4" + whole[4:]):
+        cut.write_bytes(content)
+        argv = ["convert", "import", f"--source={cut}", f"--workdir={tmp_path / 'run'}"]
+        assert main(argv) == 2
+        assert "damaged, truncated or no GGUF file" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert main(["convert", "import", "--source=nothing.gguf", f"--workdir={tmp_path}/r"]) == 2
+    assert "there is no file nothing.gguf" in capsys.readouterr().err
+
+
+def test_tied_copies(tmp_path, capsys):
+    """K = V by average, decoded through a cache of one tensor."""
+    from qkvjax.cli import main as doors
+
+    write(tmp_path / "a.gguf")
+    run, tied = tmp_path / "run", tmp_path / "tied"
+    main(["convert", "import", f"--source={tmp_path / 'a.gguf'}", f"--workdir={run}"])
+    argv = ["convert", "tie", f"--workdir={run}", f"--output={tied}"]
+    assert main([*argv, "--sharing=q-k=v"]) == 0
+    assert "nothing was trained" in capsys.readouterr().out
+    before, after = load_arrays(run)[0], load_arrays(tied)[0]
+    name = "model.stack.blocks.0.attention.projections.{}.weight"
+    mean = (before[name.format("k")] + before[name.format("v")]) / 2
+    np.testing.assert_allclose(after[name.format("kv")], mean, rtol=1e-6)
+    for same in before.keys() & after.keys():
+        np.testing.assert_array_equal(before[same], after[same])
+    generate = ["generate", f"--workdir={run}", f"--workdir={tied}", "--prompt=the"]
+    assert doors(["qkvjax", *generate, "--max_tokens=4", "--cache_dtype=bfloat16"]) == 0
+    told = capsys.readouterr().out
+    assert f"tokens x {LAYERS * 2 * KV_HEADS * WIDTH * 2}" in told
+    assert f"tokens x {LAYERS * KV_HEADS * WIDTH * 2}" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "tie needs --workdir=DIR, --output=DIR and --sharing"),
+        (["--sharing=k=v"], "no partition of q, k and v"),
+        (["--sharing=q-k=v", "--method=heal"], "'heal' is unknown: use average"),
+        (["--sharing=q=k=v"], "num_kv_heads=2 must equal num_heads=4"),
+    ],
+)
+def test_ties_that_cannot_be(tmp_path, capsys, flags, message):
+    write(tmp_path / "a.gguf")
+    main(["convert", "import", f"--source={tmp_path / 'a.gguf'}", f"--workdir={tmp_path / 'run'}"])
+    where = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'tied'}"]
+    assert main(["convert", "tie", *where, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "tied" / "config.json").exists()
+
+
+def test_what_should_be_converted(capsys):
+    for argv in (["convert"], ["convert", "export"], ["convert", "import"]):
+        assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "not convert export" in err and "--source=FILE is missing" in err
