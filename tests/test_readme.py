@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf_file
 import pytest
 
 from qkvjax import cli
@@ -42,6 +43,7 @@ SMALL = {
     ],
     "generate": ["--max_tokens=5"],
     "evaluate": [],
+    "convert": [],
     "plan": [],
     "analyze": ["--num_sequences=2"],
     "bench": [
@@ -76,6 +78,7 @@ def test_the_commands_in_order(tmp_path, monkeypatch, capfd):
         "tie_word_embeddings": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(shape))
+    gguf_file.write(tmp_path / "model.gguf")
     for command in DOORS:
         argv = shlex.split(command)
         as_it_is = "--list" in argv and "quickstart" not in command  # nothing is trained

@@ -66,7 +66,7 @@ def _look(block, x, positions):
     }
     q, entry = layer.project(y, positions)
     k, _ = layer.expand(entry, positions)
-    extra = layer.columns(q, k, positions)
+    extra = layer.columns(q, positions)
     if extra:
         q, k = jnp.concatenate([q, extra["q_pe"]], -1), jnp.concatenate([k, extra["k_pe"]], -1)
     groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
