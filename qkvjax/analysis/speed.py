@@ -168,9 +168,11 @@ def _layer(config, spec: AttentionSpec, batch: int, context: int, impl: str):
     x = jnp.ones((batch, 1, spec.d_model), dtype)
 
     def tokens(layer, cache, x):
+        turns = caches.turns([spec], context)
+
         def one(carry, place):
             x, cache = carry
-            return caches.attend(layer, x, cache, place, impl=impl), None
+            return caches.attend(layer, x, cache, place, turns=turns, impl=impl), None
 
         return jax.lax.scan(one, (x, cache), context - TOKENS + jnp.arange(TOKENS))[0]
 

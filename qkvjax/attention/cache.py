@@ -9,6 +9,7 @@ lies in one piece, which is several times faster on a CPU.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -18,10 +19,12 @@ import numpy as np
 from qkvjax.attention.layer import Attention
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError
-from qkvjax.kernels import dispatch
+from qkvjax.kernels import dispatch, stored
 from qkvjax.kernels.stored import Int8, Stored, in_order, widen, write
 
 Cache = dict[str, Stored]
+# (base, width) of a rotation -> its (cos, sin) of every slot.
+Turns = dict[tuple[float, int], tuple[jax.Array, jax.Array]]
 
 
 def empty(
@@ -71,9 +74,22 @@ def block_table(lengths: Sequence[int], page_size: int, num_pages: int) -> np.nd
     return table
 
 
+def turns(layers: Sequence[AttentionSpec], num_slots: int) -> Turns:
+    """Angles of the layers whose keys are made of stored states, computed once.
+
+    Inside a loop over tokens XLA would compute sines and cosines anew for every cached number.
+    """
+    wanted = {
+        (spec.rotary_base, spec.rotary_dim)
+        for spec in layers
+        if spec.rope and spec.shares_kv and not spec.values_are_keys
+    }
+    return {key: stored.turns(*key, num_slots, jnp.float32) for key in wanted}
+
+
 def attend(
     layer: Attention, x, cache: Cache, start: jax.Array, *, table: jax.Array | None = None,
-    impl: str = "auto",
+    turns: Turns | None = None, impl: str = "auto",
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Attention of new tokens onto the cache, which they join.
 
@@ -83,6 +99,7 @@ def attend(
       cache: the layer's cache, with room behind `start`.
       start: int, the position of the first new token, or [B] of each sequence's.
       table: the block table int [B, n] of a cache in pages.
+      turns: of `turns`, for a loop over tokens; None computes what is needed.
 
     Returns:
       [B, T, D] and the cache with the new entries.
@@ -96,10 +113,12 @@ def attend(
     slots = jnp.arange(k.shape[2] * (1 if table is None else table.shape[1]))
     if layout == "shared" and not spec.values_are_keys:  # keys are made on read
         key, v = layer.key_of_state(), None
-        if not (key and dispatch.makes_keys(impl, key, spec.head_dim)):
-            state = widen(in_order(k, table), x.dtype)
-            k, v = _keys(layer, state, slots, by_head=key is not None), state
-            held = key = None
+        if key and dispatch.makes_keys(impl, key, spec.head_dim):
+            known = (turns or {}).get((key.base, key.width))
+            key = dataclasses.replace(key, turns=known)
+        else:
+            v = widen(in_order(k, table), x.dtype)
+            k, held, key = _keys(layer, v, slots, by_head=key is not None), None, None
     out = dispatch.decode_attention(
         q, _turned(k), _turned(v), positions=positions, window=spec.window, key=key, table=held,
         impl=impl, **layer.columns(q, slots[None]),

@@ -19,7 +19,7 @@ from qkvjax.attention.projection import Linear, RMSNorm, named_key, wide_times
 from qkvjax.attention.score import Score
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.kernels import dispatch
-from qkvjax.kernels.triton_decode import KeyOfState
+from qkvjax.kernels.stored import KeyOfState
 from qkvjax.parallel import rules
 
 Entry = dict[str, jax.Array]

@@ -48,7 +48,7 @@ def empty_caches(model: LanguageModel, batch: int, length: int, dtype, layout=No
     return [caches.empty(layer, batch, length, dtype, layout) for layer in model.spec.layers]
 
 
-def advance(model, layers, cache, ids, start, *, dtype, table=None, impl="auto"):
+def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl="auto"):
     """Runs new tokens through the model and into its caches.
 
     Args:
@@ -58,6 +58,7 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, impl="auto")
       ids: int [B, T] new tokens at positions start, ..., start + T - 1.
       start: int scalar, or [B] where sequences have come to different lengths.
       table: the block table of a cache in pages; None means a contiguous one.
+      turns: of `attention.cache.turns`, or None.
 
     Returns:
       What the head reads, [B, T, D], and the caches.
@@ -66,14 +67,16 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, impl="auto")
     x = model.embed(ids, positions, dtype)
     updated = []
     for layer, held in zip(layers, cache, strict=True):
-        x, held = layer.decode(x, held, start, table=table, impl=impl)
+        x, held = layer.decode(x, held, start, table=table, turns=turns, impl=impl)
         updated.append(held)
     return model.norm(x), updated
 
 
-def decode(model, layers, cache, ids, start, *, dtype, table=None, impl="auto"):
+def decode(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl="auto"):
     """Logits [B, T, V] of new tokens, and the caches with them; arguments as in `advance`."""
-    x, cache = advance(model, layers, cache, ids, start, dtype=dtype, table=table, impl=impl)
+    x, cache = advance(
+        model, layers, cache, ids, start, dtype=dtype, table=table, turns=turns, impl=impl
+    )
     return model.logits(x), cache
 
 
@@ -117,6 +120,8 @@ def sample_tokens(
     greedy,
 ):
     """max_tokens tokens int32 [B, max_tokens], each fed back through the cache."""
+    slots = jax.tree.leaves(cache)[0].shape[2] * (1 if table is None else table.shape[1])
+    turns = caches.turns(model.spec.layers, slots)
 
     def one(carry, key):
         logits, cache, position = carry
@@ -126,7 +131,7 @@ def sample_tokens(
         else:
             ids = jax.random.categorical(key, logits / temperature)
         logits, cache = decode(
-            model, layers, cache, ids[:, None], position, dtype=dtype, table=table
+            model, layers, cache, ids[:, None], position, dtype=dtype, table=table, turns=turns
         )
         return (logits[:, -1], cache, position + 1), ids.astype(jnp.int32)
 

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.kernels import reference, triton, triton_decode, xla
-from qkvjax.kernels.stored import Stored, in_order, widen
-from qkvjax.kernels.triton_decode import KeyOfState
+from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.parallel import rules
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
@@ -58,7 +57,8 @@ def choose(impl: str = "auto") -> str:
 
 def makes_keys(impl: str, key: KeyOfState, head_width: int) -> bool:
     """Whether decoding by `impl` makes keys of stored states as it reads them."""
-    return choose(impl) == "triton" and not triton_decode.cannot_make(key, head_width)
+    name = choose(impl)
+    return name == "xla" or name == "triton" and not triton_decode.cannot_make(key, head_width)
 
 
 def check(impl: str, q: jax.Array, v: jax.Array | None, softcap: float | None = None) -> None:
@@ -168,7 +168,10 @@ def decode_attention(
     k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
-    return PLAIN[name](q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
+    options = {"mask": mask, "scale": scale, "q_pe": q_pe, "k_pe": k_pe}
+    if key is not None:
+        return xla.decode_states(q, k, key, **options)
+    return PLAIN[name](q, k, v, **options)
 
 
 def _read(x: Stored, table: jax.Array | None, dtype) -> jax.Array:

@@ -1,4 +1,5 @@
-"""How a cache keeps its numbers: in int8 or as they are, in pages or in one piece a sequence.
+"""How a cache keeps its numbers: in int8 or as they are, in pages or in one piece a sequence, and
+how keys are made of them where it keeps states.
 
 A cached tensor is an array or an `Int8`. Letters: B sequences, S slots, K heads, H head width;
 P pages of E slots, of which a block table int [B, n] names those of each sequence, in order.
@@ -6,6 +7,8 @@ P pages of E slots, of which a block table int [B, n] names those of each sequen
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -82,3 +85,38 @@ def _put(old, new, start, table):
         return old.at[row, :, slots].set(new)
     size = old.shape[2]
     return old.at[table[row, slots // size], :, slots % size].set(new)
+
+
+def turns(base: float, width: int, length: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each [length, width / 2], of the angles by which rotary positions turn."""
+    half = width // 2
+    angles = jnp.arange(length, dtype=dtype)[:, None]
+    angles = angles * base ** (-jnp.arange(half, dtype=dtype) / half)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["gain", "turns"],
+    meta_fields=["base", "width", "epsilon"],
+)
+@dataclasses.dataclass(frozen=True)
+class KeyOfState:
+    """How the key of slot s is made from the stored state: RMSNorm, then rotation by s.
+
+    Attributes:
+      base, width: of `attention.position.rotate`; the width is even.
+      gain: [H] of the norm, or None without a norm.
+      turns: of `turns`, where they were computed before; None means when they are needed.
+      epsilon: of the norm.
+    """
+
+    base: float
+    width: int
+    gain: jax.Array | None = None
+    turns: tuple[jax.Array, jax.Array] | None = None
+    epsilon: float = 1e-6
+
+    def at(self, length: int, dtype) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) of slots 0, ..., length - 1."""
+        return self.turns or turns(self.base, self.width, length, dtype)

@@ -19,33 +19,12 @@ from jax.experimental import pallas as pl
 
 from qkvjax.errors import UserError
 from qkvjax.kernels import tile
-from qkvjax.kernels.stored import Int8
+from qkvjax.kernels.stored import Int8, KeyOfState
 from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
 
 BLOCK = Blocks(queries=64, keys=64, warps=4, stages=3)
 # Programs that fill the 132 processors of a Hopper GPU twice, of at least so many slots each.
 PROGRAMS, FEWEST_SLOTS = 264, 256
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["gain"],
-    meta_fields=["base", "width", "epsilon"],
-)
-@dataclasses.dataclass(frozen=True)
-class KeyOfState:
-    """How the key of slot s is made from the stored state: RMSNorm, then rotation by s.
-
-    Attributes:
-      base, width: of `attention.position.rotate`; the width is even.
-      gain: [H] of the norm, or None without a norm.
-      epsilon: of the norm.
-    """
-
-    base: float
-    width: int
-    gain: jax.Array | None = None
-    epsilon: float = 1e-6
 
 
 def cannot_make(key: KeyOfState | None, head_width: int) -> str | None:
@@ -138,10 +117,7 @@ def decode(
         begins = jnp.maximum(jnp.min(positions, axis=1).astype(jnp.int32) - window + 1, 0)
     turns = gains = None
     if key is not None:
-        half = key.width // 2
-        angles = jnp.arange(slots, dtype=jnp.float32)[:, None]
-        angles = angles * key.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        turns = jnp.cos(angles), jnp.sin(angles)
+        turns = key.at(slots, jnp.float32)
         gains = None if key.gain is None else key.gain.astype(jnp.float32)
     second = None
     if q_pe is not None:

@@ -62,10 +62,16 @@ class Block(nnx.Module):
         hidden = dropout(hidden, self.rate, keys[0]) if self.inside else hidden
         return x + dropout(self.mlp.down(hidden), self.rate, keys[1])
 
-    def decode(self, x, cache, start, *, table=None, impl="auto"):
+    def decode(self, x, cache, start, *, table=None, turns=None, impl="auto"):
         """The same for new tokens that join `cache`; arguments as in `attention.cache.attend`."""
         y, cache = caches.attend(
-            self.attention, self.attention_norm(x), cache, start, table=table, impl=impl
+            self.attention,
+            self.attention_norm(x),
+            cache,
+            start,
+            table=table,
+            turns=turns,
+            impl=impl,
         )
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache

@@ -14,7 +14,7 @@ from qkvjax.attention.projection import RMSNorm
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
 from qkvjax.kernels import dispatch, reference, triton_decode
-from qkvjax.kernels.triton_decode import KeyOfState
+from qkvjax.kernels.stored import KeyOfState
 
 B, S, N, H = 3, 150, 4, 64
 PLACES = jnp.array([[10, 11], [100, 101], [148, 149]])  # of the new tokens, rubbish behind them
