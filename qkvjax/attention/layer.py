@@ -65,6 +65,8 @@ class Attention(nnx.Module):
         entry = jax.tree.map(rules.gather_sequence, entry)
         places = rules.gather_sequence(positions)
         k, v = self.expand(entry, places)
+        if self.spec.queries_are_keys and not rules.shards_sequence():
+            k = None
         out = dispatch.attention(
             q, k, v, causal=self.spec.causal, window=self.spec.window,
             segment_ids=segment_ids, impl=impl, **self.columns(q, places),

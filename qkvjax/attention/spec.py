@@ -247,6 +247,11 @@ class AttentionSpec:
         transformed = self.rope or self.qk_norm or self.modifies_roles
         return self.shares_kv and (self.rotary_values != "raw" or not transformed)
 
+    @property
+    def queries_are_keys(self) -> bool:
+        """Whether queries and keys are one tensor as they enter the scores."""
+        return self.block("q") == self.block("k") and not self.score
+
     def num_role_heads(self, role: str) -> int:
         """N for the query, K for key and value."""
         return self.num_heads if role == "q" else self.num_kv_heads

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError, did_you_mean
-from qkvjax.kernels import reference, triton, triton_decode, xla
+from qkvjax.kernels import reference, triton, triton_decode, triton_symmetric, xla
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.parallel import rules
 
@@ -74,7 +74,7 @@ def check(impl: str, q: jax.Array, v: jax.Array | None, softcap: float | None = 
 
 def attention(
     q: jax.Array,
-    k: jax.Array,
+    k: jax.Array | None = None,
     v: jax.Array | None = None,
     *,
     causal: bool = True,
@@ -90,7 +90,8 @@ def attention(
 
     Args:
       q: [B, T, N, H] queries.
-      k: [B, T, K, H] keys, each for N / K query heads.
+      k: [B, T, K, H] keys, each for N / K query heads; None says that they are the queries,
+        whose two gradients a kernel may then compute as one.
       v: [B, T, K, H] values; None says that the key tile is the value tile, which a kernel
         may then load once.
       causal: a query sees keys at or before its place.
@@ -108,8 +109,13 @@ def attention(
     if name == "triton":
         check(name, q, v, softcap)
         options = {"causal": causal, "window": window, "scale": scale}
+        if k is None and q_pe is None:
+            run = functools.partial(triton_symmetric.attention, **options)
+            return rules.on_each_device(run, q, {"v": v, "segment_ids": segment_ids})
+        k = q if k is None else k
         arrays = {"k": k, "v": v, "segment_ids": segment_ids, "q_pe": q_pe, "k_pe": k_pe}
         return rules.on_each_device(functools.partial(triton.attention, **options), q, arrays)
+    k = q if k is None else k
     places = jnp.arange(q.shape[1])[None]
     mask = reference.visible(
         places,

@@ -68,6 +68,17 @@ class Options:
     def limits(self) -> dict:
         return {"causal": self.causal, "window": self.window, "length": self.length}
 
+    def padded(self, tree):
+        """Arrays [B, T, ...] of a tree with zeros behind them, so that every tile is whole."""
+        step = max(getattr(b, side) for b in (self.forward, self.backward)
+                   for side in ("queries", "keys"))  # fmt: skip
+        fill = -self.length % step
+
+        def pad(x):
+            return jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) if fill else x
+
+        return jax.tree.map(pad, tree)
+
 
 def attention(
     q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None,
@@ -82,6 +93,17 @@ def attention(
     Raises:
       UserError: `refusal` has an answer, or a block is no such power of two.
     """
+    options = settings(
+        q, v, causal=causal, window=window, scale=scale, forward=forward, backward=backward,
+        interpret=interpret,
+    )  # fmt: skip
+    length = q.shape[1]
+    arrays = options.padded((_parts(q, q_pe), _parts(k, k_pe), v, segment_ids))
+    return _attend(options, *arrays)[:, :length]
+
+
+def settings(q, v, *, causal, window, scale, forward, backward, interpret) -> Options:
+    """What `attention` compiles for these arguments; raises as it does."""
     why = refusal(q, v)
     if why:
         raise UserError(f"the triton kernel takes no such attention: {why}")
@@ -99,16 +121,10 @@ def attention(
         sizes = min(blocks.queries, smallest), min(blocks.keys, smallest)
         return dataclasses.replace(blocks, queries=sizes[0], keys=sizes[1])
 
-    options = Options(
+    return Options(
         causal, window, width**-0.5 if scale is None else float(scale), length,
         fit(forward, FORWARD), fit(backward, BACKWARD), interpret,
     )  # fmt: skip
-    step = max(getattr(b, side) for b in (options.forward, options.backward)
-               for side in ("queries", "keys"))  # fmt: skip
-    fill = -length % step
-    whole = lambda x: x if fill == 0 else jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-    qs, ks, v, segment_ids = jax.tree.map(whole, (_parts(q, q_pe), _parts(k, k_pe), v, segment_ids))
-    return _attend(options, qs, ks, v, segment_ids)[:, :length]
 
 
 def _parts(x, second):
@@ -124,20 +140,20 @@ def widened(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, qs, ks, v, segments):
-    return _forward(options, qs, ks, v, segments)[0]
+    return forward_pass(options, qs, ks, v, segments)[0]
 
 
-def _forward(options, qs, ks, v, segments):
+def forward_pass(options, qs, ks, v, segments):
     batch, length, heads, _ = qs[0].shape
     group, blocks = heads // ks[0].shape[2], options.forward
     value = ks[0] if v is None else v
-    rows, columns = _tiles(blocks.queries), _whole(length, group)
+    rows, columns = by_tile(blocks.queries), by_head(length, group)
     out = jax.ShapeDtypeStruct((*qs[0].shape[:3], value.shape[-1]), qs[0].dtype)
     normaliser = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     call = pallas(
         functools.partial(_forward_kernel, options), "attention_forward", options.interpret, blocks,
         grid=(length // blocks.queries, batch, heads),
-        in_specs=_specs((qs, rows), (ks, columns), (v, columns), (segments, _all_places)),
+        in_specs=specs((qs, rows), (ks, columns), (v, columns), (segments, all_places)),
         out_specs=[rows(out), _numbers(blocks.queries)(normaliser)],
         out_shape=[out, normaliser],
     )  # fmt: skip
@@ -149,13 +165,13 @@ def _forward_kernel(options, qs, ks, v, segments, out, normaliser):
     blocks = options.forward
     q = [ref[...] for ref in qs]
     first = pl.program_id(0) * blocks.queries
-    rows = _places(first, blocks.queries, segments)
+    rows = places_of(first, blocks.queries, segments)
 
     def step(j, state):
         at = pl.ds(j * blocks.keys, blocks.keys)
         k = [ref[at, :] for ref in ks]
-        scores = _scores(options, q, k)
-        seen = _seen(options, rows, _places(j * blocks.keys, blocks.keys, segments))
+        scores = base2_scores(options, q, k)
+        seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
         return tile.absorb(state, scores, seen, [k[0] if v is None else v[at, :]])
 
     tiles = tile.key_tiles(first, first + blocks.queries - 1, blocks.keys, **options.limits)
@@ -176,16 +192,16 @@ def _backward(options, residuals, slope):
     rest = slope, normaliser, delta, segments
 
     same = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
-    by_query, by_key = _tiles(blocks.queries), _tiles(blocks.keys)
-    whole, grouped = _whole(length, group), _group(length, group)
+    by_query, by_key = by_tile(blocks.queries), by_tile(blocks.keys)
+    whole, grouped = by_head(length, group), _group(length, group)
     row_numbers, group_numbers = _numbers(blocks.queries), _group_numbers(group, length)
     call = pallas(
         functools.partial(_keys_kernel, options, group), "attention_keys", options.interpret,
         blocks,
         grid=(length // blocks.keys, batch, num_kv_heads),
-        in_specs=_specs(
+        in_specs=specs(
             (qs, grouped), (ks, by_key), (v, by_key), (slope, grouped),
-            (normaliser, group_numbers), (delta, group_numbers), (segments, _all_places),
+            (normaliser, group_numbers), (delta, group_numbers), (segments, all_places),
         ),
         out_specs=jax.tree.map(by_key, (ks, v)), out_shape=same((ks, v)),
     )  # fmt: skip
@@ -193,9 +209,9 @@ def _backward(options, residuals, slope):
     call = pallas(
         functools.partial(_queries_kernel, options), "attention_queries", options.interpret, blocks,
         grid=(length // blocks.queries, batch, heads),
-        in_specs=_specs(
+        in_specs=specs(
             (qs, by_query), (ks, whole), (v, whole), (slope, by_query),
-            (normaliser, row_numbers), (delta, row_numbers), (segments, _all_places),
+            (normaliser, row_numbers), (delta, row_numbers), (segments, all_places),
         ),
         out_specs=[jax.tree.map(by_query, qs)], out_shape=[same(qs)],
     )  # fmt: skip
@@ -203,7 +219,7 @@ def _backward(options, residuals, slope):
     return dqs, dks, dv, None
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(forward_pass, _backward)
 
 
 def _keys_kernel(options, group, qs, ks, v, slope, normaliser, delta, segments, dks, dv):
@@ -212,17 +228,20 @@ def _keys_kernel(options, group, qs, ks, v, slope, normaliser, delta, segments, 
     k = [ref[...] for ref in ks]
     value = k[0] if v is None else v[...]
     first = pl.program_id(0) * blocks.keys
-    columns = _places(first, blocks.keys, segments)
+    columns = places_of(first, blocks.keys, segments)
 
     def head(n, sums):
         def step(i, sums):
             at = pl.ds(i * blocks.queries, blocks.queries)
             q, do = [ref[at, n, :] for ref in qs], slope[at, n, :]
-            seen = _seen(
-                options, _places(i * blocks.queries, blocks.queries, segments), columns, turned=True
+            seen = pairs_seen(
+                options,
+                places_of(i * blocks.queries, blocks.queries, segments),
+                columns,
+                turned=True,
             )
             weights, slopes = tile.weights_and_slopes(
-                _scores(options, k, q), seen, normaliser[n, at][None, :],
+                base2_scores(options, k, q), seen, normaliser[n, at][None, :],
                 tile.dot(value, do, (1, 1)), delta[n, at][None, :],
             )  # fmt: skip
             of_keys, of_values = sums
@@ -251,15 +270,15 @@ def _queries_kernel(options, qs, ks, v, slope, normaliser, delta, segments, dqs)
     q, do = [ref[...] for ref in qs], slope[...]
     of_row, delta_of_row = normaliser[...][:, None], delta[...][:, None]
     first = pl.program_id(0) * blocks.queries
-    rows = _places(first, blocks.queries, segments)
+    rows = places_of(first, blocks.queries, segments)
 
     def step(j, sums):
         at = pl.ds(j * blocks.keys, blocks.keys)
         k = [ref[at, :] for ref in ks]
         value = k[0] if v is None else v[at, :]
-        seen = _seen(options, rows, _places(j * blocks.keys, blocks.keys, segments))
+        seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
         _, slopes = tile.weights_and_slopes(
-            _scores(options, q, k), seen, of_row, tile.dot(do, value, (1, 1)), delta_of_row
+            base2_scores(options, q, k), seen, of_row, tile.dot(do, value, (1, 1)), delta_of_row
         )
         slopes = (slopes * options.scale).astype(k[0].dtype)
         return [add + tile.dot(slopes, part) for add, part in zip(sums, k)]
@@ -270,19 +289,19 @@ def _queries_kernel(options, qs, ks, v, slope, normaliser, delta, segments, dqs)
         ref[...] = total.astype(ref.dtype)
 
 
-def _scores(options, rows, columns):
+def base2_scores(options, rows, columns):
     """Base-2 scores of a tile, summed over parts."""
     products = [tile.dot(a, b, (1, 1)) for a, b in zip(rows, columns)]
     return sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
 
 
-def _places(first, size: int, segments):
+def places_of(first, size: int, segments):
     """(places [size], their segments or None)."""
     places = first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
     return places, None if segments is None else segments[pl.ds(first, size)]
 
 
-def _seen(options, rows, columns, turned: bool = False):
+def pairs_seen(options, rows, columns, turned: bool = False):
     """The mask of a tile of rows and columns as `_places` gives them; `turned` is [c, r]."""
     down, along = (lambda x: x[:, None]), (lambda x: x[None, :])
     of_rows, of_columns = (along, down) if turned else (down, along)
@@ -298,12 +317,12 @@ def _seen(options, rows, columns, turned: bool = False):
 # Where a grid point (tile i, sequence b, head n) finds its part of an array: functions of it.
 
 
-def _tiles(size: int):
+def by_tile(size: int):
     """Tile i of one head of [B, T, N, H]."""
     return lambda x: pl.BlockSpec((None, size, None, x.shape[3]), lambda i, b, n: (b, i, n, 0))
 
 
-def _whole(length: int, group: int):
+def by_head(length: int, group: int):
     """All places of the key-value head that query head n belongs to."""
     return lambda x: pl.BlockSpec(
         (None, length, None, x.shape[3]), lambda i, b, n: (b, 0, n // group, 0)
@@ -325,11 +344,11 @@ def _group_numbers(group: int, length: int):
     return lambda x: pl.BlockSpec((None, group, length), lambda i, b, n: (b, n, 0))
 
 
-def _all_places(segments):
+def all_places(segments):
     return pl.BlockSpec((None, segments.shape[1]), lambda i, b, n: (b, 0))
 
 
-def _specs(*pairs):
+def specs(*pairs):
     """Block specs of trees of arrays, each with the function that makes them."""
     return [jax.tree.map(make, tree) for tree, make in pairs]
 

@@ -1,0 +1,117 @@
+"""Attention whose queries are its keys (Q = K, Q = K = V), in Pallas through Triton.
+
+One tensor X has two gradients, as queries and as keys. The kernel computes both for a tile of X and
+adds them where they are made: one accumulator and one write, where there would be two kernels,
+two writes and a sum in memory. With Q = K = V the gradient of the values joins them.
+
+Where every pair is seen both ways (not causal), one product X_i X_j^T serves both scans.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from qkvjax.kernels import tile, triton
+from qkvjax.kernels.triton import Blocks
+
+
+def attention(
+    x, v=None, *, causal=True, segment_ids=None, window=None, scale=None,
+    forward: Blocks | None = None, backward: Blocks | None = None, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """As `kernels.triton.attention` with q = k = x [B, T, N, H]; `v=None` is Q = K = V."""
+    options = triton.settings(
+        x, v, causal=causal, window=window, scale=scale, forward=forward, backward=backward,
+        interpret=interpret,
+    )  # fmt: skip
+    return _attend(options, *options.padded((x, v, segment_ids)))[:, : x.shape[1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, x, v, segments):
+    return _forward(options, x, v, segments)[0]
+
+
+def _forward(options, x, v, segments):
+    out, (*_, normaliser) = triton.forward_pass(options, (x,), (x,), v, segments)
+    return out, (x, v, segments, out, normaliser)
+
+
+def _backward(options, residuals, slope):
+    x, v, segments, out, normaliser = residuals
+    delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), slope.astype(jnp.float32))
+    batch, length, heads, _ = x.shape
+    blocks = options.backward
+    by_tile, by_head = triton.by_tile(blocks.queries), triton.by_head(length, 1)
+    numbers = lambda x: pl.BlockSpec((None, None, length), lambda i, b, n: (b, n, 0))  # noqa: E731
+    same = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
+    call = triton.pallas(
+        functools.partial(_kernel, options), "attention_symmetric", options.interpret, blocks,
+        grid=(length // blocks.queries, batch, heads),
+        in_specs=triton.specs(
+            (x, by_head), (v, by_head), (slope, by_head), (normaliser, numbers), (delta, numbers),
+            (segments, triton.all_places),
+        ),
+        out_specs=jax.tree.map(by_tile, (x, v)), out_shape=same((x, v)),
+    )  # fmt: skip
+    return *call(x, v, slope, normaliser, delta, segments), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _kernel(options, x, v, slope, normaliser, delta, segments, dx, dv):
+    """Gradients of one tile of X, as queries and as keys, and of its values."""
+    blocks = options.backward
+    first = pl.program_id(0) * blocks.queries
+    here = pl.ds(first, blocks.queries)
+    values = x if v is None else v
+    mine, my_values, my_slope = x[here, :], values[here, :], slope[here, :]
+    my_normaliser, my_delta = normaliser[here][:, None], delta[here][:, None]
+    rows = triton.places_of(first, blocks.queries, segments)
+
+    def step(j, sums, as_queries: bool, as_keys: bool):
+        of_x, of_values = sums
+        at = pl.ds(j * blocks.keys, blocks.keys)
+        other, other_slope = x[at, :], slope[at, :]
+        scores = triton.base2_scores(options, [mine], [other])
+        columns = triton.places_of(j * blocks.keys, blocks.keys, segments)
+        if as_queries:
+            _, slopes = tile.weights_and_slopes(
+                scores, triton.pairs_seen(options, rows, columns), my_normaliser,
+                tile.dot(my_slope, values[at, :], (1, 1)), my_delta,
+            )  # fmt: skip
+            of_x += tile.dot((slopes * options.scale).astype(other.dtype), other)
+        if as_keys:  # rows are keys here
+            weights, slopes = tile.weights_and_slopes(
+                scores, triton.pairs_seen(options, columns, rows, turned=True),
+                normaliser[at][None, :], tile.dot(my_values, other_slope, (1, 1)),
+                delta[at][None, :],
+            )  # fmt: skip
+            of_x += tile.dot((slopes * options.scale).astype(other.dtype), other)
+            from_values = tile.dot(weights.astype(other_slope.dtype), other_slope)
+            if v is None:
+                of_x += from_values
+            else:
+                of_values += from_values
+        return of_x, of_values
+
+    span = first, first + blocks.queries - 1, blocks.keys
+    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+    sums = zeros(mine), None if v is None else zeros(my_values)
+    scan = lambda tiles, sums, *roles: jax.lax.fori_loop(  # noqa: E731
+        *tiles, lambda j, sums: step(j, sums, *roles), sums
+    )
+    keys = tile.key_tiles(*span, **options.limits)
+    if options.causal:
+        sums = scan(keys, sums, True, False)
+        sums = scan(tile.query_tiles(*span, **options.limits), sums, False, True)
+    else:
+        sums = scan(keys, sums, True, True)
+    dx[...] = sums[0].astype(dx.dtype)
+    if v is not None:
+        dv[...] = sums[1].astype(dv.dtype)
