@@ -13,6 +13,7 @@ guess is no reason to prefer them. A named implementation that cannot run raises
 from __future__ import annotations
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def missing(impl: str) -> str | None:
 def choose(impl: str = "auto") -> str:
     """The implementation that `impl` stands for; raises UserError for one that is not here."""
     if impl == "auto":
+        _tell()
         return "xla"
     here = [name for name in IMPLEMENTATIONS if not missing(name)]
     if impl not in IMPLEMENTATIONS:
@@ -53,6 +55,18 @@ def choose(impl: str = "auto") -> str:
             f" {', '.join(here)}"
         )
     return impl
+
+
+@functools.cache
+def _tell() -> None:
+    """Says once, where there is a choice, what was chosen and why."""
+    for name in IMPLEMENTATIONS:
+        if name not in PLAIN and missing(name) is None:
+            print(
+                f"attention: xla; {name} could run here but was not measured against it, so it is"
+                f" taken only when it is named (impl={name!r})",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 def makes_keys(impl: str, key: KeyOfState, head_width: int) -> bool:

@@ -1,0 +1,37 @@
+"""Every kernel compiled for hardware that is not there: it fits, and no register is spilled."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_for_h200.py")
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+def test_triton_kernels_for_an_h200(tmp_path):
+    """Of one tensor for K and V the kernel of their gradients needs fewer registers."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm")
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=.*"
+    environment = os.environ | {
+        "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[2]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, env=environment
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["kernel"].removeprefix("attention_") for line in lines} == {
+        "forward", "keys", "queries", "symmetric", "decode",
+    }  # fmt: skip
+    assert [line for line in lines if line["spilled"]] == []
+    keys = {(x["width"], x["tied"]): x["registers"] for x in lines if "keys" in x["kernel"]}
+    assert all(keys[width, True] < keys[width, False] for width in (64, 128))
