@@ -18,8 +18,14 @@ import sys
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from jax.sharding import use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 from qkvjax.kernels import triton, triton_decode, triton_symmetric
 from qkvjax.kernels.stored import Int8, KeyOfState
