@@ -42,7 +42,7 @@ def main() -> None:
     for dtype, limit in LIMIT.items():
         keys = jax.random.split(jax.random.key(0), 3)
         q, k, v = (jax.random.normal(key, (2, given.length, 4, 64), dtype) for key in keys)
-        for tied, tensors in ((False, (q, k, v)), (True, (q, k))):
+        for sharing, tensors in (("q-k-v", (q, k, v)), ("q-k=v", (q, k)), ("q=k=v", (q,))):
             wanted = truth(*tensors)
             for impl in [i for i in dispatch.IMPLEMENTATIONS if not dispatch.missing(i)]:
                 found = output_and_gradients(impl, *tensors)
@@ -52,7 +52,7 @@ def main() -> None:
                 }
                 worst = max(worst, max(errors.values()) / limit)
                 record(
-                    given.output, benchmark="correctness", impl=impl, dtype=dtype, tied=tied,
+                    given.output, benchmark="correctness", impl=impl, dtype=dtype, sharing=sharing,
                     limit=limit, **errors,
                 )  # fmt: skip
     if not worst < 1:
