@@ -271,8 +271,10 @@ def _model_notes(values: flags.FlagValues, model, record: dict) -> list[str]:
     if model.learned_positions:
         longest += "; positions are learned, so the model itself ends at its own"
     notes.append(longest + ".")
-    if values.cache_dtype == "int8" or values.weight_dtype == "int8":
-        notes.append("int8 is counted without the scales, a few percent more in practice.")
+    if values.cache_dtype == "int8":
+        notes.append("The cache in int8 is counted with its scales: two bytes a head and token.")
+    if values.weight_dtype == "int8":
+        notes.append("Weights in int8 are counted without scales, a few percent more in practice.")
     notes += model.notes
     if any(s.rope for s in specs):
         notes.append(

@@ -136,8 +136,9 @@ def test_flags_change_what_they_name(planned):
     )  # fmt: skip
     row = record["rows"][0]
     assert record["memory_bytes"] == 141 * 2**30
-    assert row["cache_bytes_per_token"] * 2 == base["cache_bytes_per_token"]
-    assert row["users"] == (141 * 2**30 - 2 * WEIGHTS) // (4096 * 65_536)
+    scales = 2 * 2 * 8 * 32  # of two bytes, one for each of two tensors' heads in every layer
+    assert (row["cache_bytes_per_token"] - scales) * 2 == base["cache_bytes_per_token"]
+    assert row["users"] == (141 * 2**30 - 2 * WEIGHTS) // (4096 * (65_536 + scales))
     assert "scales" in text and "H100" not in text
 
 

@@ -70,6 +70,7 @@ def test_an_unknown_door(capsys):
 def test_an_unknown_flag(door, recipe, capsys):
     module = importlib.import_module(f"qkvjax.{door}")
     config = [f"--config={recipe}"] if door in ("train", "study", "plan", "bench") else []
+    config = ["import"] if door == "convert" else config
     assert module.main([f"qkvjax {door}", *config, "--workdri=x"]) == 2
     told = capsys.readouterr()
     assert told.err == "error: unknown flag --workdri; did you mean 'workdir'?; --help lists them\n"
