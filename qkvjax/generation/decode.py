@@ -18,6 +18,7 @@ from qkvjax.attention import cache as caches
 from qkvjax.attention.spec import itemsize
 from qkvjax.errors import UserError
 from qkvjax.models.lm import LanguageModel
+from qkvjax.parallel import host
 
 PREFILL = 512  # tokens of a prompt that enter the cache at a time
 
@@ -157,15 +158,19 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
             " prompt"
         )
     shape = (batch, length) if pages is None else (batch * pages, page_size)
+    num_bytes, free = batch * length * per_token, host.free_memory()
+    too_much = UserError(
+        f"the cache of {length:,} tokens takes {num_bytes:,} bytes, more than is free here: lower"
+        " --max_tokens or --cache_length"
+    )
+    if free is not None and num_bytes > free:
+        raise too_much
     try:
         cache = empty_caches(model, *shape, dtype, layout)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(
-            f"the cache of {length:,} tokens takes {batch * length * per_token:,} bytes, more than"
-            " is free here: lower --max_tokens or --cache_length"
-        ) from None
+        raise too_much from None
     if pages is not None:
         table = jnp.asarray(caches.block_table([length] * batch, page_size, batch * pages))
     return cache, table, length

@@ -110,6 +110,20 @@ def device_name() -> str:
     return f"CPU, {platform.processor() or platform.machine()}"
 
 
+def free_memory() -> int | None:
+    """Bytes that arrays may take now, where they lie in the memory of a Linux host; else None.
+
+    Linux promises more memory than there is and kills who uses it.
+    """
+    import jax
+
+    told = Path("/proc/meminfo")
+    if jax.default_backend() != "cpu" or not told.exists():
+        return None
+    lines = dict(line.split(":") for line in told.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])
+
+
 def peak_flops(num_devices: int = 1) -> float | None:
     """Dense bfloat16 FLOP/s of so many devices, or None where the kind is not in the table."""
     import jax

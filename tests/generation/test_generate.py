@@ -113,6 +113,12 @@ def test_bad_options(sample, options, message):
         sample(**options)
 
 
+def test_a_cache_beyond_the_machine_is_refused_before_it_is_made(sample, monkeypatch):
+    monkeypatch.setattr(decoding.host, "free_memory", lambda: 1000)
+    with pytest.raises(UserError, match="takes 1,408 bytes, more than is free here"):
+        sample()
+
+
 def test_text_in_and_out():
     tokenizer = load_tokenizer("bytes")
     ids = decoding.prompt_ids(tokenizer, "né")
