@@ -168,13 +168,16 @@ def _layer(config, spec: AttentionSpec, batch: int, context: int, impl: str):
     x = jnp.ones((batch, 1, spec.d_model), dtype)
 
     def tokens(layer, cache, x):
-        turns = caches.turns([spec], context)
+        turns, like = caches.turns([spec], context), jax.eval_shape(lambda: cache)
 
         def one(carry, place):
-            x, cache = carry
-            return caches.attend(layer, x, cache, place, turns=turns, impl=impl), None
+            x, cache = carry[0], caches.restored(carry[1], like)
+            x, cache = caches.attend(layer, x, cache, place, turns=turns, impl=impl)
+            return (x, caches.carried(cache)), None
 
-        return jax.lax.scan(one, (x, cache), context - TOKENS + jnp.arange(TOKENS))[0]
+        places = context - TOKENS + jnp.arange(TOKENS)
+        x, cache = jax.lax.scan(one, (x, caches.carried(cache)), places)[0]
+        return x, caches.restored(cache, like)
 
     compiled = jax.jit(tokens, donate_argnums=1).lower(layer, cache, x).compile()
 

@@ -87,6 +87,16 @@ def turns(layers: Sequence[AttentionSpec], num_slots: int) -> Turns:
     return {key: stored.turns(*key, num_slots, jnp.float32) for key in wanted}
 
 
+def carried(cache, table: jax.Array | None = None):
+    """A tree of caches as a loop over tokens should carry it, to be changed in place."""
+    return cache if table is not None else jax.tree.map(stored.merged, cache)
+
+
+def restored(cache, like):
+    """What `carried` gave, in the shapes of `like` again."""
+    return jax.tree.map(lambda array, whole: array.reshape(whole.shape), cache, like)
+
+
 def attend(
     layer: Attention, x, cache: Cache, start: jax.Array, *, table: jax.Array | None = None,
     turns: Turns | None = None, impl: str = "auto",

@@ -123,9 +123,11 @@ def sample_tokens(
     """max_tokens tokens int32 [B, max_tokens], each fed back through the cache."""
     slots = jax.tree.leaves(cache)[0].shape[2] * (1 if table is None else table.shape[1])
     turns = caches.turns(model.spec.layers, slots)
+    like = jax.eval_shape(lambda: cache)
 
     def one(carry, key):
         logits, cache, position = carry
+        cache = caches.restored(cache, like)
         logits = logits[:, :num_ids]  # rows that pad the vocabulary are no tokens
         if greedy:
             ids = jnp.argmax(logits, axis=-1)
@@ -134,11 +136,11 @@ def sample_tokens(
         logits, cache = decode(
             model, layers, cache, ids[:, None], position, dtype=dtype, table=table, turns=turns
         )
-        return (logits[:, -1], cache, position + 1), ids.astype(jnp.int32)
+        return (logits[:, -1], caches.carried(cache, table), position + 1), ids.astype(jnp.int32)
 
     keys = jax.random.split(key, max_tokens)
-    (_, cache, _), ids = jax.lax.scan(one, (logits, cache, start), keys)
-    return ids.T, cache
+    (_, cache, _), ids = jax.lax.scan(one, (logits, caches.carried(cache, table), start), keys)
+    return ids.T, caches.restored(cache, like)
 
 
 def allocate(model, batch, needed, length, dtype, layout, page_size):

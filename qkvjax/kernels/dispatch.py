@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError, did_you_mean
-from qkvjax.kernels import reference, triton, triton_decode, triton_symmetric, xla
+from qkvjax.kernels import reference, triton, triton_decode, triton_symmetric, xla, xla_decode
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.parallel import rules
 
@@ -126,10 +126,10 @@ def attention(
         if k is None and q_pe is None:
             run = functools.partial(triton_symmetric.attention, **options)
             return rules.on_each_device(run, q, {"v": v, "segment_ids": segment_ids})
-        k = q if k is None else k
+        k = rules.gather_sequence(q) if k is None else k
         arrays = {"k": k, "v": v, "segment_ids": segment_ids, "q_pe": q_pe, "k_pe": k_pe}
         return rules.on_each_device(functools.partial(triton.attention, **options), q, arrays)
-    k = q if k is None else k
+    k = rules.gather_sequence(q) if k is None else k
     places = jnp.arange(q.shape[1])[None]
     mask = reference.visible(
         places,
@@ -188,10 +188,9 @@ def decode_attention(
     k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
-    options = {"mask": mask, "scale": scale, "q_pe": q_pe, "k_pe": k_pe}
-    if key is not None:
-        return xla.decode_states(q, k, key, **options)
-    return PLAIN[name](q, k, v, **options)
+    if name == "reference":
+        return reference.attention(q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
+    return xla_decode.decode(q, k, v, mask=mask, key=key, scale=scale, q_pe=q_pe, k_pe=k_pe)
 
 
 def _read(x: Stored, table: jax.Array | None, dtype) -> jax.Array:

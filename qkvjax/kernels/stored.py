@@ -74,10 +74,22 @@ def write(x: Stored, new: jax.Array, start: jax.Array, table: jax.Array | None) 
     return jax.tree.map(lambda old, new: _put(old, new, start, table), x, new)
 
 
+def merged(x: jax.Array) -> jax.Array:
+    """[B, K, ...] as [B K, ...], without that axis where it has one row.
+
+    A cache that one token changes in place is read in the very shape in which it is changed: for
+    any other, be it without an axis of size 1, XLA's CPU copies all of it four times.
+    """
+    rows = x.shape[0] * x.shape[1]
+    return x.reshape(x.shape[2:] if rows == 1 else (rows, *x.shape[2:]))
+
+
 def _put(old, new, start, table):
     if table is None and jnp.ndim(start) == 0:
-        at = (0, 0, start) + (0,) * (old.ndim - 3)
-        return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 1, 2), at)
+        flat, new = merged(old), merged(jnp.swapaxes(new, 1, 2))
+        slots = 0 if old.shape[0] * old.shape[1] == 1 else 1
+        at = tuple(start if axis == slots else 0 for axis in range(flat.ndim))
+        return jax.lax.dynamic_update_slice(flat, new, at).reshape(old.shape)
     batch, length = new.shape[:2]
     slots = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(length), (batch, length))
     row = jnp.arange(batch)[:, None]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qkvjax.kernels.stored import KeyOfState
-
 # A causal sequence is computed in up to so many tiles of queries, each against the keys it can
 # see: of four, 5/8 of the pairs are left. Smaller tiles than this cost more than they save.
 TILES, SMALLEST_TILE = 4, 64
@@ -42,53 +40,6 @@ def attention(
         tiles.append(_attend(*tile, softcap))
     out = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v.shape[-1])
-
-
-def decode_states(q, state, key: KeyOfState, *, mask, scale=None, q_pe=None, k_pe=None):
-    """Attention onto states [B, S, K, H] that are the values, and of which `key` makes the keys.
-
-    Keys are left in pieces, so that nothing is concatenated, and the norm's factor multiplies the
-    scores, one number for each slot instead of H: three times as fast on a CPU as keys that are
-    made first. Other arguments and the result are those of `attention`.
-    """
-    batch, length, heads, width = q.shape
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scale = width**-0.5 if scale is None else scale
-    x, half = state.transpose(0, 2, 1, 3), key.width // 2
-
-    def split(array):
-        return jnp.split(array, [half, key.width], axis=-1)
-
-    a, b, rest = split(x)
-    gains = split(jnp.ones(width, wide) if key.gain is None else key.gain.astype(wide))
-    cos, sin = key.at(x.shape[2], wide)
-    keys = (
-        a * (gains[0] * cos) - b * (gains[1] * sin),
-        b * (gains[1] * cos) + a * (gains[0] * sin),
-        rest * gains[2],
-    )
-
-    def rows(x):  # [B, T, N, P] -> [B, K, G T, P]
-        x = x.reshape(batch, length, state.shape[2], -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
-        return x.reshape(batch, state.shape[2], -1, x.shape[-1])
-
-    def product(part, key):
-        return jnp.einsum(
-            "bkrh,bksh->bkrs", part, key.astype(part.dtype), preferred_element_type=wide
-        )
-
-    scores = sum(product(*pair) for pair in zip(split(rows(q)), keys) if pair[0].shape[-1])
-    if key.gain is not None:
-        squares = jnp.mean(x.astype(wide) ** 2, axis=-1)
-        scores = scores * jax.lax.rsqrt(squares + key.epsilon)[:, :, None]
-    if q_pe is not None:
-        scores = scores + product(rows(q_pe), k_pe.transpose(0, 2, 1, 3))
-    seen = jnp.tile(mask, (1, heads // state.shape[2], 1))[:, None]
-    scores = jnp.where(seen, scores * scale, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    out = jnp.einsum("bkrs,bksh->bkrh", weights, x)
-    out = out.reshape(batch, state.shape[2], -1, length, width)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def _attend(q, k, v, mask, softcap):
