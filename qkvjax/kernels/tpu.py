@@ -3,9 +3,7 @@
 `v=None` says that the key tile is the value tile: it is copied to the core once, and its two
 gradients are one accumulator and one write, dKV = s dS^T Q + P^T dO.
 
-The last dimension of each grid walks over the tiles that one output tile needs; what it adds up
-stays in VMEM meanwhile. A step that no pair of its tiles wants names the tile before it again,
-which copies nothing, and computes nothing.
+What one output tile adds up stays in VMEM while the tiles that it needs pass by (`tpu_grid`).
 
 Scores may have several parts, as in kernels.triton. Letters: B sequences, T places, N query
 heads, K key-value heads, G = N/K, H head width.
@@ -13,7 +11,6 @@ heads, K key-value heads, G = N/K, H head width.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -24,18 +21,19 @@ from jax.experimental.pallas import tpu as lowering
 
 from qkvjax.errors import UserError
 from qkvjax.kernels import tile
+from qkvjax.kernels.tpu_grid import (
+    LANES,
+    Blocks,
+    Options,
+    keys_walk,
+    pallas,
+    queries_walk,
+    segment_specs,
+    specs,
+)
 
 WIDEST = 512
 DTYPES = ("float32", "bfloat16")
-LANES = 128  # a tile's last side is a multiple of it, or the whole array's
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Tile sizes, multiples of 128."""
-
-    queries: int
-    keys: int
 
 
 # Sizes that fit the 16 MB that a kernel gets of a v5e's VMEM; neither tuned nor timed.
@@ -51,41 +49,6 @@ def refusal(q, v=None, *, softcap=None) -> str | None:
     if str(q.dtype) not in DTYPES:
         return f"its dtype is one of {', '.join(DTYPES)}, not {q.dtype}"
     return None if softcap is None else "it has no softcap"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is fixed when a kernel is compiled; `length` is without padding."""
-
-    causal: bool
-    window: int | None
-    scale: float
-    length: int
-    forward: Blocks
-    backward: Blocks
-    interpret: bool | lowering.InterpretParams
-
-    @property
-    def limits(self) -> dict:
-        return {"causal": self.causal, "window": self.window, "length": self.length}
-
-    def keys_of(self, i, blocks: Blocks):
-        """(begin, end) of the tiles of keys that tile i of queries sees."""
-        first, size = i * blocks.queries, blocks.queries
-        return tile.key_tiles(first, first + size - 1, blocks.keys, **self.limits)
-
-    def queries_of(self, j, blocks: Blocks):
-        """(begin, end) of the tiles of queries that see tile j of keys."""
-        first, size = j * blocks.keys, blocks.keys
-        return tile.query_tiles(first, first + size - 1, blocks.queries, **self.limits)
-
-    def steps(self, held: int, passing: int) -> int:
-        """The most tiles of `passing` places that a tile of `held` places needs."""
-        tiles = -(-self.length // passing)
-        if self.window is None:
-            return tiles
-        span = held + (self.window - 1) * (1 if self.causal else 2)
-        return min(tiles, -(-(span - 1) // passing) + 1)
 
 
 def attention(
@@ -149,12 +112,12 @@ def _forward(options, qs, ks, v, segments):
     value = ks[0] if v is None else v
     out = jax.ShapeDtypeStruct((*qs[0].shape[:3], value.shape[-1]), qs[0].dtype)
     normaliser = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
-    rows, columns = _queries_walk(options, blocks, group)
+    rows, columns = queries_walk(options, blocks, group)
     call = pallas(
         functools.partial(_forward_kernel, options), "attention_forward", options.interpret,
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
-        in_specs=_specs((qs, rows.tile), (ks, columns.tile), (v, columns.tile))
-        + _segment_specs(segments, rows, columns),
+        in_specs=specs((qs, rows.tile), (ks, columns.tile), (v, columns.tile))
+        + segment_specs(segments, rows, columns),
         out_specs=[rows.tile(out), rows.numbers(normaliser)],
         out_shape=[out, normaliser],
         scratch_shapes=[
@@ -209,27 +172,27 @@ def _backward(options, residuals, slope):
     sums = lambda tree, size: jax.tree.map(  # noqa: E731
         lambda x: lowering.VMEM((size, x.shape[-1]), jnp.float32), tree
     )
-    rows, columns = _keys_walk(options, blocks, group)
+    rows, columns = keys_walk(options, blocks, group)
     dks, dv = pallas(
         functools.partial(_keys_kernel, options), "attention_keys", options.interpret,
         grid=(batch, num_kv_heads, length // blocks.keys, group,
               options.steps(blocks.keys, blocks.queries)),
-        in_specs=_specs(
+        in_specs=specs(
             (qs, rows.tile), (ks, columns.tile), (v, columns.tile), (slope, rows.tile),
             (normaliser, rows.numbers), (delta, rows.numbers),
-        ) + _segment_specs(segments, columns, rows)[::-1],
-        out_specs=_specs((ks, columns.tile), (v, columns.tile)), out_shape=[same(ks), same(v)],
+        ) + segment_specs(segments, columns, rows)[::-1],
+        out_specs=specs((ks, columns.tile), (v, columns.tile)), out_shape=[same(ks), same(v)],
         scratch_shapes=[sums(ks, blocks.keys), sums(v, blocks.keys)],
     )(*arrays[:6], *arrays[:5:-1])  # fmt: skip
-    rows, columns = _queries_walk(options, blocks, group)
+    rows, columns = queries_walk(options, blocks, group)
     [dqs] = pallas(
         functools.partial(_queries_kernel, options), "attention_queries", options.interpret,
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
-        in_specs=_specs(
+        in_specs=specs(
             (qs, rows.tile), (ks, columns.tile), (v, columns.tile), (slope, rows.tile),
             (normaliser, rows.numbers), (delta, rows.numbers),
-        ) + _segment_specs(segments, rows, columns),
-        out_specs=_specs((qs, rows.tile)), out_shape=[same(qs)],
+        ) + segment_specs(segments, rows, columns),
+        out_specs=specs((qs, rows.tile)), out_shape=[same(qs)],
         scratch_shapes=[
             sums(qs, blocks.queries),
             *(lowering.VMEM((blocks.queries, 1), jnp.float32) for _ in "ld"),
@@ -347,88 +310,6 @@ def _seen(options, i, j, blocks, row_segments, column_segments, keys_down: bool 
     return tile.visible(*places, **options.limits, **segments)
 
 
-@dataclasses.dataclass(frozen=True)
-class Walk:
-    """Where the points of a grid find their tile of queries, or of keys.
-
-    Attributes:
-      size: of the tile.
-      at: grid point -> (sequence, head, tile).
-    """
-
-    size: int
-    at: object
-
-    def tile(self, x) -> pl.BlockSpec:
-        """Of [B, N, T, H]."""
-        return pl.BlockSpec((None, None, self.size, x.shape[3]), lambda *p: (*self.at(*p), 0))
-
-    def numbers(self, x) -> pl.BlockSpec:
-        """Of [B, N, 1, T]."""
-
-        def where(*point):
-            sequence, head, i = self.at(*point)
-            return sequence, head, 0, i
-
-        return pl.BlockSpec((None, None, 1, self.size), where)
-
-    def down(self) -> pl.BlockSpec:
-        """Of a sequence's numbers [B, T, 1]."""
-
-        def where(*point):
-            sequence, _, i = self.at(*point)
-            return sequence, i, 0
-
-        return pl.BlockSpec((None, self.size, 1), where)
-
-    def along(self) -> pl.BlockSpec:
-        """Of a sequence's numbers [B, 1, T]."""
-
-        def where(*point):
-            sequence, _, i = self.at(*point)
-            return sequence, 0, i
-
-        return pl.BlockSpec((None, 1, self.size), where)
-
-
-def _queries_walk(options, blocks: Blocks, group: int):
-    """(queries, keys) of a grid (sequence, query head, tile of queries, step over keys)."""
-
-    def keys(b, n, i, step):
-        begin, end = options.keys_of(i, blocks)
-        return b, jax.lax.div(n, group), jnp.minimum(begin + step, end - 1)
-
-    return Walk(blocks.queries, lambda b, n, i, step: (b, n, i)), Walk(blocks.keys, keys)
-
-
-def _keys_walk(options, blocks: Blocks, group: int):
-    """(queries, keys) of a grid (sequence, key-value head, tile of keys, head of the group, step)."""
-
-    def queries(b, n, j, head, step):
-        begin, end = options.queries_of(j, blocks)
-        return b, n * group + head, jnp.minimum(begin + step, end - 1)
-
-    return Walk(blocks.queries, queries), Walk(blocks.keys, lambda b, n, j, head, step: (b, n, j))
-
-
 def _both_ways(segments):
     """Segments [B, T] as they lie down and along a tile."""
     return (None, None) if segments is None else (segments[:, :, None], segments[:, None])
-
-
-def _segment_specs(segments, down: Walk, along: Walk):
-    return [None, None] if segments is None else [down.down(), along.along()]
-
-
-def _specs(*pairs):
-    """Block specs of trees of arrays, each with the function that makes them."""
-    return [jax.tree.map(make, tree) for tree, make in pairs]
-
-
-def pallas(kernel, name: str, interpret, *, steps_from: int = 3, grid, **shapes):
-    """`pallas_call` whose grid is sequential from dimension `steps_from` on."""
-    order = ["parallel"] * steps_from + ["arbitrary"] * (len(grid) - steps_from)
-    params = lowering.CompilerParams(dimension_semantics=tuple(order))
-    return pl.pallas_call(
-        kernel, name=name, interpret=interpret, compiler_params=params, grid=grid, **shapes
-    )
