@@ -36,9 +36,10 @@ WIDEST = 512
 DTYPES = ("float32", "bfloat16")
 
 
-# Sizes that fit the 16 MB that a kernel gets of a v5e's VMEM; neither tuned nor timed.
-FORWARD = {512: Blocks(512, 512), 0: Blocks(512, 512)}
-BACKWARD = {512: Blocks(256, 256), 0: Blocks(512, 512)}
+# Sizes for heads of up to so many bytes, that fit the 16 MB that a kernel gets of a v5e's VMEM
+# whatever the options; neither tuned nor timed.
+FORWARD = {512: Blocks(1024, 512), 2048: Blocks(512, 512)}
+BACKWARD = {256: Blocks(512, 1024), 1024: Blocks(512, 512), 2048: Blocks(256, 256)}
 
 
 def refusal(q, v=None, *, softcap=None) -> str | None:
@@ -69,9 +70,10 @@ def attention(
         raise UserError(f"the tpu kernel takes no such attention: {why}; use impl='auto'")
     length, width = q.shape[1], q.shape[-1]
     longest = -(-length // LANES) * LANES
+    head_bytes = max(width, k.shape[-1] if v is None else v.shape[-1]) * q.dtype.itemsize
 
     def fit(defaults):
-        chosen = blocks or defaults[WIDEST if width > 256 else 0]
+        chosen = blocks or next(sizes for most, sizes in defaults.items() if head_bytes <= most)
         for size in (chosen.queries, chosen.keys):
             if size <= 0 or size % LANES:
                 raise UserError(

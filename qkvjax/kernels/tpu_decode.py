@@ -26,6 +26,16 @@ from qkvjax.kernels.tpu_grid import pallas
 
 SLOTS = 1024  # of a tile; neither tuned nor timed
 FEWEST_ROWS, MOST_ROWS = 16, 256
+# A step of the grid takes about as long as 256 KB: it reads several heads where they are small.
+MOST_HEADS, MOST_BYTES, MOST_ROWS_A_STEP = 8, 2**20, 512
+
+
+def heads_a_step(k, rows: int, size: int) -> int:
+    """How many of the heads of [B, K, S, H] a step of the grid takes."""
+    fit = min(
+        MOST_HEADS, MOST_BYTES // (size * k.shape[3] * k.dtype.itemsize), MOST_ROWS_A_STEP // rows
+    )
+    return max(n for n in range(1, max(fit, 1) + 1) if k.shape[1] % n == 0)
 
 
 def cannot_read(k, v=None) -> str | None:
@@ -90,6 +100,7 @@ def decode(
     # Rows go by tiles as well: a prompt that enters a cache has many.
     tall = min(-(-length * group // FEWEST_ROWS) * FEWEST_ROWS, MOST_ROWS)
     rows = -(-length * group // tall) * tall
+    taken = heads_a_step(k, tall, size)
 
     def packed(x):  # [B, T, N, H] -> [B, K, R, H]
         x = x.reshape(batch, length, num_kv_heads, group, -1).transpose(0, 2, 1, 3, 4)
@@ -113,23 +124,23 @@ def decode(
         return jnp.minimum(begin + j, end - 1)
 
     def held(x):
-        """A tile of one head of [B, K, S, H], or a page of [P, K, E, H]."""
+        """A tile of some heads of [B, K, S, H], or a page of [P, K, E, H]."""
 
         def where(b, n, i, j, begins, ends, *table):
             at = tile_of(b, j, begins, ends)
             return (table[0][b, at], n, 0, 0) if table else (b, n, at, 0)
 
-        return pl.BlockSpec((None, None, size, x.shape[3]), where)
+        return pl.BlockSpec((None, taken, size, x.shape[3]), where)
 
     def second(x):
-        """A tile of one head of [B, K, S, P], also beside pages."""
+        """A tile of some heads of [B, K, S, P], also beside pages."""
         return pl.BlockSpec(
-            (None, None, size, x.shape[3]),
+            (None, taken, size, x.shape[3]),
             lambda b, n, i, j, begins, ends, *_: (b, n, tile_of(b, j, begins, ends), 0),
         )
 
     def of_rows(x):
-        return pl.BlockSpec((None, None, tall, x.shape[3]), lambda b, n, i, *_: (b, n, i, 0))
+        return pl.BlockSpec((None, taken, tall, x.shape[3]), lambda b, n, i, *_: (b, n, i, 0))
 
     def whole(x):
         return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
@@ -141,7 +152,7 @@ def decode(
     )
     grid = lowering.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(scalars),
-        grid=(batch, num_kv_heads, rows // tall, -(-slots // size)),
+        grid=(batch, num_kv_heads // taken, rows // tall, -(-slots // size)),
         in_specs=[
             *(jax.tree.map(spec, x) for spec, x in zip(
                 (of_rows, held, held, second, whole, whole), inputs)),
@@ -149,8 +160,8 @@ def decode(
         ],
         out_specs=of_rows(out),
         scratch_shapes=[
-            *(lowering.VMEM((tall, 1), jnp.float32) for _ in "ml"),
-            lowering.VMEM((tall, out.shape[3]), jnp.float32),
+            *(lowering.VMEM((taken, tall, 1), jnp.float32) for _ in "ml"),
+            lowering.VMEM((taken, tall, out.shape[3]), jnp.float32),
         ],
     )  # fmt: skip
     kernel = functools.partial(_kernel, options, len(scalars))
@@ -183,12 +194,14 @@ def _turns(key: KeyOfState, options, width: int):
 def _rotate(options, x, cos, sin):
     """[r, H] float32, the first `turned` numbers rotated; cos and sin as of `_turns`."""
     half = options.turned // 2
-    swapped = jnp.concatenate([x[:, half : 2 * half], x[:, :half], x[:, 2 * half :]], axis=1)
+    pieces = [x[:, half : 2 * half], x[:, :half], x[:, 2 * half :]]
+    # Mosaic has no empty vectors.
+    swapped = jnp.concatenate([piece for piece in pieces if piece.shape[1]], axis=1)
     return x * cos + swapped * sin
 
 
 def _kernel(options, num_scalars, begins, ends, *refs):
-    """One tile of one sequence's cache for a tile of the rows of one key-value head."""
+    """One tile of one sequence's cache for a tile of the rows of some key-value heads."""
     qs, k, v, k_pe, turns, gain, places, out, top, total, mixed = refs[num_scalars - 2 :]
     b, step = pl.program_id(0), pl.program_id(3)
     begin, end = options.tiles(begins[b], ends[b])
@@ -203,40 +216,41 @@ def _kernel(options, num_scalars, begins, ends, *refs):
     @pl.when(j < end)
     def _():
         first = j * options.tile
-        q, held = qs[0][...], _within(options, first, k)
-        values = held if v is None else _within(options, first, v)
-        keys = held
-        if turns is not None:
-            (cos, sin), (start_cos, start_sin) = turns
-            at = pl.ds(j, 1)
-            q = _rotate(options, q.astype(jnp.float32), start_cos[at, :], -start_sin[at, :])
-            q = q.astype(qs[0].dtype)
-            keys = _rotate(options, _normed(options, held, gain), cos[...], sin[...])
-            keys = keys.astype(held.dtype)
-        scores = tile.dot(q, keys.astype(q.dtype), (1, 1))
-        if k_pe is not None:
-            second = _within(options, first, k_pe).astype(q.dtype)
-            scores += tile.dot(qs[1][...], second, (1, 1))
         columns = first + jax.lax.broadcasted_iota(jnp.int32, (1, options.tile), 1)
         seen = tile.visible(
             places[...], columns, causal=True, window=options.window, length=options.slots
         )
-        state = top[:, 0], total[:, 0], [mixed[...]]
-        scores *= options.scale * tile.LOG2E
-        state = tile.absorb(state, scores, seen, [values.astype(q.dtype)])
-        top[...], total[...], mixed[...] = state[0][:, None], state[1][:, None], state[2][0]
+        for n in range(mixed.shape[0]):
+            q, held = qs[0][n], _within(options, first, k[n])
+            values = held if v is None else _within(options, first, v[n])
+            keys = held
+            if turns is not None:
+                (cos, sin), (start_cos, start_sin) = turns
+                at = pl.ds(j, 1)
+                q = _rotate(options, q.astype(jnp.float32), start_cos[at, :], -start_sin[at, :])
+                q = q.astype(qs[0].dtype)
+                keys = _rotate(options, _normed(options, held, gain), cos[...], sin[...])
+                keys = keys.astype(held.dtype)
+            scores = tile.dot(q, keys.astype(q.dtype), (1, 1))
+            if k_pe is not None:
+                second = _within(options, first, k_pe[n]).astype(q.dtype)
+                scores += tile.dot(qs[1][n], second, (1, 1))
+            state = top[n][:, 0], total[n][:, 0], [mixed[n]]
+            scores *= options.scale * tile.LOG2E
+            state = tile.absorb(state, scores, seen, [values.astype(q.dtype)])
+            top[n], total[n], mixed[n] = state[0][:, None], state[1][:, None], state[2][0]
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         out[...] = (mixed[...] / total[...]).astype(out.dtype)
 
 
-def _within(options, first, ref):
+def _within(options, first, x):
     """A tile with zeros for what lies beyond the cache, where anything may be."""
     if not options.ragged:
-        return ref[...]
+        return x
     slots = first + jax.lax.broadcasted_iota(jnp.int32, (options.tile, 1), 0)
-    return jnp.where(slots < options.slots, ref[...], jnp.zeros((), ref.dtype))
+    return jnp.where(slots < options.slots, x, jnp.zeros((), x.dtype))
 
 
 def _normed(options, held, gain):
