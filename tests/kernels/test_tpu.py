@@ -39,6 +39,17 @@ DTYPES = pytest.mark.parametrize(
 )
 MODES = test_triton_decode.MODES
 WINDOW = 60
+# Most of the time here is XLA's.
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def in_pairs():
+    """Six combinations of the switches in which every two meet in every way.
+
+    One of zeros, and columns of three ones in five: any two such differ both ways and share one.
+    """
+    columns = itertools.islice(itertools.combinations(range(5), 3), len(SWITCHES))
+    return [(False,) * len(SWITCHES), *zip(*([i in ones for i in range(5)] for ones in columns))]
 
 
 def case(switches, dtype=jnp.float32):
@@ -66,44 +77,44 @@ def interpreted(arrays, interpret=True, **options):
     return tpu.attention(**arrays, **options, blocks=BLOCKS, interpret=interpret)
 
 
-def check(switches, dtype, tolerance, interpret=True):
-    arrays, options, mask = case(switches, dtype)
-    run = functools.partial(interpreted, interpret=interpret, **options)
+def check(arrays, options, mask, tolerance):
+    """Result and gradients of the kernels and of the reference."""
+    dtype = arrays["q"].dtype
+    slope = jax.random.normal(jax.random.key(1), arrays["q"].shape).astype(dtype)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quickly, static_argnums=0)
     def both(function, arrays):
         out, back = jax.vjp(function, arrays)
         return {"out": out} | back(slope)[0]
 
-    truth = functools.partial(lambda arrays: reference.attention(**arrays, mask=mask))
-    slope = jax.random.normal(jax.random.key(1), arrays["q"].shape).astype(dtype)
     with jax.default_matmul_precision("highest"):
-        found, expected = both(run, arrays), both(truth, arrays)
+        found = both(functools.partial(interpreted, **options), arrays)
+        expected = both(lambda arrays: reference.attention(**arrays, mask=mask), arrays)
     for name, b in expected.items():
         a = found[name]
         assert a.dtype == dtype and a.shape == b.shape
-        assert relative(a, b) < tolerance, f"{name}: {dict(zip(SWITCHES, switches))}"
+        assert relative(a, b) < tolerance, f"{name}: {list(arrays)}, {options}"
 
 
 @DTYPES
 def test_forward_and_gradient_are_the_references(dtype, tolerance):
-    for switches in list(covering(False))[:: 1 if dtype == jnp.float32 else 3]:
-        check(switches, dtype, tolerance)
+    for switches in in_pairs() if dtype == jnp.float32 else in_pairs()[1:3]:
+        check(*case(switches, dtype), tolerance)
 
 
 @pytest.mark.slow
 @DTYPES
 def test_all_combinations(dtype, tolerance):
     for switches in covering(True):
-        check(switches, dtype, tolerance)
+        check(*case(switches, dtype), tolerance)
 
 
-@pytest.mark.parametrize(("length", "width"), [(1, 8), (17, 64), (130, 128)])
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (130, 128)])
 def test_lengths_and_widths_at_the_default_blocks(length, width):
     q, k = jax.random.normal(jax.random.key(0), (2, 1, length, 2, width))
     places = jnp.arange(length)[None]
     mask = reference.visible(places, places, causal=True)
-    found = tpu.attention(q, k[:, :, :1], interpret=True)
+    found = quickly(functools.partial(tpu.attention, interpret=True))(q, k[:, :, :1])
     expected = reference.attention(q, k[:, :, :1], mask=mask)
     np.testing.assert_allclose(found, expected, atol=3e-6)
 
@@ -111,7 +122,7 @@ def test_lengths_and_widths_at_the_default_blocks(length, width):
 def test_masked_tiles_are_skipped():
     """Rubbish in keys that no query can see, which a product would spread as nan."""
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 512, 1, 16))
-    run = jax.jit(functools.partial(interpreted, causal=True), static_argnames="window")
+    run = quickly(functools.partial(interpreted, causal=True), static_argnames="window")
     expected = run({"q": q, "k": k}, window=None)
     found = run({"q": q, "k": k.at[:, 256:].set(jnp.nan)}, window=None)
     np.testing.assert_array_equal(found[:, :256], expected[:, :256])
@@ -133,11 +144,14 @@ def test_a_window_bounds_the_steps_of_a_tile():
 def test_no_races():
     """Simulated with its copies and semaphores; memory nobody wrote reads as nan."""
     simulated = lowering.InterpretParams(detect_races=True)
-    check((True, True, True, True, False, True), jnp.float32, 2e-6, simulated)
-    q, given, truth = test_triton_decode.case("one tensor", 1, 1, False)
-    positions = test_triton_decode.PLACES[:, 1:]
-    found = decoded(q, given, positions, interpret=simulated)
-    assert relative(found, expected_of(q, truth, positions)) < 2e-6
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 512, 2, 16))
+    places = jnp.arange(512)[None]
+    mask = reference.visible(places, places, causal=True)
+    check({"q": q, "k": k[:, :, :1]}, {"interpret": simulated}, mask, 2e-6)
+    assert not races().races_found
+    k, positions = k[:, :200], jnp.array([[190]])
+    found = decoded(q[:, :1], {"k": k}, positions, interpret=simulated)
+    assert relative(found, expected_of(q[:, :1], {"k": k}, positions)) < 2e-6
     assert not races().races_found
 
 
@@ -155,14 +169,14 @@ def decoded(q, given, positions, interpret=True, **options):
     """128 slots to a tile of the 150: the last one reaches beyond the cache."""
     run = functools.partial(tpu_decode.decode, slots=128, interpret=interpret, **options)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda q, given: run(q, positions=positions, **given))(q, given)
+        return quickly(lambda q, given: run(q, positions=positions, **given))(q, given)
 
 
 def expected_of(q, truth, positions, window=None):
     slots = jnp.arange(truth["k"].shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(functools.partial(reference.attention, mask=mask))(q, **truth)
+        return quickly(functools.partial(reference.attention, mask=mask))(q, **truth)
 
 
 def check_decode(mode, heads, tokens, window, second, dtype=jnp.float32, tolerance=2e-6):
@@ -185,9 +199,8 @@ def test_decoding_against_the_reference(mode, given):
     check_decode(mode, *given)
 
 
-@pytest.mark.parametrize("mode", MODES[1::2])
-def test_decoding_in_bfloat16(mode):
-    check_decode(mode, 2, 2, None, False, jnp.bfloat16, 0.02)
+def test_decoding_in_bfloat16():
+    check_decode("raw, normed", 2, 2, None, False, jnp.bfloat16, 0.02)
 
 
 @pytest.mark.slow
@@ -196,7 +209,7 @@ def test_decoding_in_all_combinations():
         check_decode(mode, *rest)
 
 
-@pytest.mark.parametrize("slots", [1, 129, 300])
+@pytest.mark.parametrize("slots", [1, 300])
 def test_caches_of_any_length(slots):
     """What lies behind the last position is never counted, and no tile is read for it."""
     q, k = jax.random.normal(jax.random.key(0), (2, 2, slots, 2, 16))
@@ -207,15 +220,14 @@ def test_caches_of_any_length(slots):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_a_cache_in_pages(made):
+def test_a_cache_in_pages():
     size, count = 16, 5
     pages = jax.random.normal(jax.random.key(0), (11, size, 2, 32))  # [P, E, K, H]
     table = jnp.array([[3, 1, 4, 0, 5], [9, 2, 6, 8, 7]])
     q = jax.random.normal(jax.random.key(1), (2, 1, 4, 32))
     positions = jnp.array([[70], [18]])
     in_order = pages[table].reshape(2, size * count, 2, 32)
-    key = KeyOfState(1e4, 32) if made else None
+    key = KeyOfState(1e4, 32)
     given = {"k": pages, "table": table, "key": key}
     expected = decoded(q, {"k": in_order, "key": key}, positions)
     np.testing.assert_allclose(decoded(q, given, positions), expected, atol=2e-6)
@@ -288,7 +300,7 @@ def lowered(function, arguments):
         return export.export(jax.jit(function), platforms=["tpu"])(*arguments).mlir_module()
 
 
-@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("one_tile", [False, True])
 def test_lowers_for_tpus(width, one_tile):
     module = lowered(*training(one_tile, width, window=1000))
