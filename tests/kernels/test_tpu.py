@@ -1,0 +1,376 @@
+"""The TPU kernels without a TPU: interpreted against the reference, lowered, and compiled.
+
+What compiles them (`-m aot`) is libtpu, of the version that belongs to this jax, and runs with
+JAX_PLATFORMS=cpu.
+"""
+
+import functools
+import importlib.util
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_triton_decode
+from jax import export
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as lowering
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
+from test_triton import SWITCHES, covering, relative
+
+from qkvjax.errors import UserError
+from qkvjax.kernels import reference, tpu, tpu_decode
+from qkvjax.kernels.stored import Int8, KeyOfState
+
+B, T, N, H, P = 2, 300, 4, 16, 8
+BLOCKS = tpu.Blocks(128, 256)
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)]
+)
+MODES = test_triton_decode.MODES
+WINDOW = 60
+# Most of the time here is XLA's.
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def in_pairs():
+    """Six combinations of the switches in which every two meet in every way.
+
+    One of zeros, and columns of three ones in five: any two such differ both ways and share one.
+    """
+    columns = itertools.islice(itertools.combinations(range(5), 3), len(SWITCHES))
+    return [(False,) * len(SWITCHES), *zip(*([i in ones for i in range(5)] for ones in columns))]
+
+
+def case(switches, dtype=jnp.float32):
+    """(arrays, options, mask) of one combination."""
+    causal, banded, packed, one_tile, two_parts, grouped = switches
+    kv = 2 if grouped else N
+    shapes = {"q": (N, H), "k": (kv, H)}
+    if not one_tile:
+        shapes["v"] = kv, H
+    if two_parts:
+        shapes |= {"q_pe": (N, P), "k_pe": (kv, P)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arrays = {
+        name: jax.random.normal(key, (B, T, *shape)).astype(dtype)
+        for key, (name, shape) in zip(keys, shapes.items())
+    }
+    options = {"causal": causal, "window": WINDOW if banded else None}
+    segments = jnp.array([[0] * 140 + [1] * 160, [0] * T]) if packed else None
+    places = jnp.arange(T)[None]
+    mask = reference.visible(places, places, q_segments=segments, k_segments=segments, **options)
+    return arrays, options | {"segment_ids": segments}, mask
+
+
+def interpreted(arrays, interpret=True, **options):
+    return tpu.attention(**arrays, **options, blocks=BLOCKS, interpret=interpret)
+
+
+def check(arrays, options, mask, tolerance):
+    """Result and gradients of the kernels and of the reference."""
+    dtype = arrays["q"].dtype
+    slope = jax.random.normal(jax.random.key(1), arrays["q"].shape).astype(dtype)
+
+    @functools.partial(quickly, static_argnums=0)
+    def both(function, arrays):
+        out, back = jax.vjp(function, arrays)
+        return {"out": out} | back(slope)[0]
+
+    with jax.default_matmul_precision("highest"):
+        found = both(functools.partial(interpreted, **options), arrays)
+        expected = both(lambda arrays: reference.attention(**arrays, mask=mask), arrays)
+    for name, b in expected.items():
+        a = found[name]
+        assert a.dtype == dtype and a.shape == b.shape
+        assert relative(a, b) < tolerance, f"{name}: {list(arrays)}, {options}"
+
+
+@DTYPES
+def test_forward_and_gradient_are_the_references(dtype, tolerance):
+    for switches in in_pairs() if dtype == jnp.float32 else in_pairs()[1:3]:
+        check(*case(switches, dtype), tolerance)
+
+
+@pytest.mark.slow
+@DTYPES
+def test_all_combinations(dtype, tolerance):
+    for switches in covering(True):
+        check(*case(switches, dtype), tolerance)
+
+
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (130, 128)])
+def test_lengths_and_widths_at_the_default_blocks(length, width):
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, length, 2, width))
+    places = jnp.arange(length)[None]
+    mask = reference.visible(places, places, causal=True)
+    found = quickly(functools.partial(tpu.attention, interpret=True))(q, k[:, :, :1])
+    expected = reference.attention(q, k[:, :, :1], mask=mask)
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
+def test_masked_tiles_are_skipped():
+    """Rubbish in keys that no query can see, which a product would spread as nan."""
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 512, 1, 16))
+    run = quickly(functools.partial(interpreted, causal=True), static_argnames="window")
+    expected = run({"q": q, "k": k}, window=None)
+    found = run({"q": q, "k": k.at[:, 256:].set(jnp.nan)}, window=None)
+    np.testing.assert_array_equal(found[:, :256], expected[:, :256])
+    expected = run({"q": q, "k": k}, window=100)
+    found = run({"q": q, "k": k.at[:, :256].set(jnp.nan)}, window=100)
+    np.testing.assert_array_equal(found[:, 384:], expected[:, 384:])
+
+
+def test_a_window_bounds_the_steps_of_a_tile():
+    options = tpu.Options(True, 100, 1.0, 8192, BLOCKS, BLOCKS, False)
+    for begins_and_ends, steps, tiles in (
+        (options.keys_of, options.steps(128, 256), 64),
+        (options.queries_of, options.steps(256, 128), 32),
+    ):
+        most = max(end - begin for begin, end in (begins_and_ends(i, BLOCKS) for i in range(tiles)))
+        assert most <= steps <= most + 1
+
+
+def test_no_races():
+    """Simulated with its copies and semaphores; memory nobody wrote reads as nan."""
+    simulated = lowering.InterpretParams(detect_races=True)
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 512, 2, 16))
+    places = jnp.arange(512)[None]
+    mask = reference.visible(places, places, causal=True)
+    check({"q": q, "k": k[:, :, :1]}, {"interpret": simulated}, mask, 2e-6)
+    assert not races().races_found
+    k, positions = k[:, :200], jnp.array([[190]])
+    found = decoded(q[:, :1], {"k": k}, positions, interpret=simulated)
+    assert relative(found, expected_of(q[:, :1], {"k": k}, positions)) < 2e-6
+    assert not races().races_found
+
+
+def races():
+    """What the detector found; not public, and at different places in different versions."""
+    package = "jax._src.pallas.mosaic.interpret"
+    try:
+        module = importlib.import_module(f"{package}.interpret_pallas_call")
+        return module.races
+    except (ImportError, AttributeError):
+        pytest.skip("this jax keeps its races elsewhere")
+
+
+def decoded(q, given, positions, interpret=True, **options):
+    """128 slots to a tile of the 150: the last one reaches beyond the cache."""
+    run = functools.partial(tpu_decode.decode, slots=128, interpret=interpret, **options)
+    with jax.default_matmul_precision("highest"):
+        return quickly(lambda q, given: run(q, positions=positions, **given))(q, given)
+
+
+def expected_of(q, truth, positions, window=None):
+    slots = jnp.arange(truth["k"].shape[1])[None]
+    mask = reference.visible(positions, slots, causal=True, window=window)
+    with jax.default_matmul_precision("highest"):
+        return quickly(functools.partial(reference.attention, mask=mask))(q, **truth)
+
+
+def check_decode(mode, heads, tokens, window, second, dtype=jnp.float32, tolerance=2e-6):
+    q, given, truth = test_triton_decode.case(mode, heads, tokens, second, dtype)
+    positions = test_triton_decode.PLACES[:, 2 - min(tokens, 2) :]
+    if tokens > 2:
+        positions = jnp.arange(tokens)[None] + jnp.array([[0], [7], [150 - tokens]])
+    found = decoded(q, given, positions, window=window)
+    expected = expected_of(q, truth, positions, window)
+    assert found.dtype == dtype
+    assert relative(found, expected) < tolerance, (mode, heads, tokens, window, second)
+
+
+@pytest.mark.parametrize(
+    ("mode", "given"),
+    [
+        ("two tensors", (4, 1, None, False)),
+        ("one tensor", (1, 2, 20, True)),
+        ("raw, normed", (1, 100, None, True)),
+        ("raw, normed, in part", (2, 2, 20, False)),
+    ],
+)
+def test_decoding_against_the_reference(mode, given):
+    check_decode(mode, *given)
+
+
+def test_decoding_in_bfloat16():
+    check_decode("raw, normed", 2, 2, None, False, jnp.bfloat16, 0.02)
+
+
+@pytest.mark.slow
+def test_decoding_in_all_combinations():
+    for mode, *rest in itertools.product(MODES, (4, 2, 1), (1, 2, 100), (None, 20), (False, True)):
+        check_decode(mode, *rest)
+
+
+@pytest.mark.parametrize("slots", [1, 300])
+def test_caches_of_any_length(slots):
+    """What lies behind the last position is never counted, and no tile is read for it."""
+    q, k = jax.random.normal(jax.random.key(0), (2, 2, slots, 2, 16))
+    positions = jnp.array([[slots - 1], [slots // 4]])
+    expected = expected_of(q[:, :1], {"k": k}, positions)
+    rubbish = k.at[1, 128 * (slots // 4 // 128 + 1) :].set(jnp.nan)
+    found = decoded(q[:, :1], {"k": rubbish}, positions)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_cache_in_pages():
+    size, count = 16, 5
+    pages = jax.random.normal(jax.random.key(0), (11, size, 2, 32))  # [P, E, K, H]
+    table = jnp.array([[3, 1, 4, 0, 5], [9, 2, 6, 8, 7]])
+    q = jax.random.normal(jax.random.key(1), (2, 1, 4, 32))
+    positions = jnp.array([[70], [18]])
+    in_order = pages[table].reshape(2, size * count, 2, 32)
+    key = KeyOfState(1e4, 32)
+    given = {"k": pages, "table": table, "key": key}
+    expected = decoded(q, {"k": in_order, "key": key}, positions)
+    np.testing.assert_allclose(decoded(q, given, positions), expected, atol=2e-6)
+
+
+def test_what_they_do_not_take():
+    q = jnp.zeros((1, 8, 2, 20))
+    with pytest.raises(UserError, match="multiple of 8 up to 512, not 20.*impl='auto'"):
+        tpu.attention(q, q)
+    with pytest.raises(UserError, match="dtype is one of float32, bfloat16, not float16"):
+        tpu.attention(*(jnp.zeros((1, 8, 2, 16), jnp.float16),) * 2)
+    assert "softcap" in tpu.refusal(q[..., :16], softcap=3.0)
+    with pytest.raises(UserError, match="block of 64 .*multiples of 128"):
+        tpu.attention(q[..., :16], q[..., :16], blocks=tpu.Blocks(128, 64))
+    stored = Int8(jnp.zeros((1, 32, 2, 16), jnp.int8), jnp.zeros((1, 32, 2)))
+    with pytest.raises(UserError, match="no int8 cache.*impl='auto'"):
+        tpu_decode.decode(q[..., :16], stored, positions=jnp.zeros((1, 8), int))
+    with pytest.raises(UserError, match="tile of 100 slots.*multiples of 128"):
+        tpu_decode.decode(q[..., :16], q[..., :16], positions=jnp.zeros((1, 8), int), slots=100)
+
+
+# Lowered and compiled for a TPU that is not here.
+
+shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+
+
+def training(one_tile, width, dtype=jnp.bfloat16, **options):
+    """(a loss's gradient, its arguments) of packed sequences with a second part of scores."""
+    size = functools.partial(shape, dtype=dtype)
+    arrays = {"q": size(2, 4096, 8, width), "k": size(2, 4096, 2, width),
+              "q_pe": size(2, 4096, 8, 64), "k_pe": size(2, 4096, 2, 64)}  # fmt: skip
+    if not one_tile:
+        arrays["v"] = arrays["k"]
+
+    def loss(arrays, segments):
+        out = tpu.attention(**arrays, segment_ids=segments, **options)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    return jax.grad(loss), (arrays, shape(2, 4096, dtype=jnp.int32))
+
+
+def serving(mode, width, dtype=jnp.bfloat16, tokens=1, page=None):
+    """(decode, its arguments) of a cache that is stored heads first."""
+    size = functools.partial(shape, dtype=dtype)
+    held = size(2, 8, 4000, width) if page is None else size(64, 8, page, width)
+    arrays = {"k": held, "v": held if mode == "two tensors" else None}
+    table = None if page is None else shape(2, 32, dtype=jnp.int32)
+
+    def run(q, arrays, positions, gain, table):
+        arrays = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), arrays)
+        key = KeyOfState(1e4, width, gain) if mode.startswith("raw") else None
+        return tpu_decode.decode(q, **arrays, positions=positions, key=key, table=table)
+
+    positions, gain = shape(2, tokens, dtype=jnp.int32), shape(width, dtype=jnp.float32)
+    return run, (size(2, tokens, 32, width), arrays, positions, gain, table)
+
+
+def abstract(kind="TPU v5 lite", cores=1):
+    """A mesh of one TPU to lower for."""
+    device = {"device_kind": kind, "num_cores": cores}
+    if "platform" in AbstractDevice.__dataclass_fields__:
+        device["platform"] = "tpu"
+    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,),
+                        abstract_device=AbstractDevice(**device))  # fmt: skip
+
+
+def lowered(function, arguments):
+    """The TPU module, from a machine without one."""
+    with use_abstract_mesh(abstract()):
+        return export.export(jax.jit(function), platforms=["tpu"])(*arguments).mlir_module()
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("one_tile", [False, True])
+def test_lowers_for_tpus(width, one_tile):
+    module = lowered(*training(one_tile, width, window=1000))
+    assert all(f"attention_{kernel}" in module for kernel in ("forward", "keys", "queries"))
+    mode = "one tensor" if one_tile else "two tensors"
+    assert "attention_decode" in lowered(*serving(mode, width))
+    assert "attention_decode" in lowered(*serving("raw", width, page=64))
+
+
+@pytest.fixture(params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def vmem(request, monkeypatch):
+    """Compiles for one such chip: (function, arguments) -> kernel's name -> bytes of VMEM."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: install the version that belongs to this jax")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    device = topologies.get_topology_desc(request.param, platform="tpu").devices[0]
+    chip = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+
+    def run(function, arguments):
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arguments
+        )
+        with use_abstract_mesh(abstract(device.device_kind, getattr(device, "num_cores", 1))):
+            compiled = jax.jit(function).lower(*arguments).compile().as_text()
+        calls = [line for line in compiled.splitlines() if '"tpu_custom_call"' in line]
+        sizes = {
+            re.search(r"attention_[a-z]+", call).group(): int(size)
+            for call in calls
+            for size in re.findall(r'"memory_space":"1","offset":"0","size":"(\d+)"', call)
+        }
+        assert len(sizes) == len(calls)
+        print(request.param, sizes)
+        return sizes
+
+    return run
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_a_wish_for_precision_compiles(vmem):
+    with jax.default_matmul_precision("highest"):
+        assert vmem(*training(True, 128)) and vmem(*serving("raw", 128))
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("width", [16, 64, 128, 256, 512])
+def test_the_default_blocks_fit(vmem, width, dtype):
+    tied, untied = (vmem(*training(one_tile, width, dtype)) for one_tile in (True, False))
+    assert set(tied) == {"attention_forward", "attention_keys", "attention_queries"}
+    assert tied["attention_keys"] < untied["attention_keys"]
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_decoding_fits(vmem, width):
+    for dtype, tokens, page in (
+        (jnp.bfloat16, 1, None),
+        (jnp.bfloat16, 100, 64),
+        (jnp.float32, 100, None),
+    ):
+        sizes = [
+            vmem(*serving(mode, width, dtype, tokens, page))["attention_decode"]
+            for mode in ("one tensor", "two tensors", "raw")
+        ]
+        assert sizes[0] < sizes[1]
