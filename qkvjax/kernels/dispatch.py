@@ -5,8 +5,9 @@
     xla        plain operations that XLA fuses; every machine
     reference  the 20-line truth, in float32; every machine
     triton     our kernels for NVIDIA GPUs from Ampere on; one tile for K = V
+    tpu        the same for TPUs, through Mosaic
 
-"auto" takes xla: the kernels compile for such GPUs but have not run on hardware yet, and a
+"auto" takes xla: the kernels compile for such devices but have not run on hardware yet, and a
 guess is no reason to prefer them. A named implementation that cannot run raises.
 """
 
@@ -19,19 +20,32 @@ import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError, did_you_mean
-from qkvjax.kernels import reference, triton, triton_decode, triton_symmetric, xla, xla_decode
+from qkvjax.kernels import (
+    reference,
+    tpu,
+    tpu_decode,
+    triton,
+    triton_decode,
+    triton_symmetric,
+    xla,
+    xla_decode,
+)
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.parallel import rules
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
-IMPLEMENTATIONS = (*PLAIN, "triton")
+# Our kernels: of whole sequences, and of a cache.
+KERNELS = {"triton": (triton, triton_decode), "tpu": (tpu, tpu_decode)}
+IMPLEMENTATIONS = (*PLAIN, *KERNELS)
 
 
 def missing(impl: str) -> str | None:
     """What this machine lacks for an implementation; None where it runs."""
-    if impl != "triton":
+    if impl not in KERNELS:
         return None
     device = jax.devices()[0]
+    if impl == "tpu":
+        return None if device.platform == "tpu" else "a TPU"
     capability = float(getattr(device, "compute_capability", None) or 0)
     if device.platform == "gpu" and capability >= 8:
         return None
@@ -61,7 +75,7 @@ def choose(impl: str = "auto") -> str:
 def _tell() -> None:
     """Says once, where there is a choice, what was chosen and why."""
     for name in IMPLEMENTATIONS:
-        if name not in PLAIN and missing(name) is None:
+        if name in KERNELS and missing(name) is None:
             print(
                 f"attention: xla; {name} could run here but was not measured against it, so it is"
                 f" taken only when it is named (impl={name!r})",
@@ -72,12 +86,14 @@ def _tell() -> None:
 def makes_keys(impl: str, key: KeyOfState, head_width: int) -> bool:
     """Whether decoding by `impl` makes keys of stored states as it reads them."""
     name = choose(impl)
-    return name == "xla" or name == "triton" and not triton_decode.cannot_make(key, head_width)
+    if name == "triton":
+        return not triton_decode.cannot_make(key, head_width)
+    return name != "reference"
 
 
 def check(impl: str, q: jax.Array, v: jax.Array | None, softcap: float | None = None) -> None:
     """Raises UserError where a kernel does not take such arguments, and says what does."""
-    why = triton.refusal(q, v, softcap=softcap)
+    why = KERNELS[impl][0].refusal(q, v, softcap=softcap)
     if why is None and rules.shards_sequence():
         why = "it wants whole sequences (mesh.context=1)"
     if why:
@@ -120,15 +136,16 @@ def attention(
       [B, T, N, H] in the dtype of q.
     """
     name = choose(impl)
-    if name == "triton":
+    if name in KERNELS:
         check(name, q, v, softcap)
         options = {"causal": causal, "window": window, "scale": scale}
-        if k is None and q_pe is None:
+        if name == "triton" and k is None and q_pe is None:
             run = functools.partial(triton_symmetric.attention, **options)
             return rules.on_each_device(run, q, {"v": v, "segment_ids": segment_ids})
         k = rules.gather_sequence(q) if k is None else k
         arrays = {"k": k, "v": v, "segment_ids": segment_ids, "q_pe": q_pe, "k_pe": k_pe}
-        return rules.on_each_device(functools.partial(triton.attention, **options), q, arrays)
+        run = functools.partial(KERNELS[name][0].attention, **options)
+        return rules.on_each_device(run, q, arrays)
     k = rules.gather_sequence(q) if k is None else k
     places = jnp.arange(q.shape[1])[None]
     mask = reference.visible(
@@ -177,14 +194,15 @@ def decode_attention(
       [B, T, N, H] in the dtype of q.
     """
     name = choose(impl)
-    if name == "triton":
+    if name in KERNELS:
         check(name, q, v)
         options = {"window": window, "scale": scale}
         arrays = {
             "k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key,
             "table": table,
         }  # fmt: skip
-        return rules.on_each_device(functools.partial(triton_decode.decode, **options), q, arrays)
+        run = functools.partial(KERNELS[name][1].decode, **options)
+        return rules.on_each_device(run, q, arrays)
     k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)

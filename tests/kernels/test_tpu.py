@@ -29,7 +29,8 @@ from jax.sharding import (
 from test_triton import SWITCHES, covering, relative
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import reference, tpu, tpu_decode
+from qkvjax.generation import decode as decoding
+from qkvjax.kernels import dispatch, reference, tpu, tpu_decode
 from qkvjax.kernels.stored import Int8, KeyOfState
 
 B, T, N, H, P = 2, 300, 4, 16, 8
@@ -374,3 +375,22 @@ def test_decoding_fits(vmem, width):
             for mode in ("one tensor", "two tensors", "raw")
         ]
         assert sizes[0] < sizes[1]
+
+
+def test_a_model_takes_them_where_it_is_told_to(model, monkeypatch):
+    """`impl="tpu"` in the forward pass and in decoding, the state being all that is stored."""
+    for module, name in ((tpu, "attention"), (tpu_decode, "decode")):
+        run = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, run)
+    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
+    small = model(num_layers=1, d_model=64, num_heads=2, num_kv_heads=1, sharing="q-k=v")
+    ids = jax.random.randint(jax.random.key(1), (1, 6), 0, 61)
+    expected = small(ids)
+    np.testing.assert_allclose(small(ids, impl="tpu"), expected, atol=2e-4)
+    cache = decoding.empty_caches(small, 1, 12, jnp.float32)
+    for i in range(6):
+        logits, cache = decoding.decode(
+            small, small.stack.layers(), cache, ids[:, i : i + 1], jnp.int32(i),
+            dtype=jnp.float32, impl="tpu",
+        )  # fmt: skip
+        np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=2e-4)
