@@ -25,6 +25,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_decode_speed_counts_half_the_cache(tmp_path):
     output = tmp_path / "decode.jsonl"
     command = [

@@ -77,6 +77,7 @@ def test_study_results(tmp_path, monkeypatch, kind):
     assert ("sort d64" in text) == (kind == "accuracy")
 
 
+@pytest.mark.slow
 def test_inside_the_weights(tmp_path, monkeypatch):
     for i in range(30):  # documents, long enough to be looked at whole
         (tmp_path / f"{i}.txt").write_text(f"for line {i} in open(path): print(line)\n" * 10)
