@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         score modifiers change it."""
         spec = self.spec
         own = type(self)._scored is not Attention._scored  # a variant that makes keys its own way
-        if spec.values_are_keys or not spec.rope or spec.modifies_roles or own:
+        if spec.values_are_keys or spec.modifies_roles or own:
             return None
         norm = self.norms["".join(spec.block("k"))] if spec.qk_norm else None
         gain = None if norm is None else norm.gain[...]

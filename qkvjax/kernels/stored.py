@@ -117,7 +117,7 @@ class KeyOfState:
     """How the key of slot s is made from the stored state: RMSNorm, then rotation by s.
 
     Attributes:
-      base, width: of `attention.position.rotate`; the width is even.
+      base, width: of `attention.position.rotate`; the width is even, 0 without rotation.
       gain: [H] of the norm, or None without a norm.
       turns: of `turns`, where they were computed before; None means when they are needed.
       epsilon: of the norm.

@@ -63,13 +63,16 @@ def _onto_states(q, x, key: KeyOfState, product, wide):
 
     a, b, rest = split(x)
     gains = split(jnp.ones(width, wide) if key.gain is None else key.gain.astype(wide))
-    cos, sin = key.at(x.shape[-2], wide)
-    keys = (
-        a * (gains[0] * cos) - b * (gains[1] * sin),
-        b * (gains[1] * cos) + a * (gains[0] * sin),
-        rest * gains[2],
-    )
-    scores = sum(product(*pair) for pair in zip(split(q), keys) if pair[0].shape[-1])
+    keys = [rest * gains[2]]
+    if half:
+        cos, sin = key.at(x.shape[-2], wide)
+        keys = [
+            a * (gains[0] * cos) - b * (gains[1] * sin),
+            b * (gains[1] * cos) + a * (gains[0] * sin),
+            *keys,
+        ]
+    queries = split(q) if half else [q]
+    scores = sum(product(*pair) for pair in zip(queries, keys) if pair[0].shape[-1])
     if key.gain is None:
         return scores
     squares = jnp.mean(x.astype(wide) ** 2, axis=-1)
