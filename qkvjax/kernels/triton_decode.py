@@ -22,7 +22,8 @@ from qkvjax.kernels import tile
 from qkvjax.kernels.stored import Int8, KeyOfState
 from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
 
-BLOCK = Blocks(queries=64, keys=64, warps=4, stages=3)
+# Sizes by head width that compile for an H200 without spilling; neither tuned nor timed.
+BLOCK = {256: Blocks(64, 32, 4, 3), 0: Blocks(64, 64, 4, 3)}
 # Programs that fill the 132 processors of a Hopper GPU twice, of at least so many slots each.
 PROGRAMS, FEWEST_SLOTS = 264, 256
 
@@ -64,8 +65,8 @@ class Options:
 
 def decode(
     q, k, v=None, *, positions, window=None, scale=None, q_pe=None, k_pe=None,
-    key: KeyOfState | None = None, table=None, splits: int | None = None, block: Blocks = BLOCK,
-    interpret: bool = False,
+    key: KeyOfState | None = None, table=None, splits: int | None = None,
+    block: Blocks | None = None, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """As `kernels.dispatch.decode_attention`, whose arguments these are.
 
@@ -79,6 +80,7 @@ def decode(
     if why:
         raise UserError(f"the triton kernel takes no such attention: {why}")
     batch, length, heads, width = q.shape
+    block = block or BLOCK.get(width, BLOCK[0])
     num_kv_heads, group = k.shape[2], heads // k.shape[2]
     fill = NARROWEST - k.shape[1]
     if fill > 0:  # of a cache shorter than the smallest tile
