@@ -25,6 +25,12 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array
     )
 
 
+def scores(rows, columns, scale: float) -> jax.Array:
+    """Base-2 scores [r, c] of queries [r, P] and keys [c, P] in parts, which are summed."""
+    products = [dot(a, b, (1, 1)) for a, b in zip(rows, columns)]
+    return sum(products[1:], products[0]) * (scale * LOG2E)
+
+
 def visible(rows, columns, *, causal, window, length, row_segments=None, column_segments=None):
     """bool of the broadcast shape: which of the keys at `columns` the queries at `rows` see.
 

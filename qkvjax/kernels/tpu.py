@@ -148,7 +148,7 @@ def _forward_kernel(
     @pl.when(j < end)
     def _():
         k = [ref[...] for ref in ks]
-        scores = _scores(options, [ref[...] for ref in qs], k)
+        scores = tile.scores([ref[...] for ref in qs], k, options.scale)
         seen = _seen(options, i, j, blocks, row_segments, column_segments)
         state = top[:, 0], total[:, 0], [mixed[...]]
         state = tile.absorb(state, scores, seen, [k[0] if v is None else v[...]])
@@ -229,7 +229,7 @@ def _keys_kernel(
         # A tile lies with its keys down: neither product below turns it.
         seen = _seen(options, i, j, blocks, row_segments, column_segments, keys_down=True)
         weights, slopes = tile.weights_and_slopes(
-            _scores(options, k, q), seen, normaliser[...],
+            tile.scores(k, q, options.scale), seen, normaliser[...],
             tile.dot(k[0] if v is None else v[...], do, (1, 1)), delta[...],
         )  # fmt: skip
         slopes = (slopes * options.scale).astype(do.dtype)
@@ -269,7 +269,7 @@ def _queries_kernel(
         k, do = [ref[...] for ref in ks], slope[...]
         seen = _seen(options, i, j, blocks, row_segments, column_segments)
         _, slopes = tile.weights_and_slopes(
-            _scores(options, [ref[...] for ref in qs], k), seen, of_row[...],
+            tile.scores([ref[...] for ref in qs], k, options.scale), seen, of_row[...],
             tile.dot(do, k[0] if v is None else v[...], (1, 1)), delta_of_row[...],
         )  # fmt: skip
         slopes = (slopes * options.scale).astype(do.dtype)
@@ -288,12 +288,6 @@ def turned(x: jax.Array) -> jax.Array:
     if x.shape[0] == 1:
         return jnp.broadcast_to(x, (LANES, r)).T[:, :1]
     return jnp.broadcast_to(x, (r, LANES)).T[:1]
-
-
-def _scores(options, rows, columns):
-    """Base-2 scores of a tile, summed over parts."""
-    products = [tile.dot(a, b, (1, 1)) for a, b in zip(rows, columns)]
-    return sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
 
 
 def _seen(options, i, j, blocks, row_segments, column_segments, keys_down: bool = False):

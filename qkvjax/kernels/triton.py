@@ -170,7 +170,7 @@ def _forward_kernel(options, qs, ks, v, segments, out, normaliser):
     def step(j, state):
         at = pl.ds(j * blocks.keys, blocks.keys)
         k = [ref[at, :] for ref in ks]
-        scores = base2_scores(options, q, k)
+        scores = tile.scores(q, k, options.scale)
         seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
         return tile.absorb(state, scores, seen, [k[0] if v is None else v[at, :]])
 
@@ -241,7 +241,7 @@ def _keys_kernel(options, group, qs, ks, v, slope, normaliser, delta, segments, 
                 turned=True,
             )
             weights, slopes = tile.weights_and_slopes(
-                base2_scores(options, k, q), seen, normaliser[n, at][None, :],
+                tile.scores(k, q, options.scale), seen, normaliser[n, at][None, :],
                 tile.dot(value, do, (1, 1)), delta[n, at][None, :],
             )  # fmt: skip
             of_keys, of_values = sums
@@ -278,7 +278,11 @@ def _queries_kernel(options, qs, ks, v, slope, normaliser, delta, segments, dqs)
         value = k[0] if v is None else v[at, :]
         seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
         _, slopes = tile.weights_and_slopes(
-            base2_scores(options, q, k), seen, of_row, tile.dot(do, value, (1, 1)), delta_of_row
+            tile.scores(q, k, options.scale),
+            seen,
+            of_row,
+            tile.dot(do, value, (1, 1)),
+            delta_of_row,
         )
         slopes = (slopes * options.scale).astype(k[0].dtype)
         return [add + tile.dot(slopes, part) for add, part in zip(sums, k)]
@@ -287,12 +291,6 @@ def _queries_kernel(options, qs, ks, v, slope, normaliser, delta, segments, dqs)
     start = [jnp.zeros(part.shape, jnp.float32) for part in q]
     for ref, total in zip(dqs, jax.lax.fori_loop(*tiles, step, start)):
         ref[...] = total.astype(ref.dtype)
-
-
-def base2_scores(options, rows, columns):
-    """Base-2 scores of a tile, summed over parts."""
-    products = [tile.dot(a, b, (1, 1)) for a, b in zip(rows, columns)]
-    return sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
 
 
 def places_of(first, size: int, segments):

@@ -78,7 +78,7 @@ def _kernel(options, x, v, slope, normaliser, delta, segments, dx, dv):
         of_x, of_values = sums
         at = pl.ds(j * blocks.keys, blocks.keys)
         other, other_slope = x[at, :], slope[at, :]
-        scores = triton.base2_scores(options, [mine], [other])
+        scores = tile.scores([mine], [other], options.scale)
         columns = triton.places_of(j * blocks.keys, blocks.keys, segments)
         if as_queries:
             _, slopes = tile.weights_and_slopes(

@@ -45,8 +45,7 @@ def load_arrays(workdir: str | Path, step: int | None = None, *, log=print):
 
 def abstract_model(config) -> tuple[ModelSpec, dict[str, jax.ShapeDtypeStruct]]:
     """The spec of a config's model, and its arrays by name."""
-    spec = _spec(config)
-    shapes = jax.eval_shape(lambda: make(spec, jax.random.key(0)))
+    spec, shapes = _shapes(config)
     return spec, named_arrays({"model": shapes})
 
 
@@ -99,18 +98,21 @@ def _read_config(workdir):
     return config
 
 
-def _spec(config) -> ModelSpec:
-    if not reads_text(config):
-        return spec_of(config, open_dataset(config))
-    size = tokenizer_size(config.data.tokenizer)
-    return model_spec(configs.plain(config.model), size, config.data.seq_len)
+def _shapes(config):
+    """(spec, model of ShapeDtypeStructs) of a config."""
+    if reads_text(config):
+        size = tokenizer_size(config.data.tokenizer)
+        spec = model_spec(configs.plain(config.model), size, config.data.seq_len)
+    else:
+        spec = spec_of(config, open_dataset(config))
+    return spec, jax.eval_shape(lambda: make(spec, jax.random.key(0)))
 
 
 def _restore(workdir, config, step, log):
     place = jax.sharding.SingleDeviceSharding(find_devices()[0])
-    shapes = jax.eval_shape(lambda: make(_spec(config), jax.random.key(0)))
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        _shapes(config)[1],
     )
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     try:
