@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as lowering
 
 from qkvjax.errors import UserError
+from qkvjax.kernels import rows as rows_of
 from qkvjax.kernels import tile
 from qkvjax.kernels.stored import Int8, KeyOfState
 from qkvjax.kernels.tpu import refusal
@@ -102,17 +103,10 @@ def decode(
     rows = -(-length * group // tall) * tall
     taken = heads_a_step(k, tall, size)
 
-    def packed(x):  # [B, T, N, H] -> [B, K, R, H]
-        x = x.reshape(batch, length, num_kv_heads, group, -1).transpose(0, 2, 1, 3, 4)
-        x = x.reshape(batch, num_kv_heads, length * group, -1)
-        return jnp.pad(x, [(0, 0), (0, 0), (0, rows - length * group), (0, 0)])
-
-    places = jnp.repeat(positions.astype(jnp.int32), group, axis=1)
-    places = jnp.pad(places, [(0, 0), (0, rows - length * group)], mode="edge")[:, :, None]
-    ends = jnp.minimum(jnp.max(positions, axis=1).astype(jnp.int32) + 1, slots)
-    begins = jnp.zeros_like(ends)
-    if window is not None:
-        begins = jnp.maximum(jnp.min(positions, axis=1).astype(jnp.int32) - window + 1, 0)
+    packed = functools.partial(rows_of.packed, kv_heads=num_kv_heads, rows=rows)
+    places = rows_of.places(positions, group, rows)[:, :, None]
+    begins, ends = rows_of.reach(positions, window)
+    ends = jnp.minimum(ends, slots)
     qs = (packed(q),) if q_pe is None else (packed(q), packed(q_pe.astype(q.dtype)))
     turns = gain = None
     if key is not None:
@@ -167,9 +161,8 @@ def decode(
     kernel = functools.partial(_kernel, options, len(scalars))
     found = pallas(kernel, "attention_decode", interpret, grid_spec=grid, out_shape=out)(
         *scalars, *inputs
-    )[:, :, : length * group]
-    found = found.reshape(batch, num_kv_heads, length, group, -1).transpose(0, 2, 1, 3, 4)
-    return found.reshape(batch, length, heads, -1)
+    )
+    return rows_of.unpacked(found, length, heads)
 
 
 def _turns(key: KeyOfState, options, width: int):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from qkvjax.errors import UserError
+from qkvjax.kernels import rows as rows_of
 from qkvjax.kernels import tile
 from qkvjax.kernels.stored import Int8, KeyOfState
 from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
@@ -106,17 +107,9 @@ def decode(
     tall = min(max(NARROWEST, pl.next_power_of_2(length * group)), block.queries)
     rows = -(-length * group // tall) * tall
 
-    def packed(x):  # [B, T, N, H] -> [B, K, R, H]
-        x = x.reshape(batch, length, num_kv_heads, group, -1).transpose(0, 2, 1, 3, 4)
-        x = x.reshape(batch, num_kv_heads, length * group, -1)
-        return jnp.pad(x, [(0, 0), (0, 0), (0, rows - length * group), (0, 0)])
-
-    places = jnp.repeat(positions.astype(jnp.int32), group, axis=1)
-    places = jnp.pad(places, [(0, 0), (0, rows - length * group)], mode="edge")
-    ends = jnp.max(positions, axis=1).astype(jnp.int32) + 1
-    begins = jnp.zeros_like(ends)
-    if window is not None:
-        begins = jnp.maximum(jnp.min(positions, axis=1).astype(jnp.int32) - window + 1, 0)
+    packed = functools.partial(rows_of.packed, kv_heads=num_kv_heads, rows=rows)
+    places = rows_of.places(positions, group, rows)
+    begins, ends = rows_of.reach(positions, window)
     turns = gains = None
     if key is not None:
         turns = key.at(slots, jnp.float32)
@@ -144,9 +137,8 @@ def decode(
         out_specs=[state(), state(), [state(piece) for piece in value_pieces]],
         out_shape=[wanted(), wanted(), [wanted(piece) for piece in value_pieces]],
     )(*inputs)  # fmt: skip
-    out = tile.merge(top, total, jnp.concatenate(mixed, axis=-1), axis=2)[:, :, : length * group]
-    out = out.reshape(batch, num_kv_heads, length, group, -1).transpose(0, 2, 1, 3, 4)
-    return out.reshape(batch, length, heads, -1).astype(q.dtype)
+    out = tile.merge(top, total, jnp.concatenate(mixed, axis=-1), axis=2)
+    return rows_of.unpacked(out, length, heads).astype(q.dtype)
 
 
 # Where program (sequence b, key-value head n, i) finds its part of an array; i counts the splits
