@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax.errors import UserError
+from qkvjax.models.spec import scan_period
 
 NORM_EPSILON = 1e-6  # of attention.projection.RMSNorm
 # Keys that stand for something our model does not compute, with the values that do not.
@@ -173,9 +174,11 @@ def _model(file: _File, dequantize) -> Imported:
             found = found * np.float32(scale)
         return found.T  # ours map from the left
 
+    period = scan_period((None,) * layers)  # all are alike
     arrays = {
-        f"stack.blocks.0.{ours}": np.stack([layer(i, name) for i in range(layers)])
+        f"stack.blocks.{j}.{ours}": np.stack([layer(i, name) for i in range(j, layers, period)])
         for ours, name in _LAYER.items()
+        for j in range(period)
     }
     tokens = file.values["tokenizer.ggml.tokens"]
     embedding = array("token_embd", len(tokens), d)

@@ -24,11 +24,11 @@ def attention(
         q, k = jnp.concatenate([q, q_pe], -1), jnp.concatenate([k, k_pe], -1)
     batch, length, heads, width = q.shape
     scale = width**-0.5 if scale is None else scale
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], -1, width)
+    q = q * jnp.asarray(scale, q.dtype)
     v = k if v is None else v
     # Heads first: XLA's CPU multiplies batches of matrices twice as fast when they lie whole. A
     # cache is stored so, and its transpositions cancel.
-    q_BKGTH = q.transpose(0, 2, 3, 1, 4)
+    q_BKGTH = q.transpose(0, 2, 1, 3).reshape(batch, k.shape[2], -1, length, width)
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
     size = max(SMALLEST_TILE, -(-length // TILES)) if causal else length
     tiles = []
@@ -39,7 +39,7 @@ def attention(
         tile = q_BKGTH[..., rows, :], k_BKSH[:, :, seen], v_BKSH[:, :, seen], mask[:, rows, seen]
         tiles.append(_attend(*tile, softcap))
     out = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v.shape[-1])
+    return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
 
 
 def _attend(q, k, v, mask, softcap):

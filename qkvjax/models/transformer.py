@@ -12,9 +12,6 @@ from qkvjax.attention.spec import AttentionSpec
 from qkvjax.models.mlp import MLP
 from qkvjax.models.spec import ModelSpec
 
-# Below this depth the scan is unrolled: a scan costs a shallow model a quarter of its CPU
-# step, and a deep one minutes of compilation.
-UNROLL_UP_TO = 12
 # Standard deviation of initial values; what Linear makes of them is said there.
 STD = {"normal": 0.02, "fan_in": None, "uniform": "uniform"}
 
@@ -81,7 +78,7 @@ class Stack(nnx.Module):
     """All blocks: a scan over the repetitions of the layer pattern.
 
     `blocks[j]` holds layer j of every repetition, each parameter with a leading axis
-    [L / period]. A pattern that does not repeat is a scan of length one, that is, unrolled.
+    [L / period]. An unrolled stack is one repetition.
     """
 
     def __init__(self, spec: ModelSpec, *, key):
@@ -108,8 +105,10 @@ class Stack(nnx.Module):
                 x = block(x, positions, segment_ids, layer_key, impl=impl)
             return x, None
 
-        unroll = self.num_layers <= UNROLL_UP_TO
-        return jax.lax.scan(repetition, x, (list(self.blocks), keys), unroll=unroll)[0]
+        scanned = list(self.blocks), keys
+        if repeats == 1:
+            return repetition(x, jax.tree.map(lambda a: a[0], scanned))[0]
+        return jax.lax.scan(repetition, x, scanned)[0]
 
     def layers(self) -> list[Block]:
         """The blocks one by one, in order, each with its own arrays.

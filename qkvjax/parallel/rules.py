@@ -63,6 +63,22 @@ def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
     return table_S.at[places_BS].get(out_sharding=jax.typeof(places_BS).sharding.spec)
 
 
+@jax.custom_jvp
+def _turned(w: jax.Array) -> jax.Array:
+    """w, whose gradient is computed as its transpose.
+
+    XLA's CPU multiplies [F, n] by [n, D] 1.8 times as fast as the transposes when F < D (one core,
+    768 tokens, 128 by 512). The barriers keep it from seeing that the two are one.
+    """
+    return w
+
+
+@_turned.defjvp
+def _turned_jvp(primals, tangents):
+    hidden = jax.lax.optimization_barrier
+    return primals[0], hidden(hidden(tangents[0].T).T)
+
+
 def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
     """[B, T, D] @ [D, F] -> [B, T, F], in `dtype` if one is given.
 
@@ -71,6 +87,8 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
     sharded the reshape would move data, so it is left alone.
     """
     w_DF = gather(w_DF)
+    if w_DF.shape[0] > w_DF.shape[1] and jax.default_backend() == "cpu":
+        w_DF = _turned(w_DF)
     batch, length, width = x_BTD.shape
     if not has_mesh():
         flat = jnp.matmul(x_BTD.reshape(-1, width), w_DF, preferred_element_type=dtype)

@@ -10,7 +10,7 @@ import pytest
 
 from qkvjax.attention.position import sincos
 from qkvjax.errors import UserError
-from qkvjax.models import transformer
+from qkvjax.models import spec as model_specs
 from qkvjax.models.transformer import Stack, dropout
 
 B, T = 2, 9
@@ -95,8 +95,10 @@ LOCAL, GLOBAL = {"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 2}
         (6, (LOCAL, LOCAL, LOCAL, GLOBAL), 6), (7, ({},), 1), (2, (LOCAL, GLOBAL), 2),
     ],
 )  # fmt: skip
-def test_period(tiny, num_layers, pattern, period):
+def test_period(tiny, monkeypatch, num_layers, pattern, period):
     spec = tiny(num_layers=num_layers, layer_overrides=pattern)
+    assert spec.period == num_layers  # shallow
+    monkeypatch.setattr(model_specs, "UNROLL_UP_TO", 0)
     assert spec.period == period
     for i, layer in enumerate(spec.layers):
         wanted = pattern[i % len(pattern)] if pattern else {}
@@ -109,16 +111,20 @@ def test_period(tiny, num_layers, pattern, period):
 @pytest.mark.parametrize(
     ("num_layers", "pattern"), [(2, ()), (4, (LOCAL, GLOBAL)), (3, (LOCAL, GLOBAL, {}))]
 )
-def test_scan_is_the_layers_one_by_one(model, ids, monkeypatch, num_layers, pattern):
-    m = model(num_layers=num_layers, layer_overrides=pattern)
+def test_scan_is_the_layers_one_by_one(tiny, model, ids, monkeypatch, num_layers, pattern):
+    fields = {"num_layers": num_layers, "layer_overrides": pattern}
     places = jnp.tile(jnp.arange(T), (B, 1))
-    x = one_by_one = m.embed(ids, places)
-    for i, layer in enumerate(m.stack.layers()):
-        assert layer.attention.spec == m.spec.layers[i]
-        one_by_one = layer(one_by_one, places)
+    starts = []
     for unroll_up_to in (num_layers, num_layers - 1):
-        monkeypatch.setattr(transformer, "UNROLL_UP_TO", unroll_up_to)
+        monkeypatch.setattr(model_specs, "UNROLL_UP_TO", unroll_up_to)
+        m = model(**fields)
+        x = one_by_one = m.embed(ids, places)
+        for i, layer in enumerate(m.stack.layers()):
+            assert layer.attention.spec == m.spec.layers[i]
+            one_by_one = layer(one_by_one, places)
         np.testing.assert_allclose(m.stack(x, places), one_by_one, atol=2e-5)
+        starts.append(Stack(tiny(**fields), key=jax.random.key(0)).layers())
+    jax.tree.map(np.testing.assert_array_equal, *starts)  # whichever way they are kept
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_every_branch_of_every_layer_draws_its_own_mask(tiny):
     """Branches that put out ones: the sum of 4 masks is binomial, with variance 4 p (1 - p)."""
     spec = tiny(norm="layernorm", use_bias=True, dropout=0.5)
     stack = jax.tree.map(jnp.zeros_like, Stack(spec, key=jax.random.key(0)))
-    for block in stack.blocks:
+    for block in stack.blocks:  # of one layer or of several
         for last in (block.attention.output, block.mlp.down):
             last.bias[...] = jnp.ones_like(last.bias[...])
     x = jnp.zeros((B, 64, 32))
