@@ -25,7 +25,7 @@ PEAK_FLOPS = {
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed blocks instead of returning them to the kernel.
+    """Makes glibc keep freed blocks instead of returning them to the kernel, in huge pages.
 
     XLA's CPU client allocates a program's temporary memory anew at each call. Above 32 MiB
     glibc maps fresh pages each time, and faulting them in cost a third of the step of a small
@@ -41,6 +41,23 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 2**26)
+        _ask_for_huge_pages(libc)
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+    """Grows the heap, untouched, and tells the kernel to back it by huge pages.
+
+    Most kernels give them to who asks: 2 to 4 % of the step of a small model on two cores.
+    """
+    madv_hugepage, page, size = 14, 2**12, 2**30  # below the threshold of trimming
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(size)
+    if block:  # None where so much address space may not be had; a refused wish changes nothing
+        start = -(-block // page) * page
+        libc.madvise(start, (block + size - start) // page * page, madv_hugepage)
+        libc.free(block)
 
 
 def environment() -> dict[str, object]:
