@@ -43,8 +43,7 @@ FIELDS = {
     "model.norm": ("rmsnorm", "rmsnorm or layernorm, before each branch"),
     "model.mlp": ("swiglu", "swiglu or gelu"),
     "model.mlp_ratio": (2.75, "feed-forward width over d_model, rounded to a multiple of 8"),
-    "model.dropout": (0.0, "rate on the embedding and both residual branches (vit: both"
-                      " feed-forward maps)"),
+    "model.dropout": (0.0, "rate on the embedding and both branches (vit: both feed-forward maps)"),
     "model.patch_size": (4, "pixels of a side of a patch; vit only"),
     "model.use_bias": (False, "biases on linear maps and LayerNorm"),
     "model.tie_embeddings": (True, "the output head is the embedding, transposed"),
@@ -73,6 +72,7 @@ FIELDS = {
     "train.max_seconds": (FLOAT, "stop and save after this long, however many steps are left"),
     "train.accumulation": (1, "micro-batches a step; does not change the loss"),
     "train.compute_dtype": ("float32", "float32 or bfloat16; parameters stay float32"),
+    "train.remat": ("none", "what gradients compute again: none, block, dots (all but products)"),
     "train.log_every": (ANY, "a duration"),
     "train.eval_every": (ANY, "a duration; the last step is always evaluated"),
     "train.checkpoint_every": (ANY, "a duration; the last step is always saved"),
@@ -80,6 +80,8 @@ FIELDS = {
     "train.wandb": (STR, "a Weights & Biases project; needs the extra qkvjax[wandb]"),
     "mesh.replica": (1, "devices that hold whole copies; -1 means all that are left"),
     "mesh.fsdp": (1, "devices that parameters are sharded over; -1 means all that are left"),
+    "mesh.context": (1, "devices that each sequence is cut over"),
+    "mesh.tensor": (1, "devices that heads and feed-forward are cut over"),
 }  # fmt: skip
 # Durations that recipes may leave alone.
 _DURATIONS = {
@@ -352,6 +354,7 @@ def validate(config) -> None:
     one_of("data.augment", ("none", "crop_flip"))
     one_of("optimizer.decay", ("matrices", "all"))
     one_of("train.compute_dtype", ("float32", "bfloat16"))
+    one_of("train.remat", ("none", "block", "dots"))
     require(optimizer.learning_rate > 0, "config.optimizer.learning_rate=0 trains nothing")
     for name, options in plain(config.evals).items():
         _check_evaluator(f"config.evals.{name}", options)

@@ -3,6 +3,7 @@
   qkvjax plan --model=config.json                    a Hugging Face file, or its folder
   qkvjax plan --model=config.json --memory=141GiB --bandwidth=4.8TB/s --context=32768
   qkvjax plan --config=configs/lm.py:size=124m,sharing=q-k=v --workdir=runs/plan
+  qkvjax plan --config=configs/lm.py:size=124m --topology=v5e-16 --all_sharings
 
 --model reads a stranger's config.json (Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 4,
 gpt-oss, GPT-2 and what has their keys) and prints what each sharing of its projections would
@@ -10,6 +11,10 @@ save: cache, parameters, context, users, and a roofline estimate of decoding spe
 
 --config gives the exact costs of one of our recipes, and of every other sharing that its
 heads allow. With --workdir, plan.json holds the same numbers.
+
+--topology compiles the recipe's real train step for hardware that is not there (v4, v5e, v5p and
+v6e slices with the extra qkvjax[tpu], h200-N with qkvjax[cuda], cpu:N here): memory of a device,
+whether it fits, how each parameter is sharded, what is sent between devices.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ def define(values: flags.FlagValues) -> None:
         "bandwidth": (BANDWIDTH, f"bytes that memory delivers a second; of {DEVICE}"),
         "weight_dtype": ("bfloat16", "of the weights: bfloat16, float16, float32 or int8"),
         "cache_dtype": ("bfloat16", "of the cache: bfloat16, float16, float32 or int8"),
+        "topology": (None, "compile for hardware that is not here: v5e-16, v6e-256, h200-8, cpu:8"),
         "workdir": (None, "where plan.json goes; made when absent"),
     }
     for name, (default, help_text) in text.items():
@@ -59,25 +65,37 @@ def define(values: flags.FlagValues) -> None:
         lower_bound=1, upper_bound=10**12, flag_values=values,
     )  # fmt: skip
 
+    flags.DEFINE_bool("all_sharings", False, "with --topology: a row a sharing", flag_values=values)
+    flags.DEFINE_list(
+        "batches", [], "with --topology: a row for each micro-batch", flag_values=values
+    )
+
 
 def plan(values: flags.FlagValues, command: str) -> None:
     """Prints the costs and, with --workdir, writes plan.json."""
     if values.model is not None and "config" in values:
         raise UserError("give --model or --config, not both: they plan different models")
+    if values.model is not None and values.topology is not None:
+        raise UserError("--topology compiles one of our recipes: give it with --config")
     if values.model is None and "config" not in values:
         raise UserError(
             "give --model=config.json (a Hugging Face file) or --config=configs/lm.py (a recipe)"
         )
     if values.model is None:
-        if given := [name for name in FOR_MODEL if values[name].present]:
+        allowed = ("memory",) if values.topology else ()
+        if given := [n for n in FOR_MODEL if values[n].present and n not in allowed]:
             raise UserError(f"--{given[0]} goes with --model: leave it out beside --config")
-        lines, record = costs.recipe_costs(values.config)
+        lines, record = plan_topology(values) if values.topology else plan_recipe(values)
     else:
         lines, record = plan_model(values)
     if values.workdir is not None:
         path = write_json(Path(values.workdir), {"command": command, **record})
         lines += ["", f"written: {path}"]
     print("\n".join(lines))
+    if record.get("fits") is False:
+        from qkvjax.analysis import compiled
+
+        raise UserError(compiled.too_large(record))
 
 
 def write_json(workdir: Path, record: dict) -> Path:
@@ -94,6 +112,34 @@ def write_json(workdir: Path, record: dict) -> Path:
             f"--workdir={workdir} cannot be written ({error.strerror}): give another folder"
         ) from None
     return path
+
+
+def plan_recipe(values: flags.FlagValues) -> tuple[list[str], dict]:
+    """The same for --config."""
+    if given := [name for name in ("all_sharings", "batches") if values[name].present]:
+        raise UserError(f"--{given[0]} goes with --topology: give both or none")
+    return costs.recipe_costs(values.config)
+
+
+def plan_topology(values: flags.FlagValues) -> tuple[list[str], dict]:
+    """The same for --config with --topology."""
+    from qkvjax.analysis import compiled
+
+    try:
+        batches = [int(word) for word in values.batches]
+    except ValueError:
+        batches = [0]
+    if any(batch < 1 for batch in batches):
+        raise UserError(f"--batches={','.join(values.batches)}: give whole numbers, as 1,4,16")
+    memory = None
+    if values["memory"].present:
+        memory = roofline.parse_bytes(values.memory, "--memory")
+    before, exact = costs.recipe_costs(values.config)
+    lines, record = compiled.plan(
+        values.config, values.topology, memory=memory, all_sharings=values.all_sharings,
+        batches=batches,
+    )  # fmt: skip
+    return [*before, "", *lines], exact | record
 
 
 def plan_model(values: flags.FlagValues) -> tuple[list[str], dict]:

@@ -70,30 +70,13 @@ def _peak(config, sharing: str, mode: str, batch: int, context: int) -> int | No
 
 def _train_step(config, spec, num_ids):
     import jax
-    import jax.numpy as jnp
 
     from qkvjax.analysis.measure import peak_bytes
-    from qkvjax.parallel import rules
     from qkvjax.parallel.mesh import make_mesh
-    from qkvjax.training.run import abstract_state
-    from qkvjax.training.step import make_optimizer, make_train_step
+    from qkvjax.training.run import compile_for
 
     mesh = make_mesh(dict(config.mesh), jax.devices()[:1])
-    optimizer, rate = make_optimizer(config, 1000, 10)
-    state = abstract_state(spec, optimizer, mesh)
-    shape = (1, config.data.batch_size, config.data.seq_len)
-    place = rules.sharding(mesh, None, "batch", "length")
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-        for dtype, names in (
-            (jnp.int32, ("inputs", "targets", "positions", "segment_ids")),
-            (jnp.float32, ("weights",)),
-        )
-        for name in names
-    }
-    step = jax.jit(make_train_step(config, optimizer, rate), donate_argnums=0)
-    with jax.set_mesh(mesh):
-        return peak_bytes(step.lower(state, batch).compile())
+    return peak_bytes(compile_for(config, spec, mesh)[0])
 
 
 def _decode_step(config, spec, num_ids):

@@ -138,6 +138,7 @@ def attention(
       [B, T, N, H] in the dtype of q.
     """
     name = choose(impl)
+    k, v, k_pe = (None if x is None else rules.spread_heads(x, q.shape[2]) for x in (k, v, k_pe))
     if name in KERNELS:
         check(name, q, v, softcap)
         options = {"causal": causal, "window": window, "scale": scale}

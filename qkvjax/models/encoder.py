@@ -48,7 +48,7 @@ class Encoder(nnx.Module):
 
     def __call__(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
-        impl: str = "auto",
+        impl: str = "auto", remat: str = "none",
     ) -> jax.Array:  # fmt: skip
         """Logits of the labels.
 
@@ -59,6 +59,7 @@ class Encoder(nnx.Module):
           key: a PRNG key turns dropout on.
           dtype: of activations and matrix products.
           impl: the implementation of attention.
+          remat: what the backward pass computes again, one of `transformer.REMAT`.
 
         Returns:
           [B, labels, classes] in float32 or wider: "tokens" labels each of T tokens, "sequence"
@@ -70,7 +71,8 @@ class Encoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(length), (inputs.shape[0], length))
         outer, inner = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, outer)
-        return self.logits(self.stack(x, positions, segment_ids, inner, impl=impl))
+        x = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat)
+        return self.logits(x)
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
         """Inputs as `__call__` takes them -> [B, T, D], with what positions add."""

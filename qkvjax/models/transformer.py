@@ -12,6 +12,13 @@ from qkvjax.attention.spec import AttentionSpec
 from qkvjax.models.mlp import MLP
 from qkvjax.models.spec import ModelSpec
 
+# What the backward pass computes again instead of keeping: nothing, all but matrix products, or
+# all of a block.
+REMAT = {
+    "none": lambda f: f,
+    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
+    "block": jax.checkpoint,
+}
 # Standard deviation of initial values; what Linear makes of them is said there.
 STD = {"normal": 0.02, "fan_in": None, "uniform": "uniform"}
 
@@ -90,19 +97,24 @@ class Stack(nnx.Module):
             for j, layer in enumerate(spec.layers[: spec.period])
         ])  # fmt: skip
 
-    def __call__(self, x, positions, segment_ids=None, key=None, *, impl="auto") -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(
+        self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none"
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `remat` is one of REMAT."""
         period = len(self.blocks)
         repeats = self.num_layers // period
         keys = None
         if key is not None:
             keys = jax.random.split(key, self.num_layers).reshape(repeats, period)
 
+        @REMAT[remat]
+        def layer(block, x, key):
+            return block(x, positions, segment_ids, key, impl=impl)
+
         def repetition(x, scanned):
             blocks, keys = scanned
             for j, block in enumerate(blocks):
-                layer_key = None if keys is None else keys[j]
-                x = block(x, positions, segment_ids, layer_key, impl=impl)
+                x = layer(block, x, None if keys is None else keys[j])
             return x, None
 
         scanned = list(self.blocks), keys

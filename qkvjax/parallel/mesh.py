@@ -55,7 +55,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
     if -1 in shape or math.prod(shape) > len(devices):
         raise UserError(
             f"mesh={dict(sizes)} needs a multiple of {known} devices and {len(devices)} are here:"
-            " change config.mesh.replica or config.mesh.fsdp"
+            f" change {' or '.join('config.mesh.' + axis for axis in sizes)}"
         )
     used = devices[: math.prod(shape)]
     types = (jax.sharding.AxisType.Explicit,) * len(AXES)

@@ -1,10 +1,14 @@
-"""The only file that names mesh axes: where each named dimension lives, and the four places
+"""The only file that names mesh axes: where each named dimension lives, and the few places
 where the model has to say so.
 
-Without a mesh (notebooks, analysis) every helper is the plain operation.
+Axes of size 1 are in no array's type, so that one device asks nothing of anybody. Without a mesh
+(notebooks, analysis) every helper is the plain operation.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +17,66 @@ from jax.sharding import NamedSharding, PartitionSpec
 # Named dimension -> mesh axes. Parameters are sharded over "embed", never over "layers".
 RULES = {
     "batch": ("replica", "fsdp"),
-    "length": "context",
-    "embed": "fsdp",
-    "heads": None,
-    "mlp": None,
-    "vocab": None,
-    "layers": None,
+    "length": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": (),
+    "layers": (),
+}
+# The two dimensions of a matrix by the name of what holds it. Heads and feed-forward are split by
+# columns and put together by rows, so that a block talks once for each of its branches.
+MATRICES = {
+    "projections": ("embed", "heads"),
+    "output": ("heads", "embed"),
+    "up": ("embed", "mlp"),
+    "gate": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
 }
 
 
-def spec(*names: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions carry these names (None: not sharded)."""
-    return PartitionSpec(*(RULES[name] if name else None for name in names))
+def spec(*names: str | None, sizes: Mapping[str, int] | None = None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions carry these names (None: not sharded).
+
+    Args:
+      sizes: of the mesh axes; None means those of the mesh in force.
+
+    Raises:
+      ValueError: two dimensions would live on one axis.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape if sizes is None else sizes
+    found = [tuple(axis for axis in RULES.get(name, ()) if sizes[axis] > 1) for name in names]
+    used = [axis for axes in found for axis in axes]
+    if len(set(used)) < len(used):
+        raise ValueError(f"dimensions {names} collide: {used}")
+    one_or_all = (axes[0] if len(axes) == 1 else axes or None for axes in found)
+    return PartitionSpec(*one_or_all)
+
+
+def ways(*names: str, sizes: Mapping[str, int] | None = None) -> int:
+    """Over how many devices dimensions of these names are spread."""
+    sizes = jax.sharding.get_abstract_mesh().shape if sizes is None else sizes
+    return math.prod(sizes[axis] for name in names for axis in RULES[name])
+
+
+def matrix_spec(path: tuple[str, ...], shape: tuple[int, ...], sizes) -> PartitionSpec:
+    """Where a matrix lives: [..., rows, columns], of the parameter at `path`.
+
+    What MATRICES says, as far as the mesh divides the sizes; else the larger dimension that
+    "embed" divides, never the axis of stacked layers.
+    """
+    holder = next((name for name in path if name in MATRICES), None)
+    names = list(MATRICES.get(holder, (None, None)))
+    fits = lambda name, size: size % ways(name, sizes=sizes) == 0  # noqa: E731
+    names = [n if n and fits(n, size) else None for n, size in zip(names, shape[-2:], strict=True)]
+    if "embed" not in names:
+        free = [
+            size if name is None and fits("embed", size) else 0
+            for name, size in zip(names, shape[-2:], strict=True)
+        ]
+        if max(free):
+            names[free.index(max(free))] = "embed"
+    return spec(*(None,) * (len(shape) - 2), *names, sizes=sizes)
 
 
 def has_mesh() -> bool:
@@ -32,21 +84,37 @@ def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str:
+    """What the program is compiled for: the mesh's devices, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device if has_mesh() else None
+    named = getattr(device, "platform", None)  # not every jax says it
+    if device is None or device.device_kind == "cpu":
+        return jax.default_backend()
+    return named or ("tpu" if device.device_kind.startswith("TPU") else "gpu")
+
+
 def shards_sequence() -> bool:
     """Whether the mesh in force spreads sequences over devices."""
-    return has_mesh() and jax.sharding.get_abstract_mesh().shape["context"] > 1
+    return has_mesh() and ways("length") > 1
 
 
 def sharding(mesh: jax.sharding.Mesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of such an array on `mesh`."""
-    return NamedSharding(mesh, spec(*names))
+    return NamedSharding(mesh, spec(*names, sizes=mesh.shape))
+
+
+def matrix_sharding(mesh: jax.sharding.Mesh, path: tuple[str, ...], shape) -> NamedSharding:
+    """The NamedSharding of the matrix at `path` on `mesh`."""
+    return NamedSharding(mesh, matrix_spec(path, shape, mesh.shape))
 
 
 def gather(array: jax.Array) -> jax.Array:
-    """A parameter whole on every device, as FSDP does just before using it."""
+    """A parameter as it is used: whole over the axes of "embed", as FSDP does just before; what
+    other axes share out stays so."""
     if not has_mesh():
         return array
-    return jax.sharding.reshard(array, PartitionSpec(*(None,) * array.ndim))
+    kept = (None if axis in RULES["embed"] else axis for axis in jax.typeof(array).sharding.spec)
+    return jax.sharding.reshard(array, PartitionSpec(*kept))
 
 
 def embed(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -82,26 +150,33 @@ def _turned_jvp(primals, tangents):
 def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
     """[B, T, D] @ [D, F] -> [B, T, F], in `dtype` if one is given.
 
+    The result is shared out as the columns of w are; rows that are shared out are summed over.
+
     Tokens are flattened to one axis first: XLA's CPU takes a slow path for weight gradients
     that contract over two axes (1.5 times the step of a small model). Where the sequence is
     sharded the reshape would move data, so it is left alone.
     """
     w_DF = gather(w_DF)
-    if w_DF.shape[0] > w_DF.shape[1] and jax.default_backend() == "cpu":
+    if w_DF.shape[0] > w_DF.shape[1] and platform() == "cpu":
         w_DF = _turned(w_DF)
     batch, length, width = x_BTD.shape
     if not has_mesh():
         flat = jnp.matmul(x_BTD.reshape(-1, width), w_DF, preferred_element_type=dtype)
         return flat.reshape(batch, length, -1)
+    rows, columns = jax.typeof(w_DF).sharding.spec
+    result = PartitionSpec(*spec("batch", "length"), columns)
     if shards_sequence():
         return jnp.einsum(
-            "btd,df->btf", x_BTD, w_DF, out_sharding=spec("batch", "length", None),
-            preferred_element_type=dtype,
-        )  # fmt: skip
-    flat = jax.lax.reshape(x_BTD, (batch * length, width), out_sharding=spec("batch", None))
-    flat = jnp.matmul(flat, w_DF, out_sharding=spec("batch", None), preferred_element_type=dtype)
-    out = (batch, length, w_DF.shape[1])
-    return jax.lax.reshape(flat, out, out_sharding=spec("batch", "length", None))
+            "btd,df->btf", x_BTD, w_DF, out_sharding=result, preferred_element_type=dtype
+        )
+    tokens = spec("batch")
+    flat = jax.lax.reshape(
+        x_BTD, (batch * length, width), out_sharding=PartitionSpec(*tokens, rows)
+    )
+    flat = jnp.matmul(
+        flat, w_DF, out_sharding=PartitionSpec(*tokens, columns), preferred_element_type=dtype
+    )
+    return jax.lax.reshape(flat, (batch, length, w_DF.shape[1]), out_sharding=result)
 
 
 def map_tokens(f, whole: jax.Array, *by_token: jax.Array):
@@ -114,7 +189,7 @@ def map_tokens(f, whole: jax.Array, *by_token: jax.Array):
         return f(whole, *by_token)
 
     sizes = jax.sharding.get_abstract_mesh().shape
-    spread = tuple(axis for axis in (*RULES["batch"], RULES["length"]) if sizes[axis] > 1)
+    spread = tuple(axis for axis in (*RULES["batch"], *RULES["length"]) if sizes[axis] > 1)
 
     def local(*arrays):
         of_tokens, totals = f(*arrays)
@@ -146,11 +221,29 @@ def on_each_device(f, x: jax.Array, arrays: dict[str, object]) -> jax.Array:
 
 
 def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:
-    """[B, T, N*H] -> [B, T, N, H]."""
+    """[B, T, N*H] -> [B, T, N, H]; every device has all heads where they cannot be shared out."""
     shape = (*x_BTF.shape[:2], heads, x_BTF.shape[2] // heads)
     if not has_mesh():
         return x_BTF.reshape(shape)
-    return jax.lax.reshape(x_BTF, shape, out_sharding=spec("batch", "length", "heads", None))
+    name = None if heads % ways("heads") else "heads"
+    x_BTF = jax.sharding.reshard(x_BTF, spec("batch", "length", name))
+    return jax.lax.reshape(x_BTF, shape, out_sharding=spec("batch", "length", name, None))
+
+
+def spread_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
+    """Key-value heads shared out like `heads` query heads: [B, S, K, H] -> [B, S, K', H].
+
+    Where K does not divide, each head is repeated until it does: K' is the least common
+    multiple, and each device holds the few heads that its queries see.
+    """
+    if not has_mesh() or ways("heads") == 1:
+        return x_BSKH
+    here = x_BSKH.shape[2]
+    repeats = math.lcm(here, ways("heads")) // here
+    if repeats > 1:
+        assert heads % (here * repeats) == 0, (heads, here, repeats)
+        x_BSKH = jnp.repeat(x_BSKH, repeats, axis=2)
+    return jax.sharding.reshard(x_BSKH, spec("batch", None, "heads", None))
 
 
 def merge_heads(x_BTNH: jax.Array) -> jax.Array:
@@ -159,11 +252,12 @@ def merge_heads(x_BTNH: jax.Array) -> jax.Array:
     if not has_mesh():
         return x_BTNH.reshape(batch, length, heads * width)
     shape = (batch, length, heads * width)
-    return jax.lax.reshape(x_BTNH, shape, out_sharding=spec("batch", "length", None))
+    return jax.lax.reshape(x_BTNH, shape, out_sharding=spec("batch", "length", "heads"))
 
 
 def gather_sequence(array: jax.Array) -> jax.Array:
     """Keys, values, positions and the like whole along their second axis, the sequence."""
     if not has_mesh():
         return array
-    return jax.sharding.reshard(array, spec("batch", *(None,) * (array.ndim - 1)))
+    rest = jax.typeof(array).sharding.spec[2:]
+    return jax.sharding.reshard(array, PartitionSpec(*spec("batch", None), *rest))

@@ -74,7 +74,7 @@ def _chunked(w, x, targets, weights, z_loss):
     shape, vocab = x.shape, w.shape[1]
     flat = x.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
     tokens = flat[1].size
-    limit = CHUNK.get(jax.default_backend(), CHUNK_ELSEWHERE)
+    limit = CHUNK.get(rules.platform(), CHUNK_ELSEWHERE)
     chunks = -(-tokens // max(FEWEST_TOKENS, limit // vocab))
     size = -(-tokens // chunks)
 

@@ -43,13 +43,18 @@ def schedule(
     return rate
 
 
+def path_names(path) -> tuple[str, ...]:
+    """The names on the way to a leaf of a tree: attributes and keys, without indices."""
+    found = (getattr(entry, "name", getattr(entry, "key", None)) for entry in path)
+    return tuple(name for name in found if isinstance(name, str))
+
+
 def is_matrix(path) -> bool:
     """Whether the leaf at this tree path is a matrix: not a gain, a bias or a counter.
 
     Names decide, since stacked gains have two dimensions as well.
     """
-    names = {getattr(entry, "name", getattr(entry, "key", None)) for entry in path}
-    return bool(names & {"weight", "embedding", "positions"})
+    return not {"weight", "embedding", "positions"}.isdisjoint(path_names(path))
 
 
 def decayed(params) -> object:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from qkvjax import config as configs
 from qkvjax.data.dataset import Dataset
@@ -17,6 +18,7 @@ from qkvjax.data.examples import Examples
 from qkvjax.data.open import open_dataset
 from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec, model_spec
+from qkvjax.parallel import rules
 from qkvjax.parallel.mesh import make_mesh
 from qkvjax.training.step import (
     init_state,
@@ -123,16 +125,51 @@ def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> 
     spec = spec_of(config, dataset)
     durations = resolve_durations(config, dataset)
     mesh = make_mesh(dict(config.mesh), devices)
-    ways = mesh.shape["replica"] * mesh.shape["fsdp"]
-    if (data.batch_size // config.train.accumulation) % ways:
-        raise UserError(
-            f"a micro-batch of {data.batch_size // config.train.accumulation} sequences does not"
-            f" divide over {ways} devices (mesh.replica x mesh.fsdp): change data.batch_size,"
-            " train.accumulation or the mesh"
-        )
+    check_mesh(mesh, spec, data.seq_len, data.batch_size // config.train.accumulation)
     optimizer, rate = make_optimizer(config, durations.steps, durations.warmup)
     abstract = abstract_state(spec, optimizer, mesh)
     return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
+
+
+def check_mesh(mesh: jax.sharding.Mesh, spec: ModelSpec, seq_len: int, micro_batch: int) -> None:
+    """Raises UserError where a mesh does not divide what it cuts, naming the numbers."""
+    fields = {"batch": "mesh.replica x mesh.fsdp", "length": "mesh.context"}
+    heads = [(f"the {n} query heads", n, "heads", "model.num_heads")
+             for n in sorted({layer.num_heads for layer in spec.layers})]  # fmt: skip
+    cut = [
+        (f"a micro-batch of {micro_batch} sequences", micro_batch, "batch",
+         "data.batch_size, train.accumulation"),
+        (f"a sequence of {seq_len} tokens", seq_len, "length", "data.seq_len"),
+        *heads,
+        (f"the feed-forward width {spec.d_ff}", spec.d_ff, "mlp", "model.mlp_ratio"),
+    ]  # fmt: skip
+    for what, size, name, remedy in cut:
+        ways = rules.ways(name, sizes=mesh.shape)
+        if size % ways:
+            raise UserError(
+                f"{what} does not divide over {ways} devices ({fields.get(name, 'mesh.tensor')}):"
+                f" change {remedy} or the mesh"
+            )
+    if spec.kind == "vit" and mesh.shape["context"] > 1:
+        raise UserError("a ViT's class token leaves no sequence to cut: set mesh.context=1")
+
+
+def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
+    """(compiled, abstract state): the train step of a language model for a mesh's devices, which
+    need not be here, without data."""
+    optimizer, rate = make_optimizer(config, 1000, 10)
+    state = abstract_state(spec, optimizer, mesh)
+    parts, length = config.train.accumulation, config.data.seq_len
+    shape = (parts, config.data.batch_size // parts, length)
+    place = rules.sharding(mesh, None, "batch", "length")
+    whole = ("inputs", "targets", "positions", "segment_ids")
+    dtypes = dict.fromkeys(whole, jnp.int32) | {"weights": jnp.float32}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()
+    }
+    step = jax.jit(make_train_step(config, optimizer, rate), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch).compile(), state
 
 
 def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh):

@@ -15,7 +15,7 @@ from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules
 from qkvjax.training.loss import cross_entropy, linear_cross_entropy
-from qkvjax.training.optimizer import adamw, is_matrix, schedule
+from qkvjax.training.optimizer import adamw, is_matrix, path_names, schedule
 
 Batch = Mapping[str, jax.Array]
 
@@ -37,20 +37,12 @@ def init_state(spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array
 
 
 def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Where each leaf lives: matrices over the "embed" rule's axes, everything else whole.
-
-    Of a matrix the larger dimension that the mesh divides is sharded, never the axis of
-    stacked layers.
-    """
-    ways = mesh.shape["fsdp"]
+    """Where each leaf lives: matrices as `rules.MATRICES` says, everything else whole."""
 
     def place(path, leaf):
-        names = [None] * leaf.ndim
-        if is_matrix(path):
-            sizes = [n if n % ways == 0 else 0 for n in leaf.shape[-2:]]
-            if max(sizes):
-                names[leaf.ndim - 2 + sizes.index(max(sizes))] = "embed"
-        return rules.sharding(mesh, *names)
+        if not is_matrix(path):
+            return rules.sharding(mesh, *(None,) * leaf.ndim)
+        return rules.matrix_sharding(mesh, path_names(path), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
 
@@ -87,6 +79,7 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     """
     dtype = jnp.dtype(config.train.compute_dtype)
     z_loss, clip = config.optimizer.z_loss, config.optimizer.clip_norm
+    remat = config.train.remat
     seed, has_dropout = config.seed, config.model.dropout > 0
 
     def objective(model, batch, key, total):
@@ -94,10 +87,11 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
         inputs = batch["inputs"], batch["positions"], segments, key
         labels = batch["targets"], batch["weights"]
         if isinstance(model, LanguageModel):  # a vocabulary is too wide to hold all logits
-            x = model.hidden(*inputs, dtype=dtype)
+            x = model.hidden(*inputs, dtype=dtype, remat=remat)
             loss, nats = linear_cross_entropy(x, model.head_weight(dtype), *labels, z_loss)
             return loss / total, nats / total
-        nats, squares = map(jnp.sum, cross_entropy(model(*inputs, dtype=dtype), *labels))
+        logits = model(*inputs, dtype=dtype, remat=remat)
+        nats, squares = map(jnp.sum, cross_entropy(logits, *labels))
         return (nats + z_loss * squares) / total, nats / total
 
     def train_step(state: TrainState, batch: Batch):

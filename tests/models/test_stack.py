@@ -127,6 +127,26 @@ def test_scan_is_the_layers_one_by_one(tiny, model, ids, monkeypatch, num_layers
     jax.tree.map(np.testing.assert_array_equal, *starts)  # whichever way they are kept
 
 
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_remat_changes_no_gradient(model, ids, monkeypatch, remat):
+    """Nor the dropout that is drawn again; and fewer numbers wait for the backward pass."""
+    for unroll_up_to in (2, 0):
+        monkeypatch.setattr(model_specs, "UNROLL_UP_TO", unroll_up_to)
+        m = model(num_layers=2, dropout=0.2)
+
+        def loss(m, remat):
+            return jnp.sum(m.hidden(ids, key=jax.random.key(3), remat=remat) ** 2)
+
+        def kept(remat, m=m):
+            held = jax.eval_shape(lambda m: jax.vjp(lambda m: loss(m, remat), m)[1], m)
+            return sum(leaf.size for leaf in jax.tree.leaves(held))
+
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        for a, b in zip(*(jax.tree.leaves(gradient(m, r)) for r in ("none", remat)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * max(1, float(jnp.max(abs(b)))))
+        assert kept(remat) < kept("none")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -6,6 +6,7 @@ import pytest
 from qkvjax.errors import UserError
 from qkvjax.parallel import rules
 from qkvjax.parallel.mesh import AXES, make_mesh
+from qkvjax.training.run import check_mesh
 
 
 @pytest.mark.parametrize("sizes", [{}, {"replica": 1, "fsdp": 1}, {"fsdp": -1}])
@@ -30,11 +31,54 @@ def test_sizes_that_do_not_fit(sizes, message):
         make_mesh(sizes, jax.devices()[:1] * 8)
 
 
+TWO = dict.fromkeys(AXES, 2)
+
+
 def test_rules_name_axes_of_the_mesh():
-    for axes in filter(None, rules.RULES.values()):
-        assert set((axes,) if isinstance(axes, str) else axes) <= set(AXES)
-    assert rules.spec("batch", None, "embed") == jax.P(("replica", "fsdp"), None, "fsdp")
+    for axes in rules.RULES.values():
+        assert set(axes) <= set(AXES)
+    assert rules.spec("batch", None, "heads", sizes=TWO) == jax.P(
+        ("replica", "fsdp"), None, "tensor"
+    )
+    one = TWO | {"replica": 1, "tensor": 1}  # axes of size 1 are in no type
+    assert rules.spec("batch", "length", "heads", sizes=one) == jax.P("fsdp", "context", None)
     assert not rules.has_mesh()
+    with pytest.raises(ValueError, match="collide.*tensor"):
+        rules.spec("heads", "mlp", sizes=TWO)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        (("projections", "q", "weight"), (3, 8, 16), (None, "fsdp", "tensor")),
+        (("output", "weight"), (3, 16, 8), (None, "tensor", "fsdp")),
+        (("mlp", "down", "weight"), (16, 8), ("tensor", "fsdp")),
+        (("mlp", "up", "weight"), (8, 15), ("fsdp", None)),  # what does not divide stays whole
+        (("mlp", "up", "weight"), (7, 15), (None, None)),
+        (("embedding",), (300, 8), ("fsdp", None)),
+        (("positions",), (9, 8), (None, "fsdp")),
+    ],
+)
+def test_where_matrices_live(path, shape, spec):
+    assert rules.matrix_spec(path, shape, TWO) == jax.P(*spec)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"tensor": 8}, "the 4 query heads does not divide over 8 devices.*model.num_heads"),
+        ({"context": 3}, "a sequence of 16 tokens .* 3 devices .mesh.context.*data.seq_len"),
+        ({"replica": 3}, "a micro-batch of 4 sequences .* 3 devices .mesh.replica x mesh.fsdp"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(tiny, mesh, message):
+    """Without waiting for a compiler."""
+    mesh = jax.sharding.AbstractMesh(tuple((TWO | dict.fromkeys(AXES, 1) | mesh).values()), AXES)
+    with pytest.raises(UserError, match=message):
+        check_mesh(mesh, tiny(num_heads=4), 16, 4)
+
+
+def test_a_mesh_is_in_force():
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
         assert rules.has_mesh()
 

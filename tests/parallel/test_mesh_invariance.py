@@ -20,6 +20,7 @@ from qkvjax.training.loop import place
 from qkvjax.training.run import prepare_run
 
 BOTH, REPLICA = {"replica": 2, "fsdp": 4}, {"replica": 8}
+EVERY = {"fsdp": 2, "context": 2, "tensor": 2}  # two devices for one key-value head
 # name: (mesh, micro-batches a step, dropout)
 RUNS = {
     "one device": ({}, 1, 0.0),
@@ -27,6 +28,7 @@ RUNS = {
     "sharded, 2 micro-batches": (BOTH, 2, 0.0),
     "one device, dropout": ({}, 1, 0.2),
     "sharded, dropout": (BOTH, 1, 0.2),
+    "every axis, 2 micro-batches": (EVERY, 2, 0.0),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 STEPS = 5
@@ -133,6 +135,7 @@ def test_initial_values_are_equal_to_the_last_bit(found, folder, monkeypatch):
     [
         ("replicas", "one device"),
         ("sharded, 2 micro-batches", "one device"),
+        ("every axis, 2 micro-batches", "one device"),
         ("sharded, dropout", "one device, dropout"),
     ],
 )

@@ -1,0 +1,277 @@
+"""The train step compiled for hardware that is not here: does it fit, and what does it send."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+
+from qkvjax.analysis import columns, formats
+from qkvjax.analysis.costs import UNITS, train_flops
+from qkvjax.attention.spec import SHARINGS, sharing_name
+from qkvjax.errors import UserError
+
+ROWS = 12  # of the sharding table: the largest parameters; plan.json has all
+
+
+def plan(config, name: str, *, memory=None, all_sharings=False, batches=()) -> tuple:
+    """(lines, record) of a language model's train step on a topology.
+
+    Args:
+      config: what is trained; a mesh of one device takes all by mesh.fsdp=-1.
+      name: of the topology.
+      memory: bytes of a device; None means the chip's.
+      all_sharings: a row a sharing as well.
+      batches: a row for each of these micro-batches of the whole mesh as well.
+
+    Raises:
+      UserError: no such topology, no compiler for it, or a mesh that does not divide.
+    """
+    from qkvjax.parallel import topology
+
+    where = topology.read(name)
+    if config.model.kind != "lm":
+        raise UserError("--topology compiles language models: choose a config with model.kind=lm")
+    found = topology.devices(where)
+    if all(size == 1 for size in config.mesh.values()) and where.count > 1:
+        config.mesh.fsdp = -1
+    if memory is None:
+        memory = where.chip.memory if where.chip else _memory_here() // where.count
+    own = _compiled(config, found)
+    record = {"topology": name, "devices": where.count, "device_kind": found[0].device_kind}
+    record |= {"memory_bytes_per_device": memory, **own}
+    record["fits"] = own["peak_bytes_per_device"] <= memory
+    if "sharding" not in own:  # the compiler gave up
+        return [], record
+    record |= _largest(config, found, own, memory)
+    record |= _roofline(own, where.chip)
+    lines = _lines(config, record)
+    if all_sharings:
+        rows = record["sharings"] = [_sharing(config, found, s) for s in SHARINGS]
+        lines += ["", *_sharing_table([row for row in rows if "sharding" in row])]
+        lines += columns.notes([f"{sharing_name(r['sharing'])}: {r['refused']}" for r in rows
+                                if "refused" in r])  # fmt: skip
+    if batches:
+        rows = record["batches"] = [_batch(config, found, n, memory) for n in batches]
+        lines += ["", *_batch_table(rows)]
+    return [*lines, "", *columns.notes(_notes(record, where.chip))], record
+
+
+def _compiled(config, devices) -> dict:
+    """What the compiler says of a config's train step on these devices."""
+    import jax
+
+    from qkvjax import config as configs
+    from qkvjax.analysis.measure import peak_bytes
+    from qkvjax.analysis.program import Program
+    from qkvjax.data.tokenizers import tokenizer_size
+    from qkvjax.models.spec import model_spec
+    from qkvjax.parallel.mesh import make_mesh
+    from qkvjax.training.checkpoint import named_arrays
+    from qkvjax.training.run import check_mesh, compile_for
+
+    spec = model_spec(
+        configs.plain(config.model), tokenizer_size(config.data.tokenizer), config.data.seq_len
+    )
+    mesh = make_mesh(dict(config.mesh), devices)
+    micro_batch = config.data.batch_size // config.train.accumulation
+    check_mesh(mesh, spec, config.data.seq_len, micro_batch)
+    try:
+        compiled, state = compile_for(config, spec, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        return {"mesh": dict(mesh.shape), "peak_bytes_per_device": _asked_for(error)}
+    program, memory = Program(compiled.as_text()), compiled.memory_analysis()
+    held = lambda tree: sum(_local_bytes(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    tokens = config.data.batch_size * config.data.seq_len
+    cost = compiled.cost_analysis() or {}
+    return {
+        "mesh": dict(mesh.shape),
+        "sharding": [
+            {"name": name, "shape": list(leaf.shape), "spec": str(tuple(leaf.sharding.spec)),
+             "bytes_per_device": _local_bytes(leaf)}
+            for name, leaf in named_arrays(state.model).items()
+        ],
+        "num_params": spec.num_params,
+        "cache_bytes_per_token": spec.cache_bytes_per_token("bfloat16"),
+        "parameter_bytes_per_device": held(state.model),
+        "gradient_bytes_per_device": held(state.model),
+        "optimizer_bytes_per_device": held(state.optimizer),
+        "temporary_bytes_per_device": memory.temp_size_in_bytes,
+        "peak_bytes_per_device": peak_bytes(compiled),
+        "matmul_flops_per_device": program.matmul_flops(),
+        "analytic_flops_per_device": tokens * train_flops(spec, config.data.seq_len) / mesh.size,
+        "bytes_accessed_per_device": cost.get("bytes accessed"),
+        "tokens_per_step": tokens,
+        "collectives": program.collectives(),
+    }  # fmt: skip
+
+
+def _asked_for(error: Exception) -> int:
+    """The bytes for which a compiler found no room; any other error is raised again."""
+    found = re.search(r"([\d.]+)([KMGT])\)? exceeds", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        raise error
+    return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
+
+
+def too_large(record: dict) -> str:
+    """What to say of a plan that does not fit."""
+    more = record["peak_bytes_per_device"] - record["memory_bytes_per_device"]
+    return (
+        f"the train step does not fit {record['topology']}: it needs"
+        f" {formats.num_bytes(record['peak_bytes_per_device'])} a device,"
+        f" {formats.num_bytes(more)} more than there is. Take a smaller data.batch_size, more"
+        " train.accumulation, train.remat=block, a larger mesh.fsdp, mesh.tensor or mesh.context,"
+        " or train.compute_dtype=bfloat16"
+    )
+
+
+def _local_bytes(leaf) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _memory_here() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _largest(config, devices, own: dict, memory: int) -> dict:
+    """The largest micro-batch that fits, on the line through the peaks of the smallest one and of
+    the given one (or twice the smallest)."""
+    from qkvjax.parallel import rules
+
+    peak = lambda n: _compiled(_changed(config, n), devices)["peak_bytes_per_device"]  # noqa: E731
+    ways = rules.ways("batch", sizes=own["mesh"])
+    given, parts = config.data.batch_size // config.train.accumulation, config.train.accumulation
+    low = own["peak_bytes_per_device"] if given == ways else peak(ways)
+    if low > memory:
+        return {"largest_micro_batch": 0}
+    if given == ways or parts > 1:  # accumulation holds gradients of its own
+        given, high = 2 * ways, peak(2 * ways)
+    else:
+        high = own["peak_bytes_per_device"]
+    more = (memory - low) * (given - ways) / max(1, high - low)
+    return {"largest_micro_batch": ways * (1 + int(more // ways))}
+
+
+def _changed(config, batch: int | None = None, sharing: str | None = None):
+    from qkvjax import config as configs
+
+    config = configs.from_dict(configs.to_dict({k: v for k, v in config.items() if k != "study"}))
+    if batch is not None:
+        config.data.batch_size, config.train.accumulation = batch, 1
+    if sharing is not None:
+        config.model.sharing = sharing
+    return config
+
+
+def _sharing(config, devices, sharing: str) -> dict:
+    try:
+        return {"sharing": sharing, **_compiled(_changed(config, sharing=sharing), devices)}
+    except UserError as error:  # heads or overrides that forbid it
+        return {"sharing": sharing, "refused": str(error)}
+
+
+def _batch(config, devices, batch: int, memory: int) -> dict:
+    peak = _compiled(_changed(config, batch), devices)["peak_bytes_per_device"]
+    return {"micro_batch": batch, "peak_bytes_per_device": peak, "fits": peak <= memory}
+
+
+def _roofline(own: dict, chip) -> dict:
+    """The least seconds a step can take, by FLOPs and by bytes; nothing for virtual devices."""
+    if chip is None:
+        return {"roofline_seconds": None}
+    seconds = [own["matmul_flops_per_device"] / chip.peak_flops]
+    if own["bytes_accessed_per_device"]:
+        seconds.append(own["bytes_accessed_per_device"] / chip.bandwidth)
+    return {"roofline_seconds": max(seconds)}
+
+
+def _lines(config, record: dict) -> list[str]:
+    size = formats.num_bytes
+    of = lambda name: size(record[name + "_bytes_per_device"])  # noqa: E731
+    mesh = ", ".join(f"{axis} {n}" for axis, n in record["mesh"].items() if n > 1) or "one device"
+    left = record["memory_bytes_per_device"] - record["peak_bytes_per_device"]
+    verdict = f"fits, {size(left)} are left" if left >= 0 else f"{size(-left)} too much"
+    kinds = "; ".join(
+        f"{kind} {found['count']:,} x, {size(found['bytes'])}"
+        for kind, found in record["collectives"].items()
+    )
+    pairs = [
+        ("topology", f"{record['topology']}: {record['devices']:,} devices"
+                     f" ({record['device_kind']}) of {of('memory')}; compiled, not run"),
+        ("mesh", mesh),
+        ("batch", f"{config.data.batch_size:,} sequences of {config.data.seq_len:,} tokens,"
+                  f" in {config.train.accumulation} micro-batches"),
+        ("a device", f"parameters {of('parameter')}, gradients {of('gradient')}, optimizer"
+                     f" {of('optimizer')}; all temporaries, gradients and activations among"
+                     f" them, {of('temporary')}"),
+        ("peak", f"{of('peak')} a device: {verdict}"),
+        ("micro-batch", f"about {record['largest_micro_batch']:,} sequences fit at once, over"
+                        " all devices"),
+        ("FLOPs", f"{record['matmul_flops_per_device']:.3g} in matrix products a device and"
+                  f" step; {record['analytic_flops_per_device']:.3g} by the model's formula"),
+        ("collectives", kinds or "none"),
+        ("cache", f"{size(record['cache_bytes_per_token'])} a token in bfloat16, when it decodes"),
+    ]  # fmt: skip
+    if seconds := record["roofline_seconds"]:
+        speed = record["tokens_per_step"] / seconds
+        pairs.append(
+            ("roofline", f"{formats.duration(seconds)} a step at least, {speed:,.0f} tokens/s at"
+                         " most: an estimate, not a measurement")
+        )  # fmt: skip
+    merged = collections.Counter()
+    for row in record["sharding"]:
+        merged[_kind(row["name"]), str(tuple(row["shape"])), row["spec"]] += row["bytes_per_device"]
+    rows = [[*key, size(n)] for key, n in merged.most_common(ROWS)]
+    header = [("", "parameter"), ("", "shape"), ("", "sharded over"), ("bytes", "a device")]
+    return [*columns.aligned(pairs), "", *columns.table(header, rows)]
+
+
+def _kind(name: str) -> str:
+    """The parameter's name, that of the layers put together."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _sharing_table(rows: list[dict]) -> list[str]:
+    header = [
+        ("", "sharing"), ("", "parameters"), ("peak a", "device"), ("", "saved"),
+        ("FLOPs a", "device"), ("sent a", "device"), ("cache a", "token"),
+    ]  # fmt: skip
+    base = rows[0]
+    sent = lambda row: sum(c["bytes"] for c in row["collectives"].values())  # noqa: E731
+    cells = [
+        [
+            sharing_name(row["sharing"]), formats.count(row["num_params"]),
+            formats.num_bytes(row["peak_bytes_per_device"]),
+            formats.NONE if row is base
+            else formats.saved(1 - row["peak_bytes_per_device"] / base["peak_bytes_per_device"]),
+            f"{row['matmul_flops_per_device']:.3g}", formats.num_bytes(sent(row)),
+            formats.num_bytes(row["cache_bytes_per_token"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return columns.table(header, cells)
+
+
+def _batch_table(rows: list[dict]) -> list[str]:
+    header = [("", "micro-batch"), ("", "fits"), ("peak a", "device")]
+    cells = [
+        [f"{row['micro_batch']:,}", "yes" if row["fits"] else "no",
+         formats.num_bytes(row["peak_bytes_per_device"])]
+        for row in rows
+    ]  # fmt: skip
+    return columns.table(header, cells)
+
+
+def _notes(record: dict, chip) -> list[str]:
+    notes = [
+        "Peak: arguments, results and temporaries that the compiler plans. Bytes of collectives:"
+        " of their results on one device, loops counted as often as they run. The largest"
+        " micro-batch lies on a line through two compiled peaks."
+        " Causal attention skips tiles that no query sees; the model's formula counts all pairs.",
+    ]
+    if chip is None:
+        notes.append("Virtual devices share this machine's memory evenly and have no roofline.")
+    return [*notes, UNITS]

@@ -1,0 +1,123 @@
+"""Losses do not depend on the mesh: sharings x heads x positions x meshes x micro-batches.
+
+20 steps in float64 on 8 virtual devices against one, a covering design and random meshes.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from qkvjax import config as configs
+from qkvjax.analysis.program import Program
+from qkvjax.training.loop import place
+from qkvjax.training.run import prepare_run
+
+STEPS = 20
+# (model, mesh, micro-batches)
+DESIGN = [
+    ({"sharing": "q-k-v", "num_kv_heads": 4}, {"tensor": 4}, 1),
+    ({"sharing": "q-k-v", "num_kv_heads": 2}, {"tensor": 4, "replica": 2}, 2),
+    ({"sharing": "q-k=v", "num_kv_heads": 1}, {"tensor": 2, "context": 2}, 1),
+    ({"sharing": "q-k=v", "num_kv_heads": 4}, {"context": 4, "fsdp": 2}, 2),
+    ({"sharing": "q-k=v", "rotary_values": "unrotated_output"}, {"context": 2, "tensor": 2}, 1),
+    ({"sharing": "q=k-v"}, {"fsdp": 2, "tensor": 2, "context": 2}, 2),
+    ({"sharing": "q=v-k", "position": "learned"}, {"fsdp": 4, "context": 2}, 1),
+    ({"sharing": "q=k=v", "use_bias": True, "norm": "layernorm"}, {"tensor": 4, "fsdp": 2}, 2),
+    ({"sharing": "q=k=v", "window": 5}, {"replica": 2, "context": 4}, 1),
+    ({"score": ("role_bias", "column_bias", "score2d(3)")}, {"tensor": 2, "fsdp": 2}, 1),
+    ({"layer_overrides": ({"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 2})},
+     {"tensor": 4, "context": 2}, 1),
+]  # fmt: skip
+SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
+
+
+def drawn(seed):
+    """Three random points: meshes whose sizes multiply to 8 at most."""
+    rng = random.Random(seed)
+    for _ in range(3):
+        sharing = rng.choice(SHARINGS)
+        heads = rng.choice((1, 2, 4)) if sharing.startswith("q-") else 4
+        mesh = {}
+        for axis in rng.sample(("replica", "fsdp", "context", "tensor"), 3):
+            mesh[axis] = rng.choice((1, 2, 4))
+            if np.prod(list(mesh.values())) > 8:
+                del mesh[axis]
+        yield {"sharing": sharing, "num_kv_heads": heads}, mesh, rng.choice((1, 2))
+
+
+def train(folder, model, mesh, accumulation):
+    """(losses, bytes that are gathered in a step)."""
+    config = configs.default()
+    config.model.update({"num_layers": 2, "d_model": 16, "num_heads": 4, "mlp_ratio": 2.0} | model)
+    config.data.update(source=f"text:{folder}/corpus.txt", seq_len=8, batch_size=16)
+    config.train.update(steps=STEPS, accumulation=accumulation)
+    config.mesh.update(mesh)
+    with jax.enable_x64(False):
+        run = prepare_run(config, log=lambda line: None)
+        with jax.set_mesh(run.mesh):
+            state = run.init()
+    config.train.compute_dtype = "float64"
+
+    def widen(leaf, wanted):
+        array = np.asarray(leaf)
+        wide = array.astype(np.float64) if array.dtype == np.float32 else array
+        return jax.device_put(wide, wanted.sharding)
+
+    state, losses = jax.tree.map(widen, state, run.abstract), []
+    with jax.set_mesh(run.mesh):
+        step = run.compile_step(state)
+        leaves = jax.tree.leaves(state)
+        for i in range(STEPS):
+            leaves, metrics = step(leaves, place(run.batch(i), run.mesh))
+            losses.append(float(metrics["loss"]))
+    gathered = Program(step.as_text()).collectives().get("all-gather", {"bytes": 0})
+    return losses, gathered["bytes"]
+
+
+def main(folder, points):
+    """What the process with 8 devices does; it prints what it found."""
+    found = [(train(folder, m, {}, 1), train(folder, m, mesh, a)) for m, mesh, a in points]
+    print("found: " + json.dumps(found))
+
+
+def run_points(folder, points):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_ENABLE_X64": "1",
+        "JAX_PLATFORMS": "cpu", "QKVJAX_DATA_DIR": str(folder / "prepared"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
+    program = f"import {__name__} as t; t.main({str(folder)!r}, {points!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.partition("found: ")[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [DESIGN, None], ids=["design", "random"])
+def test_losses(tmp_path, points):
+    if points is None:
+        seed = random.SystemRandom().randrange(10**6)
+        print("seed", seed)
+        points = list(drawn(seed))
+    for point, (one, many) in zip(points, run_points(tmp_path, points), strict=True):
+        assert one[0][-1] < one[0][0]
+        np.testing.assert_allclose(many[0], one[0], rtol=1e-9, err_msg=str(point))
+
+
+def test_one_tensor_travels_where_keys_are_values(tmp_path):
+    """Context parallelism gathers the shared state alone, and makes keys of it on each device."""
+    heads = {"num_layers": 1, "num_kv_heads": 4, "qk_norm": False}
+    points = [({"sharing": s} | heads, {"context": 2}, 1) for s in ("q-k-v", "q-k=v")]
+    (_, apart), (_, shared) = run_points(tmp_path, points)
+    state, ids = 16 * 8 * 16 * 8, 16 * 8 * 4  # [B, T, N, H] in float64; [B, T] in int32
+    assert apart[1] == 2 * state + ids  # segments
+    assert shared[1] == state + 2 * ids  # and positions, for the rotation
