@@ -14,6 +14,9 @@ biases) and `paper` (pre-LayerNorm, GELU, learned positions, biases, N(0, 0.02^2
   300m    308,456,960    305,534,976    2048      1152              2,133
   350m    359,845,888    354,871,296    1024      512               11,520
   1.2b    1,233,482,496  1,215,102,976  2048      576               18,773
+  3b      3,391,670,272  3,339,134,976  4096      512               30,240
+  7b      6,782,988,288  6,666,985,472  4096      1024              30,720
+  70b     68,864,471,040 55,482,302,464 4096      1024              307,200
 
 Sizes read GPT-2 tokens from data/ and its BPE from data/gpt2; a depth trains on the interpreter's
 own library (depth=2 has 435,968 parameters, depth=4 3,281,664). No size has been trained yet.
@@ -32,7 +35,12 @@ SIZES = {
     "300m": (20, 1024, 16, 2048, 1152),
     "350m": (24, 1024, 16, 1024, 512),
     "1.2b": (22, 2048, 32, 2048, 576),
+    "3b": (28, 3072, 24, 4096, 512),
+    "7b": (32, 4096, 32, 4096, 1024),
+    "70b": (80, 8192, 64, 4096, 1024),
 }
+# What else a size fixes: the largest has grouped heads, as its kin.
+ALSO = {"70b": {"num_kv_heads": 8, "mlp_ratio": 3.5}}
 
 
 def get_config(arg=None):
@@ -53,6 +61,7 @@ def get_config(arg=None):
         data.source, data.tokenizer = "tokens:data", "gpt2:data/gpt2"
         config.train.steps = f"{20 * 12 * layers * width**2} tokens"  # 20 a parameter
         config.train.compute_dtype = "bfloat16"
+        model.update(ALSO.get(given.size, {}))
     else:
         layers = given.depth or 4
         width = 64 * layers

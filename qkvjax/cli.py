@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.parallel.host import keep_programs
 
 DOORS = {
     "train": "train one model, or go on where its workdir stopped",
@@ -110,6 +111,7 @@ def _run(argv: list[str], doc: str, define, body, config: str | None) -> int:
             print(help_text(doc, values, config is not None))
             return 0
         _parse(values, argv, config)
+        keep_programs()
         return body(values) or 0
     except UserError as error:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)

@@ -1,6 +1,13 @@
 """What several folders of tests share."""
+# ruff: noqa: E402
 
+import os
 import runpy
+import tempfile
+
+# Compiled programs of this run's processes; tests leave the user's own alone.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="qkvjax-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
 
 import jax
 import jax.numpy as jnp

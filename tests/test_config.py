@@ -248,7 +248,8 @@ def test_bad_recipe_arguments(text, message):
 
 
 @pytest.mark.parametrize("arg", ["", "depth=2", "size=30m", "size=124m,sharing=q=k=v",
-                                 "size=300m,recipe=paper", "size=1.2b,num_kv_heads=4"])  # fmt: skip
+                                 "size=300m,recipe=paper", "size=1.2b,num_kv_heads=4",
+                                 "size=7b", "size=70b,sharing=q-k=v"])  # fmt: skip
 def test_recipes_are_valid(recipe, arg):
     configs.validate(recipe("configs/lm.py", arg))
 

@@ -39,10 +39,23 @@ class Program:
     def _count(self, name: str, times: int) -> None:
         self._runs[name] += times
         for _, _, kind, rest in self._bodies[name]:
-            trips = _TRIPS.search(rest) if kind == "while" else None
+            trips = self._trips(rest) if kind == "while" else 1
             for called in _CALLED.findall(rest):
                 if called in self._bodies:
-                    self._count(called, times * (int(trips[1]) if trips else 1))
+                    self._count(called, times * trips)
+
+    def _trips(self, rest: str) -> int:
+        """How often a loop runs: what the compiler notes, or what its counter is compared to."""
+        if noted := _TRIPS.search(rest):
+            return int(noted[1])
+        condition = self._bodies[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
+        constants = {name: rest for name, _, kind, rest in condition if kind == "constant"}
+        for _, _, kind, rest in condition:
+            if kind == "compare" and "direction=LT" in rest:
+                for name in re.findall(r"%([\w.\-]+)", rest.partition(")")[0]):
+                    if name in constants:
+                        return int(constants[name].partition(")")[0])
+        return 1
 
     def _all(self):
         for name, body in self._bodies.items():

@@ -44,6 +44,23 @@ def keep_freed_memory() -> None:
         _ask_for_huge_pages(libc)
 
 
+def keep_programs() -> None:
+    """Lets jax keep compiled programs for the next run, in ~/.cache/qkvjax/programs.
+
+    $JAX_COMPILATION_CACHE_DIR names another folder, or none when it is empty. Programs are code:
+    the folder is the user's alone, and one that others can write to is left alone. Call it before
+    jax is imported.
+    """
+    folder = Path("~/.cache/qkvjax/programs").expanduser()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return  # a home that cannot be written costs a minute of compiling, not the run
+    if status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+
+
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Grows the heap, untouched, and tells the kernel to back it by huge pages.
 

@@ -129,7 +129,7 @@ def devices(topology: Topology) -> list:
     except (ImportError, RuntimeError, ValueError) as error:
         extra = "cuda" if kind == "h200" else "tpu"
         raise UserError(
-            f"--topology={topology.name}: its compiler is not here"
+            f"--topology={topology.name}: its compiler is not here, or busy with another process"
             f" ({type(error).__name__}: {str(error).splitlines()[0][:120]}): pip install"
             f" 'qkvjax[{extra}]', which needs no such device"
         ) from None

@@ -108,7 +108,9 @@ def test_without_the_compiler(monkeypatch):
         raise RuntimeError("no libtpu")
 
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
-    with pytest.raises(UserError, match=r"compiler is not here.*pip install 'qkvjax\[tpu\]'"):
+    with pytest.raises(
+        UserError, match=r"compiler is not here, or busy.*pip install 'qkvjax\[tpu\]'"
+    ):
         topology.devices(topology.read("v5e-4"))
 
 

@@ -46,21 +46,29 @@ TPU = """HloModule m
   %g = (f32[4,64]{1,0}, f32[8,64]{1,0}) all-gather-start(%x), dimensions={0}
 }
 
+%until (p: (s32[], f32[8,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5), metadata={op_name="n"}
+  %p = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
 ENTRY %main (a: f32[3,8,128]) -> f32[8,64] {
   %a = f32[3,8,128]{2,1,0} parameter(0)
   %k = f32[3,128,16]{2,1,0} constant(0)
   %batched = f32[3,8,16]{2,1,0} convolution(%a, %k), window={size=3}, dim_labels=0bf_0io->0bf
   %t = (s32[], f32[8,128]) tuple(%a)
   %r = f32[16]{0} all-reduce(%k), to_apply=%sum
-  ROOT %l = (s32[], f32[8,128]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %l = (s32[], f32[8,128]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  ROOT %m = (s32[], f32[8,128]) while(%t), condition=%until, body=%body
 }
 """
 
 
 def test_products_of_a_tpu_are_convolutions():
     program = Program(TPU)
-    assert program.matmul_flops() == 6 * 2 * 8 * 64 * 128 + 2 * 3 * 8 * 16 * 128
+    assert program.matmul_flops() == (6 + 5) * 2 * 8 * 64 * 128 + 2 * 3 * 8 * 16 * 128
     assert program.collectives() == {
         "all-reduce": {"count": 1, "bytes": 64},
-        "all-gather": {"count": 6, "bytes": 6 * 8 * 64 * 4},
+        "all-gather": {"count": 11, "bytes": 11 * 8 * 64 * 4},
     }
