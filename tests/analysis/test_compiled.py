@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from qkvjax.errors import UserError
 from qkvjax.parallel import topology
+from qkvjax.plan import main
 
 SMALL = (
     "--config=configs/lm.py:depth=2,sharing=q-k=v", "--config.model.d_model=32",
@@ -78,18 +80,20 @@ def test_a_mesh_of_one_takes_all_devices(tmp_path):
     [
         (["--topology=v6e-255"], "does not exist: use one of v4-8.*v6e-4, -8, -16.*cpu:N"),
         (["--topology=cpu:0"], "does not exist"),
-        (["--topology=cpu:3"], "8 sequences does not divide over 3 devices"),
         (["--topology=cpu:2", "--batches=two"], "--batches=two: give whole numbers"),
         (["--all_sharings"], "--all_sharings goes with --topology"),
         (["--topology=cpu:2", "--context=3"], "--context goes with --model"),
     ],
 )
-def test_bad_input(arguments, message):
-    import re
+def test_bad_input(capsys, arguments, message):
+    assert main([*SMALL, *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
-    done = plan(*SMALL, *arguments)
+
+def test_a_batch_that_three_devices_cannot_share():
+    done = plan(*SMALL, "--topology=cpu:3")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
+    assert "8 sequences does not divide over 3 devices (mesh.replica x mesh.fsdp)" in done.stderr
 
 
 @pytest.mark.parametrize(
