@@ -17,4 +17,5 @@ if [ "${1:-}" = --all ]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest -q "${select[@]}" "$@"
+# Two processes at a time: most tests keep one core busy.
+exec "$python" -m pytest -q -n 2 --dist=loadfile "${select[@]}" "$@"
