@@ -87,10 +87,10 @@ def has_mesh() -> bool:
 def platform() -> str:
     """What the program is compiled for: the mesh's devices, which need not be here."""
     device = jax.sharding.get_abstract_mesh().abstract_device if has_mesh() else None
-    named = getattr(device, "platform", None)  # not every jax says it
-    if device is None or device.device_kind == "cpu":
+    if device is None:
         return jax.default_backend()
-    return named or ("tpu" if device.device_kind.startswith("TPU") else "gpu")
+    kind = device.device_kind
+    return "cpu" if kind == "cpu" else "tpu" if kind.startswith("TPU") else "gpu"
 
 
 def shards_sequence() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 
@@ -30,9 +31,11 @@ class Chip:
 
 def _grids(*shapes: str, cores: int = 1) -> dict[int, str]:
     """Named by chips, or by the cores of which each has so many."""
-    sizes = [[int(side) for side in shape.split("x")] for shape in shapes]
-    products = [side[0] * side[1] * (side[2] if len(side) > 2 else 1) for side in sizes]
-    return {cores * n: shape for n, shape in zip(products, shapes, strict=True)}
+    return {cores * _chips(shape): shape for shape in shapes}
+
+
+def _chips(grid: str) -> int:
+    return math.prod(map(int, grid.split("x")))
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -90,10 +93,7 @@ def read(name: str) -> Topology:
             f"--topology={name} does not exist: use one of {listed}; or cpu:N, N virtual devices"
             f" of this machine{did_you_mean(name, names)}"
         )
-    size = 1
-    for side in chip.slices[int(number)].split("x"):
-        size *= int(side)
-    return Topology(name, size, chip)
+    return Topology(name, _chips(chip.slices[int(number)]), chip)
 
 
 def devices(topology: Topology) -> list:
