@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 import re
 
 from qkvjax.analysis import columns, formats
@@ -49,8 +50,7 @@ def plan(config, name: str, *, memory=None, all_sharings=False, batches=()) -> t
     if all_sharings:
         rows = record["sharings"] = [_sharing(config, found, s) for s in SHARINGS]
         lines += ["", *_sharing_table([row for row in rows if "sharding" in row])]
-        lines += columns.notes([f"{sharing_name(r['sharing'])}: {r['refused']}" for r in rows
-                                if "refused" in r])  # fmt: skip
+        lines += columns.notes([_why_not(row) for row in rows if "sharding" not in row])
     if batches:
         rows = record["batches"] = [_batch(config, found, n, memory) for n in batches]
         lines += ["", *_batch_table(rows)]
@@ -131,8 +131,6 @@ def _local_bytes(leaf) -> int:
 
 
 def _memory_here() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -171,6 +169,13 @@ def _sharing(config, devices, sharing: str) -> dict:
         return {"sharing": sharing, **_compiled(_changed(config, sharing=sharing), devices)}
     except UserError as error:  # heads or overrides that forbid it
         return {"sharing": sharing, "refused": str(error)}
+
+
+def _why_not(row: dict) -> str:
+    """Why a sharing has no row in the table."""
+    wanted = formats.num_bytes(row.get("peak_bytes_per_device"))
+    why = row.get("refused", f"does not fit, it wants {wanted} a device")
+    return f"{sharing_name(row['sharing'])}: {why}"
 
 
 def _batch(config, devices, batch: int, memory: int) -> dict:
@@ -239,13 +244,13 @@ def _sharing_table(rows: list[dict]) -> list[str]:
         ("", "sharing"), ("", "parameters"), ("peak a", "device"), ("", "saved"),
         ("FLOPs a", "device"), ("sent a", "device"), ("cache a", "token"),
     ]  # fmt: skip
-    base = rows[0]
+    base = next((row for row in rows if row["sharing"] == SHARINGS[0]), None)
     sent = lambda row: sum(c["bytes"] for c in row["collectives"].values())  # noqa: E731
     cells = [
         [
             sharing_name(row["sharing"]), formats.count(row["num_params"]),
             formats.num_bytes(row["peak_bytes_per_device"]),
-            formats.NONE if row is base
+            formats.NONE if base in (None, row)
             else formats.saved(1 - row["peak_bytes_per_device"] / base["peak_bytes_per_device"]),
             f"{row['matmul_flops_per_device']:.3g}", formats.num_bytes(sent(row)),
             formats.num_bytes(row["cache_bytes_per_token"]),
