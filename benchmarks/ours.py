@@ -43,7 +43,7 @@ def train_call(size: Size, sharing: str, dtype: str):
 
     from qkvjax.analysis.measure import peak_bytes
     from qkvjax.parallel.mesh import make_mesh
-    from qkvjax.training.loop import place
+    from qkvjax.parallel.rules import place
     from qkvjax.training.step import init_state, make_optimizer, make_train_step, on_leaves
 
     config = config_of(size, sharing, dtype)

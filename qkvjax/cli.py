@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.parallel.distributed import is_first
 from qkvjax.parallel.host import keep_programs
 
 DOORS = {
@@ -114,7 +115,8 @@ def _run(argv: list[str], doc: str, define, body, config: str | None) -> int:
         keep_programs()
         return body(values) or 0
     except UserError as error:
-        print(f"{error.label}: {error}", file=sys.stderr, flush=True)
+        if is_first() or not error.agreed:
+            print(f"{error.label}: {error}", file=sys.stderr, flush=True)
         return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

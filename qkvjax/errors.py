@@ -9,6 +9,7 @@ class UserError(Exception):
     """
 
     label = "error"  # what the message starts with
+    agreed = False  # whether every process of the job raises it
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)

@@ -6,12 +6,18 @@
   qkvjax train --config=configs/lm.py:depth=8 --dry_run      the cost table, and stop
 
 The workdir gets config.json, metrics.jsonl, checkpoints/STEP/, TensorBoard events and
-run.json. SIGINT and SIGTERM save and end the run. Exit codes: 0 done, 2 bad input, 42 preempted and
-saved (SIGTERM), 44 diverged, 45 no intact checkpoint, 130 interrupted and saved.
+run.json. SIGINT and SIGTERM save and end the run, SIGUSR1 saves and goes on. Exit codes: 0 done,
+2 bad input, 42 preempted and saved (SIGTERM), 44 diverged, 45 no intact checkpoint, 130 interrupted
+and saved.
+
+One command on each host trains over all of them: the processes find each other on TPU, SLURM,
+Open MPI and Kubernetes, elsewhere by --coordinator, --num_processes and --process_id. The workdir
+is then a folder that all of them see, and a signal to one of them counts for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +26,13 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax import cli
+from qkvjax.parallel import distributed, host
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the cost table and stop", flag_values=values)
+    distributed.define_flags(values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,18 +43,24 @@ def body(values: flags.FlagValues) -> int:
     if values.dry_run:
         train(values.config, None)
         return 0
+    host.keep_freed_memory()  # before jax starts
+    with distributed.job(values):
+        _train_in(values.workdir, values.config)
+    return 0
+
+
+def _train_in(folder: str | None, config) -> None:
     from qkvjax.errors import UserError
     from qkvjax.training.run import open_workdir
 
-    there = values.workdir is not None and Path(values.workdir).exists()
-    workdir = open_workdir(values.workdir)
+    there = distributed.first(lambda: folder is not None and Path(folder).exists())
+    workdir = distributed.together(lambda: open_workdir(folder))
     try:
-        train(values.config, workdir)
+        train(config, workdir)
     except UserError:
-        if not there and not any(workdir.iterdir()):
+        if distributed.is_first() and not there and not any(workdir.iterdir()):
             workdir.rmdir()  # a refused run leaves nothing
         raise
-    return 0
 
 
 def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> dict:
@@ -55,13 +69,11 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     Args:
       config: the configuration.
       workdir: None only prints the cost table.
-      log: gets every line.
+      log: gets every line, on process 0.
 
     Returns:
       The summary: step, seconds, and the last evaluation ("eval/bits_per_byte", ...).
     """
-    from qkvjax.parallel import host
-
     host.keep_freed_memory()
     import jax
 
@@ -72,20 +84,26 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     from qkvjax.training.metrics import Metrics, check_wandb, read_lines, write_json
     from qkvjax.training.report import cost_table
     from qkvjax.training.run import check_workdir, only_one, prepare_run
-    from qkvjax.training.signals import stop_requests
+    from qkvjax.training.signals import requests
 
     # ---- data, model, mesh ------------------------------------------------------------------
+    first, is_first = distributed.first, distributed.is_first()
+    log = log if is_first else lambda line: None
+    distributed.check_alike(lambda: configs.flatten(configs.to_dict(config)))
+    distributed.check_alike(distributed.program)
     check_wandb(config.train.wandb)
-    run = prepare_run(config, log=log)
+    run = distributed.together(lambda: prepare_run(config, log=log))
+    distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
     log(cost_table(run))
     if run.mesh.size < jax.device_count():
         log(f"{run.mesh.size} of {jax.device_count()} devices are used: mesh.fsdp=-1 takes all")
     if workdir is None:
         return {}
-    check_workdir(workdir, config, run.dataset.digest)
+    first(lambda: check_workdir(workdir, config, run.dataset.digest))
     peak = host.peak_flops(run.mesh.size)
 
-    with only_one(workdir), stop_requests() as stop, jax.set_mesh(run.mesh):
+    with contextlib.ExitStack() as held, requests() as asked, jax.set_mesh(run.mesh):
+        first(lambda: held.enter_context(only_one(workdir)))
         # ---- state: restored or new -------------------------------------------------------------
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
         evaluators = make_evaluators(config, run.dataset, run.mesh)
@@ -102,7 +120,7 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
             log(f"nothing left to train: {workdir} is at step {done} of {steps}")
             checkpoints.close()
             return earlier[-1] if earlier else {"step": done}
-        write_json(workdir / "config.json", configs.to_dict(config))
+        first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
 
         # ---- compile ----------------------------------------------------------------------------
         began = time.perf_counter()
@@ -124,12 +142,14 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
             "compile_seconds": compile_seconds,
             "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
         }
-        write_json(workdir / "run.json", facts)
+        first(lambda: write_json(workdir / "run.json", facts))
 
         # ---- train ------------------------------------------------------------------------------
-        metrics = Metrics(
-            workdir, done, wandb_project=config.train.wandb, config=configs.to_dict(config)
-        )
+        metrics = None
+        if is_first:
+            metrics = Metrics(
+                workdir, done, wandb_project=config.train.wandb, config=configs.to_dict(config)
+            )
         try:
             state, summary = loop.fit(
                 state,
@@ -148,11 +168,12 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
                 checkpoints=checkpoints,
                 metrics=metrics,
                 seconds=earlier[-1]["seconds"] if earlier else 0.0,
-                stop=stop,
+                requests=asked,
                 log=log,
             )
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
             checkpoints.close()
     log(f"done: {workdir}")
     return summary

@@ -19,7 +19,6 @@ from qkvjax.analysis.statistics import mean_interval
 from qkvjax.generation.decode import empty_caches, sample_tokens
 from qkvjax.models.build import build
 from qkvjax.parallel import host
-from qkvjax.training.loop import place
 from qkvjax.training.run import Run, prepare_run
 
 ROUNDS = 15
@@ -124,7 +123,7 @@ def _train_timer(run: Run) -> tuple[Callable[[], float], int | None]:
     state = run.init()
     compiled = run.compile_step(state)
     held = {"leaves": jax.tree.leaves(state)}
-    batch = place(run.batch(0), run.mesh)
+    batch = run.batch(0)
 
     def step():
         held["leaves"], metrics = compiled(held["leaves"], batch)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qkvjax.data.order import check_accumulation, scored_rows, training_rows
+from qkvjax.data.order import batch_rows, scored_rows, training_rows
 from qkvjax.data.packing import num_windows, packed_rows, scored_batch, training_batch, window
 from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
@@ -57,12 +57,20 @@ class Dataset:
         return self.tokenizer.num_ids
 
     def batch(
-        self, seed: int, step: int, batch_size: int, accumulation: int = 1
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        accumulation: int = 1,
+        part: slice = slice(None),
     ) -> dict[str, np.ndarray]:
         """The batch of a step, a pure function of the arguments.
 
         Row j is number step * batch_size + j of an endless stream that visits all training rows
         in each epoch, in an order that follows from (seed, epoch).
+
+        Args:
+          part: which rows of each micro-batch to make; only these are read.
 
         Returns:
           inputs, targets, positions, segment_ids: int32 [A, batch_size / A, T] with A =
@@ -72,11 +80,10 @@ class Dataset:
           UserError: accumulation does not divide batch_size.
           ValueError: the data was prepared with `whole`, so there is nothing to train on.
         """
-        check_accumulation(batch_size, accumulation)
         if not len(self.train):
             raise ValueError("data that is prepared whole has no training split")
-        first = step * batch_size
-        rows = self.train.read(training_rows(first, first + batch_size, len(self.train), seed))
+        numbers = batch_rows(step, batch_size, accumulation, part)
+        rows = self.train.read(training_rows(numbers, len(self.train), seed))
         batch = training_batch(rows, self.tokenizer.separator, self.score_pads)
         return {k: v.reshape(accumulation, -1, self.seq_len) for k, v in batch.items()}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from qkvjax.data.order import check_accumulation, scored_rows, training_rows
+from qkvjax.data.order import batch_rows, scored_rows, training_rows
 from qkvjax.data.split import check_split
 
 
@@ -101,9 +101,18 @@ class Examples:
         return self.validation.num_labels
 
     def batch(
-        self, seed: int, step: int, batch_size: int, accumulation: int = 1
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        accumulation: int = 1,
+        part: slice = slice(None),
     ) -> dict[str, np.ndarray]:
         """The batch of a step, a pure function of the arguments.
+
+        Args:
+          part: which rows of each micro-batch to return. All are made: what augments them is
+            drawn for a batch.
 
         Returns:
           inputs: int32 [A, batch_size / A, T] or float32 [A, batch_size / A, tokens, V] with
@@ -113,12 +122,11 @@ class Examples:
         Raises:
           UserError: accumulation does not divide batch_size.
         """
-        check_accumulation(batch_size, accumulation)
-        first = step * batch_size
-        rows = training_rows(first, first + batch_size, len(self.train), seed)
+        numbers = batch_rows(step, batch_size, accumulation, slice(None))
+        rows = training_rows(numbers, len(self.train), seed)
         arrays = self._read(self.train, rows, np.random.default_rng([seed, step]))
         shape = (accumulation, batch_size // accumulation)
-        return {name: array.reshape(*shape, *array.shape[1:]) for name, array in arrays.items()}
+        return {name: a.reshape(*shape, *a.shape[1:])[:, part] for name, a in arrays.items()}
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in one pass over the training examples, at least 1."""

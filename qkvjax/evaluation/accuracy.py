@@ -11,7 +11,7 @@ import numpy as np
 
 from qkvjax.errors import UserError
 from qkvjax.evaluation import SOLVED
-from qkvjax.training.loop import place
+from qkvjax.parallel import rules
 from qkvjax.training.loss import cross_entropy
 
 
@@ -20,7 +20,8 @@ def judge(model, batch: Mapping[str, jax.Array], *, dtype) -> tuple[jax.Array, j
     """(whether each label is the likeliest class, its -log p), bool and float [B, labels]."""
     logits = model(batch["inputs"], batch["positions"], batch.get("segment_ids"), dtype=dtype)
     nats, _ = cross_entropy(logits, batch["targets"], batch["weights"])
-    return jnp.argmax(logits, axis=-1) == batch["targets"], nats
+    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return rules.replicate(right), rules.replicate(nats)
 
 
 def score(model, dataset, *, batch_size: int, split="validation", max_labels=None,
@@ -46,7 +47,7 @@ def score(model, dataset, *, batch_size: int, split="validation", max_labels=Non
         targets = batch["targets"][counts]
         named = ("inputs", "targets", "positions", "segment_ids", "weights")
         batch = {name: batch[name] for name in named if name in batch}
-        placed = batch if mesh is None else place(batch, mesh)
+        placed = batch if mesh is None else rules.place(batch, mesh)
         correct, loss = jax.device_get(judge(model, placed, dtype=dtype))
         nats += float(loss.astype(np.float64).sum())
         classes = max(len(there), targets.max(initial=-1) + 1)

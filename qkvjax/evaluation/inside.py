@@ -20,6 +20,7 @@ from qkvjax.attention.layer import Attention
 from qkvjax.data.dataset import whole_rows
 from qkvjax.errors import UserError
 from qkvjax.evaluation import spectra
+from qkvjax.parallel import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,7 @@ def score(model, dataset, *, batch_size: int, dtype=None, mesh=None) -> dict[str
 
     The model is looked at in float32 on one device, whatever it trains in and on.
     """
-    here, inputs = jax.device_get(model), sequences(dataset, min(batch_size, 8))
+    here, inputs = distributed.fetch(model), sequences(dataset, min(batch_size, 8))
     with ThreadPoolExecutor(1) as pool:  # the mesh in force belongs to the thread that set it
         return means(pool.submit(analyze, here, inputs).result()[0])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkvjax.errors import UserError
-from qkvjax.training.loop import place
+from qkvjax.parallel import rules
 from qkvjax.training.loss import cross_entropy
 
 
@@ -48,7 +48,7 @@ def row_nats(model, batch: Mapping[str, jax.Array], *, dtype) -> jax.Array:
     """Sum of -log p over the scored labels of each row: arrays [B, T] -> float32 [B]."""
     logits = model(batch["inputs"], batch["positions"], batch["segment_ids"], dtype=dtype)
     nats, _ = cross_entropy(logits, batch["targets"], batch["weights"])
-    return jnp.sum(nats, axis=-1)
+    return rules.replicate(jnp.sum(nats, axis=-1))
 
 
 def score(model, dataset, *, batch_size: int, split="validation", max_labels=None,
@@ -71,7 +71,7 @@ def score(model, dataset, *, batch_size: int, split="validation", max_labels=Non
         labels += float(batch["weights"].sum())
         num_bytes += int(counts["num_bytes"].sum())
         pads += int(counts["pad_labels"].sum())
-        placed = batch if mesh is None else place(batch, mesh)
+        placed = batch if mesh is None else rules.place(batch, mesh)
         nats += float(np.asarray(row_nats(model, placed, dtype=dtype), np.float64).sum())
     if not labels:
         raise UserError("there is no token to score: give a longer corpus")

@@ -43,7 +43,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
       devices: what to use; None means all that jax sees.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or to fewer when another
+        process has some of them.
     """
     devices = list(find_devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
@@ -56,6 +57,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
         raise UserError(
             f"mesh={dict(sizes)} needs a multiple of {known} devices and {len(devices)} are here:"
             f" change {' or '.join('config.mesh.' + axis for axis in sizes)}"
+        )
+    if len({device.process_index for device in devices}) > 1 and math.prod(shape) < len(devices):
+        raise UserError(
+            f"mesh={dict(sizes)} takes {math.prod(shape)} of {len(devices)} devices, and where"
+            " several processes have them all must be used: give one axis -1, as in mesh.fsdp=-1"
         )
     used = devices[: math.prod(shape)]
     types = (jax.sharding.AxisType.Explicit,) * len(AXES)

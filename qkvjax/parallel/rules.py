@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 # Named dimension -> mesh axes. Parameters are sharded over "embed", never over "layers".
@@ -106,6 +107,49 @@ def sharding(mesh: jax.sharding.Mesh, *names: str | None) -> NamedSharding:
 def matrix_sharding(mesh: jax.sharding.Mesh, path: tuple[str, ...], shape) -> NamedSharding:
     """The NamedSharding of the matrix at `path` on `mesh`."""
     return NamedSharding(mesh, matrix_spec(path, shape, mesh.shape))
+
+
+def host_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
+    """Which of `count` rows over "batch" this process's devices hold: one range, or all rows where
+    they hold several.
+
+    Processes hold the same rows or other ones, and together all.
+    """
+    held: dict[int, set[int]] = {}
+    for device, (part,) in sharding(mesh, "batch").devices_indices_map((count,)).items():
+        held.setdefault(device.process_index, set()).update(range(*part.indices(count)))
+    groups = {frozenset(rows) for rows in held.values()}
+    assert sum(map(len, groups)) == count == len(set().union(*groups)), groups
+    mine = held[jax.process_index()]
+    start, stop = min(mine), max(mine) + 1
+    return slice(start, stop) if stop - start == len(mine) else slice(0, count)
+
+
+def place(
+    batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, num_rows: int | None = None
+) -> dict[str, jax.Array]:
+    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes; what has another
+    number of labels or vectors than T is whole in that axis.
+
+    Args:
+      num_rows: B of the whole batch, where each process has the rows of its devices alone; None
+        where it has them all.
+    """
+    *before, rows, length = batch["positions"].shape
+
+    def put(array):
+        sequence, *rest = array.shape[len(before) + 1 :]
+        axes = ("batch", "length" if sequence == length else None, *(None for _ in rest))
+        there = sharding(mesh, *(None for _ in before), *axes)
+        shape = (*before, num_rows or rows, sequence, *rest)
+        return jax.make_array_from_process_local_data(there, array, shape)
+
+    return {name: put(array) for name, array in batch.items()}
+
+
+def replicate(array: jax.Array) -> jax.Array:
+    """A result that every process reads: whole on each device."""
+    return jax.sharding.reshard(array, PartitionSpec()) if has_mesh() else array
 
 
 def gather(array: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from qkvjax.errors import UserError
+from qkvjax.parallel.distributed import first, together
 
 NO_INTACT_CHECKPOINT = 45
 _MANIFEST = "manifest"
@@ -117,11 +118,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in order."""
-        if not self.folder.exists():
+        if not first(self.folder.exists):
             return []
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is no folder: remove it, or choose another --workdir")
-        return sorted(self._manager.all_steps())
+        manager = self._manager
+        return first(lambda: sorted(manager.all_steps()))
 
     def save(self, step: int, state) -> None:
         """Starts saving; the state may be donated as soon as this returns."""
@@ -156,7 +158,9 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(steps):
             try:
                 return self._restore(abstract, candidate), candidate
-            except Damaged as damage:
+            except UserError as damage:  # of another process, perhaps
+                if damage.code != NO_INTACT_CHECKPOINT:
+                    raise
                 log(f"checkpoint {candidate} is damaged and passed over: {damage}")
         raise UserError(
             f"no intact checkpoint in {self.folder} (tried {step or steps}): restore it from a"
@@ -166,31 +170,40 @@ class Checkpoints:
 
     def _restore(self, abstract, step: int):
         wanted = named_arrays(abstract)
-        try:
-            saved = self._manager.restore(
-                step, args=ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()})
-            )[_MANIFEST]
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-            if getattr(error, "errno", None) in _PASSING:
-                raise
-            raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
-        if not isinstance(saved, dict) or saved != _signed(saved.get("arrays")):
-            raise Damaged("its manifest is not what was saved")
-        saved = saved["arrays"]
+        saved = together(lambda: self._read_manifest(step))
         _check_names(wanted, saved, self.folder)
-        item = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        with _damage():
-            arrays = self._manager.restore(step, args=ocp.args.Composite(**{_STATE: item}))[_STATE]
+        arrays = together(lambda: self._read_arrays(step, wanted))
         found = manifest(arrays)
         differing = [name for name in wanted if found[name] != saved[name]]
         if differing:
             raise Damaged(f"the fingerprint of {', '.join(differing)} differs")
         leaves = [arrays[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+    def _read_manifest(self, step: int) -> dict[str, dict]:
+        try:
+            saved = ocp.JsonCheckpointHandler().restore(self._item(step, _MANIFEST))
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            if getattr(error, "errno", None) in _PASSING:
+                raise
+            raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
+        if not isinstance(saved, dict) or saved != _signed(saved.get("arrays")):
+            raise Damaged("its manifest is not what was saved")
+        return saved["arrays"]
+
+    def _read_arrays(self, step: int, wanted: dict) -> dict[str, jax.Array]:
+        item = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with _damage():
+            return ocp.PyTreeCheckpointHandler().restore(self._item(step, _STATE), args=item)
+
+    def _item(self, step: int, name: str):
+        # Read without the manager, in which a process that can read all it needs waits for one that
+        # cannot.
+        return self._manager.directory / str(step) / name
 
     def set_aside(self, after: int, *, log=print) -> None:
         """Renames the checkpoints of later steps, which were passed over, to STEP.damaged.
@@ -201,11 +214,15 @@ class Checkpoints:
         if not later:
             return
         self.close()
-        for step in later:
-            damaged = self.folder / f"{step}.damaged"
-            shutil.rmtree(damaged, ignore_errors=True)
-            (self.folder / str(step)).rename(damaged)
-            log(f"checkpoint {step} is now {damaged}")
+
+        def rename():
+            for step in later:
+                damaged = self.folder / f"{step}.damaged"
+                shutil.rmtree(damaged, ignore_errors=True)
+                (self.folder / str(step)).rename(damaged)
+                log(f"checkpoint {step} is now {damaged}")
+
+        first(rename)
 
     def wait(self) -> None:
         """Until what is being saved is on disk."""
@@ -223,8 +240,11 @@ class Checkpoints:
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ETIMEDOUT}
 
 
-class Damaged(Exception):
+class Damaged(UserError):
     """A checkpoint that cannot be read or whose arrays are not what was saved."""
+
+    def __init__(self, message: str):
+        super().__init__(message, NO_INTACT_CHECKPOINT)
 
 
 @contextlib.contextmanager

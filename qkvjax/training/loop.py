@@ -11,11 +11,17 @@ import jax
 import numpy as np
 
 from qkvjax.errors import UserError
-from qkvjax.parallel import rules
-from qkvjax.training.signals import Stopped
+from qkvjax.parallel.distributed import Loudest, is_first
+from qkvjax.training.signals import SAVE, TIME_IS_UP, Stopped
 
 DIVERGED = 44
 Evaluator = Callable[[object], Mapping[str, float]]
+
+
+class Diverged(UserError):
+    """The loss or a gradient is no finite number, on every process alike."""
+
+    agreed = True
 
 
 def prefetch(make: Callable[[int], dict], start: int, stop: int) -> Iterator[dict]:
@@ -27,20 +33,6 @@ def prefetch(make: Callable[[int], dict], start: int, stop: int) -> Iterator[dic
             if step + 1 < stop:
                 ahead = pool.submit(make, step + 1)
             yield batch
-
-
-def place(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes; what has another
-    number of labels or vectors than T is whole in that axis.
-    """
-    *before, _, length = batch["positions"].shape
-
-    def put(array):
-        sequence, *rest = array.shape[len(before) + 1 :]
-        axes = ("batch", "length" if sequence == length else None, *(None for _ in rest))
-        return jax.device_put(array, rules.sharding(mesh, *(None for _ in before), *axes))
-
-    return {name: put(array) for name, array in batch.items()}
 
 
 class Clock:
@@ -116,21 +108,23 @@ def fit(
     checkpoints,
     metrics,
     seconds: float = 0.0,
-    stop: Callable[[], int | None] = lambda: None,
+    requests: Callable[[], int] = lambda: 0,
     log: Callable[[str], None] = print,
 ):
     """Trains from `state.step` to `steps`.
 
     Args:
       train_step: compiled (leaves of a state, batch) -> (leaves, metrics).
-      make_batch: step -> host arrays, for any step.
+      make_batch: step -> arrays on the mesh, for any step; called by a thread.
+      metrics: None on processes that write none.
       seconds: training seconds that earlier parts of the run took.
-      stop: asked after each step; an exit code means to save and raise Stopped.
+      requests: asked after each step, see `training.signals`; an exit code means to save and raise
+        Stopped. What one process of a job is asked, all do after the same step.
       evaluators: name -> (state -> metrics), each written as "name/metric".
 
     Raises:
-      UserError: the loss is no finite number (code 44); nothing is saved then.
-      Stopped: `stop` asked for it, before the last step; the state is saved.
+      Diverged: the loss is no finite number (code 44); nothing is saved then.
+      Stopped: it was asked for before the last step; the state is saved.
 
     Returns:
       (state, summary): the summary has step, seconds and the last evaluation's metrics.
@@ -141,19 +135,21 @@ def fit(
     summary: dict[str, float] = {}
     since_step, since_seconds = start, seconds
     bar, log = _progress_bar(start, steps, log)
+    loudest = Loudest(mesh)
 
     step = start
     for batch in prefetch(make_batch, start, steps):
-        leaves, values = train_step(leaves, place(batch, mesh))
+        leaves, values = train_step(leaves, batch)
         step += 1
         window.add(values)
-        out_of_time = max_seconds is not None and time.perf_counter() - began >= max_seconds
-        code = stop()
+        late = max_seconds is not None and time.perf_counter() - began >= max_seconds
+        asked = loudest(max(requests(), TIME_IS_UP if late else 0))
+        out_of_time, code = asked == TIME_IS_UP, asked if asked > TIME_IS_UP else 0
         last = step if out_of_time or code else steps
         bar(step)
         # Who asks to stop does not wait for an evaluation.
         wants_eval = bool(evaluators) and due(step, eval_every, steps if code else last)
-        wants_save = due(step, checkpoint_every, last)
+        wants_save = asked == SAVE or due(step, checkpoint_every, last)
         # A save closes the window of means, so that a resumed run writes the same lines.
         wants_log = wants_save or due(step, log_every, last)
         if step == start + 1 and not wants_log:
@@ -181,15 +177,16 @@ def fit(
                 scores = {f"{name}/{k}": v for k, v in evaluate(state).items()}
                 line |= scores
                 summary |= scores
-        metrics.write(step, line)
+        if metrics is not None:
+            metrics.write(step, line)
         if wants_log or wants_eval:
             left = (steps - step) * tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
             log(_log_line(step, steps, line, left if wants_log and not out_of_time else None))
         if not np.isfinite([line.get("train/loss", 0), line.get("train/grad_norm", 0)]).all():
-            raise UserError(
+            raise Diverged(
                 f"training diverged: loss or gradient is no finite number by step {step}; lower"
                 " optimizer.learning_rate (the checkpoints that are there are of before)",
-                code=DIVERGED,
+                DIVERGED,
             )
         if wants_save:
             checkpoints.save(step, state)
@@ -241,9 +238,9 @@ def duration(seconds: float) -> str:
 def _progress_bar(start: int, steps: int, log: Callable[[str], None]):
     """(move, log): `move(step)` sets the bar and `move(None)` ends it; `log` prints above it.
 
-    Without a terminal on stderr there is no bar.
+    Without a terminal on stderr there is no bar, and only process 0 has one.
     """
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and is_first()):
         return lambda step: None, log
     from tqdm import tqdm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -63,27 +64,38 @@ class Run:
         seq_len = self.config.data.seq_len
         return 3 * 2 * self.spec.forward_macs(seq_len) / seq_len
 
-    def batch(self, step: int) -> dict:
-        """The host arrays of a step, [A, B/A, T]."""
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a micro-batch, over all processes."""
+        return self.config.data.batch_size // self.config.train.accumulation
+
+    @functools.cached_property
+    def _host_rows(self) -> slice:
+        return rules.host_rows(self.mesh, self.micro_batch)
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The batch of a step on the mesh, [A, B/A, T]; each process makes its devices' rows."""
         c = self.config
-        return self.dataset.batch(c.seed, step, c.data.batch_size, c.train.accumulation)
+        sizes = (c.data.batch_size, c.train.accumulation)
+        rows = self.dataset.batch(c.seed, step, *sizes, self._host_rows)
+        return rules.place(rows, self.mesh, self.micro_batch)
 
     def init(self):
-        """The state before the first step, on the mesh."""
-        # Drawn whole and placed afterwards: initial values do not depend on the mesh.
-        init = jax.jit(lambda key: init_state(self.spec, self.optimizer, key))
-        state = init(jax.random.key(self.config.seed))
-        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
+        """The state before the first step, on the mesh: the same bits on any."""
+        init = jax.jit(
+            lambda key: init_state(self.spec, self.optimizer, key),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
+        )
+        with jax.set_mesh(None):  # with a mesh in the types, the last bit of a draw depends on it
+            return init(jax.random.key(self.config.seed))
 
     def compile_step(self, state):
         """The compiled train step on the state's leaves, which are donated:
         (leaves, batch) -> (leaves, metrics)."""
-        from qkvjax.training.loop import place
-
         leaves, tree = jax.tree.flatten(state)
         step = on_leaves(make_train_step(self.config, self.optimizer, self.rate), tree)
         step = jax.jit(step, donate_argnums=0)
-        return step.lower(leaves, place(self.batch(0), self.mesh)).compile()
+        return step.lower(leaves, self.batch(0)).compile()
 
 
 def resolve_durations(config, dataset: Dataset) -> Durations:

@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal is noted, and the loop saves and ends after the step it is in."""
+"""Being asked to save or to stop: a signal is noted, and the loop obeys after the step it is in."""
 
 from __future__ import annotations
 
@@ -10,34 +10,45 @@ from collections.abc import Callable, Iterator
 from qkvjax.errors import UserError
 
 INTERRUPTED, PREEMPTED = 130, 42  # exit codes
+SAVE, TIME_IS_UP = 1, 2  # requests that are no exit codes; of several the largest counts
 
 
 class Stopped(UserError):
     """Stopped by a signal, and saved; `code` is the exit code."""
 
     label = "stopped"
+    agreed = True
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], int | None]]:
-    """Notes SIGINT and SIGTERM; yields a function that gives the exit code asked for, or None.
+def requests() -> Iterator[Callable[[], int]]:
+    """Notes SIGINT, SIGTERM and SIGUSR1; yields a function that gives what is asked for: an exit
+    code, SAVE (once for each signal), or 0.
 
     The second SIGINT raises KeyboardInterrupt at once. Outside the main thread Python takes no
     signals, and nothing is noted.
     """
-    asked: list[int] = []
+    asked: set[int] = set()
+    meaning = {
+        signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: SAVE
+    }  # fmt: skip
 
     def note(number, frame):
-        if asked and number == signal.SIGINT:
+        if number == signal.SIGINT and INTERRUPTED in asked:
             raise KeyboardInterrupt
-        asked.append(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+        asked.add(meaning[number])
+
+    def largest() -> int:
+        found = max(asked, default=0)
+        asked.discard(SAVE)
+        return found
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda: 0
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in meaning}
     try:
-        yield lambda: asked[0] if asked else None
+        yield largest
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 RECIPE = """
@@ -176,7 +177,7 @@ def test_the_runs_of_a_seed_are_paired(by_points):
     batches = {}
     for folder in (by_points / "runs").iterdir():
         run = prepare_run(configs.load(folder / "config.json"), log=lambda line: None)
-        first = [run.batch(step)["inputs"].tobytes() for step in range(6)]
+        first = [np.asarray(run.batch(step)["inputs"]).tobytes() for step in range(6)]
         batches.setdefault(run.config.seed, []).append(first)
     assert len(batches[0]) == len(batches[1]) == 2
     assert batches[0][0] == batches[0][1] != batches[1][0] == batches[1][1]

@@ -4,18 +4,19 @@
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from processes import found
 
 from qkvjax import config as configs
 from qkvjax.analysis.program import Program
-from qkvjax.training.loop import place
+from qkvjax.parallel import distributed
+from qkvjax.training.checkpoint import digest
 from qkvjax.training.run import prepare_run
 
 STEPS = 20
@@ -52,7 +53,7 @@ def drawn(seed):
 
 
 def train(folder, model, mesh, accumulation):
-    """(losses, bytes that are gathered in a step)."""
+    """Losses, bytes that are gathered in a step, digests of the first state and two batches."""
     config = configs.default()
     config.model.update({"num_layers": 2, "d_model": 16, "num_heads": 4, "mlp_ratio": 2.0} | model)
     config.data.update(source=f"text:{folder}/corpus.txt", seq_len=8, batch_size=16)
@@ -65,40 +66,48 @@ def train(folder, model, mesh, accumulation):
     config.train.compute_dtype = "float64"
 
     def widen(leaf, wanted):
-        array = np.asarray(leaf)
+        array = distributed.fetch(leaf)
         wide = array.astype(np.float64) if array.dtype == np.float32 else array
-        return jax.device_put(wide, wanted.sharding)
+        return jax.make_array_from_callback(wide.shape, wanted.sharding, wide.__getitem__)
 
+    initial = digest(state)
     state, losses = jax.tree.map(widen, state, run.abstract), []
     with jax.set_mesh(run.mesh):
         step = run.compile_step(state)
         leaves = jax.tree.leaves(state)
         for i in range(STEPS):
-            leaves, metrics = step(leaves, place(run.batch(i), run.mesh))
+            leaves, metrics = step(leaves, run.batch(i))
             losses.append(float(metrics["loss"]))
+        batches = [digest(run.batch(i)) for i in (0, STEPS - 1)]
     gathered = Program(step.as_text()).collectives().get("all-gather", {"bytes": 0})
-    return losses, gathered["bytes"]
+    return {
+        "losses": losses, "gathered": gathered["bytes"], "initial": initial, "batches": batches
+    }  # fmt: skip
 
 
 def main(folder, points):
-    """What the process with 8 devices does; it prints what it found."""
-    found = [(train(folder, m, {}, 1), train(folder, m, mesh, a)) for m, mesh, a in points]
-    print("found: " + json.dumps(found))
+    """What one process of those with 8 devices does; it prints what it found."""
+    values = flags.FlagValues()
+    distributed.define_flags(values)
+    values(sys.argv)
+    with distributed.job(values):
+        print("found: " + json.dumps([train(folder, *point) for point in points]), flush=True)
 
 
-def run_points(folder, points):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_ENABLE_X64": "1",
-        "JAX_PLATFORMS": "cpu", "QKVJAX_DATA_DIR": str(folder / "prepared"),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
+def run_points(folder, points, count=1):
+    """What `train` finds at each point, in so many processes."""
     (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     program = f"import {__name__} as t; t.main({str(folder)!r}, {points!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.partition("found: ")[2])
+    return found(folder, program, count, JAX_ENABLE_X64="1")
+
+
+def check(points, ones, manies):
+    for point, one, many in zip(points, ones, manies, strict=True):
+        assert one["losses"][-1] < one["losses"][0]
+        np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-9, err_msg=str(point))
+        assert many["initial"] == one["initial"], point
+        if point[2] == 1:  # else the same rows lie in another shape
+            assert many["batches"] == one["batches"], point
 
 
 @pytest.mark.slow
@@ -108,16 +117,31 @@ def test_losses(tmp_path, points):
         seed = random.SystemRandom().randrange(10**6)
         print("seed", seed)
         points = list(drawn(seed))
-    for point, (one, many) in zip(points, run_points(tmp_path, points), strict=True):
-        assert one[0][-1] < one[0][0]
-        np.testing.assert_allclose(many[0], one[0], rtol=1e-9, err_msg=str(point))
+    alone = [(model, {}, 1) for model, _, _ in points]
+    both = run_points(tmp_path, points + alone)
+    check(points, both[len(points) :], both[: len(points)])
+
+
+@pytest.mark.parametrize(
+    ("count", "points"),
+    [
+        (2, [({"sharing": "q-k=v", "num_kv_heads": 1}, {"fsdp": 2, "context": 2, "tensor": 2}, 1)]),
+        pytest.param(2, DESIGN, marks=pytest.mark.slow),
+        pytest.param(4, DESIGN, marks=pytest.mark.slow),
+    ],
+)
+def test_processes(tmp_path, count, points):
+    """Real processes, which talk through gloo; the parts of a mesh that all devices make up."""
+    points = [point for point in points if np.prod(list(point[1].values())) == 8]
+    alone = run_points(tmp_path, [(model, {}, 1) for model, _, _ in points])
+    check(points, alone, run_points(tmp_path, points, count))
 
 
 def test_one_tensor_travels_where_keys_are_values(tmp_path):
     """Context parallelism gathers the shared state alone, and makes keys of it on each device."""
     heads = {"num_layers": 1, "num_kv_heads": 4, "qk_norm": False}
     points = [({"sharing": s} | heads, {"context": 2}, 1) for s in ("q-k-v", "q-k=v")]
-    (_, apart), (_, shared) = run_points(tmp_path, points)
+    apart, shared = (found["gathered"] for found in run_points(tmp_path, points))
     state, ids = 16 * 8 * 16 * 8, 16 * 8 * 4  # [B, T, N, H] in float64; [B, T] in int32
-    assert apart[1] == 2 * state + ids  # segments
-    assert shared[1] == state + 2 * ids  # and positions, for the rotation
+    assert apart == 2 * state + ids  # segments
+    assert shared == state + 2 * ids  # and positions, for the rotation

@@ -6,17 +6,14 @@ meshes, in float64 (in float32, rounding alone drifts apart), and reports what i
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
+import processes
 import pytest
 
 from qkvjax import config as configs
-from qkvjax.training.loop import place
 from qkvjax.training.run import prepare_run
 
 BOTH, REPLICA = {"replica": 2, "fsdp": 4}, {"replica": 8}
@@ -77,7 +74,7 @@ def train(run, state):
         leaves, tree = jax.tree.flatten(state)
         losses, norms = [], []
         for i in range(STEPS):
-            leaves, metrics = step(leaves, place(run.batch(i), run.mesh))
+            leaves, metrics = step(leaves, run.batch(i))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     model = jax.tree.unflatten(tree, leaves).model
@@ -109,18 +106,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_ENABLE_X64": "1",
-        "JAX_PLATFORMS": "cpu", "QKVJAX_DATA_DIR": str(folder / "prepared"),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
     program = f"import {__name__} as t; t.main({str(folder)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.partition("found: ")[2])
+    return processes.found(folder, program, JAX_ENABLE_X64="1")
 
 
 def test_initial_values_are_equal_to_the_last_bit(found, folder, monkeypatch):

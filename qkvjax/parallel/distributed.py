@@ -1,0 +1,314 @@
+"""Several processes, one job: how they find each other, what they agree on, how they end.
+
+JAX finds the others by itself on TPU, SLURM, Open MPI and Kubernetes; elsewhere flags say where
+they are. Every process runs the same program; process 0 alone writes files and prints.
+Alone, everything here costs nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from qkvjax.errors import UserError
+
+if TYPE_CHECKING:
+    from absl import flags
+    from jax.sharding import Mesh
+
+T = TypeVar("T")
+LONG = 24 * 3600 * 1000  # ms: who waits learns by the heartbeat that another is gone
+_rounds = itertools.count()
+_index, _count = 0, 1
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of a door that may be one process of several."""
+    from absl import flags
+
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where nothing announces it",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "num_processes", None, "processes of the job; 1 looks for no others", flag_values=values
+    )
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "init_seconds", 1800, "how long the processes wait for each other", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "heartbeat_seconds", 100, "after so long without a sign a process counts as dead",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def several() -> bool:
+    """Whether the job has more than one process."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes and prints."""
+    return _index == 0
+
+
+@contextlib.contextmanager
+def job(values: flags.FlagValues) -> Iterator[None]:
+    """One process of the job that the flags or the surroundings tell of; call it before jax
+    computes anything.
+
+    An error that every process raises ends all of them in order, each with the error's code. One
+    that hits this process alone ends it at once, and the others by what they miss.
+
+    Raises:
+      UserError: the others cannot be found, or did not come.
+    """
+    _start(values)
+    if not several():
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        if not getattr(error, "agreed", False):
+            _leave(error)
+        _end()
+        raise
+    _end()
+
+
+def _start(values: flags.FlagValues) -> None:
+    global _index, _count
+    import jax
+    from jax._src import clusters  # what jax.distributed.initialize() itself asks
+
+    from qkvjax.parallel.mesh import find_devices
+
+    if values.num_processes == 1 or several():
+        return
+    given = {
+        "coordinator": values.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": values.num_processes,
+        "process_id": values.process_id,
+    }
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        *given.values(), None, None, values.init_seconds
+    )
+    found, local_devices = dict(zip(given, found[:3], strict=True)), found[3]
+    missing = [name for name, value in found.items() if value is None]
+    asked = any(values[name].value is not None for name in given)
+    if found["num_processes"] == 1 or len(missing) == 3 or missing and not asked:
+        return
+    if missing:
+        raise UserError(
+            f"{' and '.join('--' + name for name in missing)} missing: nothing here announces the"
+            " other processes (no TPU pod, SLURM step, Open MPI or Kubernetes job), so give"
+            " --coordinator=HOST:PORT, --num_processes=N and --process_id=K"
+        )
+    address, count, index = found.values()
+    if not 0 <= index < count:
+        raise UserError(f"--process_id={index} is none of the {count} processes 0 to {count - 1}")
+    if not address.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator={address!r} has no port: write HOST:PORT")
+    _index, _count = index, count
+    # SIGTERM is ours: jax's own handler would keep it from `training.signals`.
+    jax.config.update("jax_enable_preemption_service", False)
+    late = UserError(
+        f"process {index} of {count} did not meet the others at {address} within"
+        f" {values.init_seconds} s: start all of them, and see that they reach that address and"
+        " that its port is free (JAX_COORDINATOR_BIND_ADDRESS says where process 0 listens, if"
+        " elsewhere)"
+    )
+    # jax ends a process that waited too long by a signal and a page of C++.
+    patience = threading.Timer(values.init_seconds, _leave, [late])
+    patience.daemon = True
+    patience.start()
+    try:
+        jax.distributed.initialize(
+            address, count, index, local_devices,
+            initialization_timeout=values.init_seconds + 60,
+            heartbeat_timeout_seconds=values.heartbeat_seconds,
+            # By default jax listens on every address of the machine, to anybody.
+            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address),
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{str(error).strip().splitlines()[0][:200]}; {late}") from None
+    finally:
+        patience.cancel()
+    find_devices()  # all together: each tells the others what it has
+
+
+def _leave(error: BaseException) -> None:
+    """Ends this process without waiting for others, who may be waiting for it."""
+    if isinstance(error, UserError):
+        print(f"{error.label}: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _end() -> None:
+    import jax
+
+    sys.stdout.flush()
+    jax.distributed.shutdown()  # waits for the others
+
+
+def _client():
+    from jax._src import distributed  # jax shows its key-value store to nobody else
+
+    return distributed.global_state.client
+
+
+def first(call: Callable[[], T]) -> T:
+    """What `call()` returns on process 0, for all; the others do not call it.
+
+    Its result is of JSON's types. A UserError that it raises is raised by all.
+    """
+    if not several():
+        return call()
+    key = f"qkvjax/{next(_rounds)}"
+    if is_first():
+        answer = _outcome(call)
+        _client().key_value_set(key, json.dumps(answer[:2]))
+        return _opened(*answer)
+    return _opened(*json.loads(_client().blocking_key_value_get(key, LONG)))
+
+
+def together(call: Callable[[], T]) -> T:
+    """`call()` on every process; its own result for each, once all have one.
+
+    A UserError that any of them raises is raised by all.
+    """
+    if not several():
+        return call()
+    key = f"qkvjax/{next(_rounds)}"
+    value, refusal, error = _outcome(call)
+    _client().key_value_set(f"{key}/{_index}", json.dumps(refusal))
+    if is_first():
+        told = [
+            (i, json.loads(_client().blocking_key_value_get(f"{key}/{i}", LONG)))
+            for i in range(_count)
+        ]
+        verdict = next(([f"process {i}: {r[0]}" if i else r[0], r[1]] for i, r in told if r), None)
+        _client().key_value_set(f"{key}/verdict", json.dumps(verdict))
+    else:
+        verdict = json.loads(_client().blocking_key_value_get(f"{key}/verdict", LONG))
+    return _opened(value, verdict, error if refusal == verdict else None)
+
+
+def _outcome(call: Callable[[], T]) -> tuple[T | None, list | None, UserError | None]:
+    """(result, None, None) of a call, or (None, [message, code], error)."""
+    try:
+        return call(), None, None
+    except UserError as error:
+        return None, [str(error), error.code], error
+
+
+def _opened(value, refusal: list | None, error: UserError | None = None):
+    if refusal is None:
+        return value
+    error = error or UserError(*refusal)
+    error.agreed = True
+    raise error
+
+
+def check_alike(facts: Callable[[], Mapping[str, object]]) -> None:
+    """Raises UserError on every process when one has other facts than process 0, naming them.
+
+    Args:
+      facts: gives this process's; `program()` and the fields of its configuration, say.
+    """
+    if not several():
+        return
+    mine = json.loads(json.dumps(facts(), default=str))
+    theirs = first(lambda: mine)
+
+    def compare():
+        names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        if names:
+            lines = (f"{n}: {mine.get(n)!r}, process 0 has {theirs.get(n)!r}" for n in names[:5])
+            more = f"\n  and {len(names) - 5} more" if len(names) > 5 else ""
+            raise UserError(
+                "the processes of a job run one program with one configuration, and this one"
+                " differs:\n  " + "\n  ".join(lines) + more
+            )
+
+    together(compare)
+
+
+def program() -> dict[str, str]:
+    """The versions and the code that this process runs."""
+    code = hashlib.sha256()
+    folder = Path(__file__).parents[1]
+    for file in sorted(folder.rglob("*.py")):
+        code.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "python": ".".join(map(str, sys.version_info[:2])),
+        **{name: importlib.metadata.version(name) for name in names},
+        "qkvjax's code": code.hexdigest()[:12],
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def fetch(tree: T) -> T:
+    """`jax.device_get` of arrays that no process may have all of."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if not several():
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+class Loudest:
+    """The largest number that any process says after a step, heard by all after the same one.
+
+    It takes two steps to be heard, so that no process waits for a device; alone it is heard at
+    once. For requests to save or to stop, which reach one process and concern all.
+    """
+
+    LAG = 2
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._waiting: collections.deque = collections.deque()
+
+    def __call__(self, mine: int) -> int:
+        if not several():
+            return mine
+        self._waiting.append(_largest(self._mesh)(mine))
+        return int(self._waiting.popleft()) if len(self._waiting) > self.LAG else 0
+
+
+@functools.cache
+def _largest(mesh: Mesh):
+    """A function of this process's int: the largest of all processes', an array."""
+    import jax
+    import numpy as np
+
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    largest = jax.jit(jax.numpy.max)
+
+    def call(mine: int):
+        local = np.full(1, mine, np.int32)
+        return largest(jax.make_array_from_callback((mesh.size,), place, lambda index: local))
+
+    return call

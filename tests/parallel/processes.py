@@ -1,0 +1,63 @@
+"""Starts what this folder's tests run in processes of their own: several devices, several hosts."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(folder, devices, **more):
+    """Of a process with so many virtual CPU devices that prepares its data in `folder`."""
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+        "QKVJAX_DATA_DIR": str(folder / "prepared"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), **more,
+    }  # fmt: skip
+
+
+def free_port():
+    """A port that nobody listens on, outside the range that the kernel gives away by itself."""
+    return random.SystemRandom().randrange(10_000, 30_000)
+
+
+def start(folder, count, devices, *args, odd=(), of=None, **more):
+    """Starts `python *args` so many times, as the first processes of a job of `of` (None: all);
+    `odd` are more flags of the last one."""
+    port, started = free_port(), []
+    for i in range(count):
+        flags = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={of or count}",
+                 f"--process_id={i}", *(odd if i == count - 1 else ()))  # fmt: skip
+        started.append(subprocess.Popen(
+            [sys.executable, *args, *flags], env=environment(folder, devices, **more),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ))  # fmt: skip
+    return started
+
+
+def finish(started, seconds=240):
+    """[(exit code, stdout, stderr)] of processes, which are killed when they take too long."""
+    until, told = time.monotonic() + seconds, []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=max(1, until - time.monotonic()))
+            told.append((process.returncode, out, err))
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+    return told
+
+
+def found(folder, program, count=1, devices=8, **more):
+    """What `program`, a text of Python run with `count` processes over so many devices, prints
+    behind "found: " in the first, from JSON."""
+    told = finish(start(folder, count, devices // count, "-c", program, **more), 600)
+    for code, _, err in told:
+        assert code == 0, err[-3000:]
+    return json.loads(told[0][1].partition("found: ")[2].partition("\n")[0])

@@ -1,0 +1,164 @@
+"""One run over several processes: the same numbers, one writer, one end."""
+
+import fcntl
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import ROOT, environment, finish, start
+
+from qkvjax.training.metrics import read_lines
+
+FLAGS = (
+    "-m", "qkvjax.train", "--config=configs/lm.py:depth=1", "--config.model.d_model=16",
+    "--config.model.num_heads=2", "--config.data.seq_len=16", "--config.data.batch_size=4",
+    "--config.train.steps=20", "--config.train.log_every=5", "--config.train.checkpoint_every=10",
+    "--config.train.eval_every=100%", "--config.mesh.fsdp=-1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Trains in `count` processes over two devices: [(exit code, stdout, stderr)]."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
+    source = f"--config.data.source=text:{folder}/corpus.txt"
+
+    def call(workdir, *flags, count=2, then=None, **more):
+        args = (*FLAGS, source, f"--workdir={workdir}", *flags)
+        started = start(folder, count, 2 // min(count, 2), *args, **more)
+        if then is not None:
+            then(started)
+        return finish(started)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(train, tmp_path_factory):
+    """(what a run of two processes printed, its workdir)."""
+    workdir = tmp_path_factory.mktemp("run") / "workdir"
+    return train(workdir), workdir
+
+
+def codes(told):
+    return [code for code, _, _ in told]
+
+
+def fingerprints(workdir, step=20):
+    """Of every array of a checkpoint: equal only when every bit is."""
+    text = (workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_text()
+    return json.loads(text)["arrays"]
+
+
+def losses(workdir):
+    return {line["step"]: line["train/loss"] for line in read_lines(workdir / "metrics.jsonl")}
+
+
+def test_process_0_alone_writes_and_prints(trained):
+    told, workdir = trained
+    assert codes(told) == [0, 0], told[0][2][-2000:]
+    assert "step 20/20" in told[0][1] and "mesh 1x2x1x1x1" in told[0][1]
+    assert not re.sub(r"\[Gloo\].*\n", "", told[1][1])  # which gloo itself prints
+    steps = [line["step"] for line in read_lines(workdir / "metrics.jsonl")]
+    assert steps == [5, 10, 15, 20]
+    assert json.loads((workdir / "run.json").read_text())["environment"]["num_processes"] == 2
+
+
+def test_one_process_goes_on_with_what_two_began(train, trained, tmp_path):
+    """On the same mesh to the last bit, whatever the processes."""
+    workdir = shutil.copytree(trained[1], tmp_path / "copy")
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    told = train(workdir, count=1)
+    assert codes(told) == [0] and "resumed after step 10 of 20" in told[0][1]
+    assert fingerprints(workdir) == fingerprints(trained[1])
+    assert losses(workdir) == losses(trained[1])
+
+
+def once_it_trains(workdir, act):
+    """Calls act(processes) when the run has written a line of metrics."""
+
+    def wait(started):
+        until = time.monotonic() + 120
+        while not read_lines(workdir / "metrics.jsonl"):
+            assert time.monotonic() < until and all(p.poll() is None for p in started)
+            time.sleep(0.05)
+        act(started)
+
+    return wait
+
+
+def test_a_signal_to_one_process_saves_and_stops_all_after_the_same_step(train, tmp_path):
+    workdir = tmp_path / "workdir"
+    long = ("--config.train.steps=1000000", "--config.optimizer.schedule=constant",
+            "--config.train.log_every=1")  # fmt: skip
+
+    def act(started):
+        started[1].send_signal(signal.SIGUSR1)
+        while not (workdir / "checkpoints").is_dir():
+            time.sleep(0.05)
+        started[1].send_signal(signal.SIGTERM)
+
+    told = train(workdir, *long, then=once_it_trains(workdir, act))
+    assert codes(told) == [42, 42], told
+    assert "stopped: saved after step" in told[0][2] and "stopped" not in told[1][2]
+    last = read_lines(workdir / "metrics.jsonl")[-1]["step"]
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert len(saved) == 2 and saved[1] == last
+
+
+def test_processes_of_different_configurations_are_refused(train, tmp_path):
+    told = train(tmp_path / "workdir", odd=["--config.seed=5"])
+    assert codes(told) == [2, 2]
+    assert "process 1: the processes of a job run one program" in told[0][2]
+    assert "seed: 5, process 0 has 0" in told[0][2] and told[1][2] == ""
+    assert not (tmp_path / "workdir").exists()
+
+
+def test_a_host_that_never_comes(train, tmp_path):
+    told = train(tmp_path / "workdir", "--init_seconds=3", of=3)
+    assert codes(told) == [2, 2]
+    for i, (_, _, err) in enumerate(told):
+        assert f"process {i} of 3 did not meet the others at 127.0.0.1:" in err
+        assert "within 3 s: start all of them" in err and "Traceback" not in err
+
+
+def test_what_process_0_finds_ends_all(train, trained):
+    with open(trained[1] / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        told = train(trained[1])
+    assert codes(told) == [2, 2] and "another process is at work" in told[0][2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=2"], "--coordinator and --process_id missing: nothing here announces"),
+        (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "is none of the 2"),
+        (["--coordinator=here", "--num_processes=2", "--process_id=0"], "has no port"),
+        (["--num_processes=1", "--config.mesh.fsdp=3"], "needs a multiple of 3 devices"),
+    ],
+)
+def test_flags_that_do_not_fit(tmp_path, flags, message):
+    done = subprocess.run(
+        [sys.executable, *FLAGS, f"--workdir={tmp_path}/w", "--config.data.source=text:README.md",
+         *flags], capture_output=True, text=True, env=environment(tmp_path, 2), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_damage_that_one_process_reads_is_passed_over_by_all(train, trained, tmp_path, process):
+    workdir = shutil.copytree(trained[1], tmp_path / "copy")
+    folder = workdir / "checkpoints" / "20" / "state" / f"ocdbt.process_{process}" / "d"
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    told = train(workdir)
+    assert codes(told) == [0, 0] and "checkpoint 20 is damaged and passed over" in told[0][1]
+    assert fingerprints(workdir) == fingerprints(trained[1])
