@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes a virtual environment with qkvjax in it, once.
 #
 #   make_environment FOLDER EXTRAS     sets $python to its interpreter

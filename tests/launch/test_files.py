@@ -1,0 +1,165 @@
+"""The launch files that nothing here can run, checked by what knows their formats."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
+
+
+def strict(**properties):
+    """A schema of an object that has these keys and no others."""
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+# Of jobset.x-k8s.io/v1alpha2 the fields in use, as its Go types name them.
+JOBSET = strict(
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+    kind={"const": "JobSet"},
+    metadata=strict(name=NAME),
+    spec=strict(
+        network=strict(
+            enableDNSHostnames={"type": "boolean"}, publishNotReadyAddresses={"type": "boolean"}
+        ),
+        failurePolicy=strict(
+            maxRestarts={"type": "integer", "minimum": 0},
+            rules={"type": "array", "items": strict(
+                name=NAME,
+                action={"enum": ["FailJobSet", "RestartJobSet",
+                                 "RestartJobSetAndIgnoreMaxRestarts"]},
+                onJobFailureReasons={"type": "array", "items": {"enum": [
+                    "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes",
+                    "MaxFailedIndexesExceeded", "PodFailurePolicy"]}},
+            )},
+        ),
+        replicatedJobs={"type": "array", "minItems": 1, "items": strict(
+            name=NAME, replicas={"type": "integer", "minimum": 1}, template={"type": "object"}
+        )},
+    ),
+)  # fmt: skip
+
+
+def tool(name):
+    """A program that the test extra brings, beside this Python."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or name
+
+
+def run(*command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_is_clean(script):
+    done = run(tool("shellcheck"), "-x", str(script.relative_to(ROOT)))
+    assert done.returncode == 0, done.stdout
+
+
+def test_hadolint_is_clean():
+    done = run(tool("hadolint"), "launch/Dockerfile")
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_image_copies_is_here():
+    for line in re.findall(r"^COPY (.*)", (LAUNCH / "Dockerfile").read_text(), re.M):
+        for name in line.split()[:-1]:
+            assert (ROOT / name).exists(), name
+
+
+def documents():
+    return list(yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text()))
+
+
+def check_kubernetes(jobset, policy):
+    jsonschema.validate(jobset, JOBSET)
+    for job in jobset["spec"]["replicatedJobs"]:
+        whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
+        kubernetes_validate.validate(whole | job["template"], "1.33", strict=True)
+    kubernetes_validate.validate(policy, "1.33", strict=True)
+
+
+def test_jobset():
+    jobset, policy = documents()
+    check_kubernetes(jobset, policy)
+    [job] = jobset["spec"]["replicatedJobs"]
+    spec, name = job["template"]["spec"], jobset["metadata"]["name"]
+    [container] = spec["template"]["spec"]["containers"]
+    flags = dict(arg[2:].split("=", 1) for arg in container["args"] if arg.startswith("--"))
+    assert spec["parallelism"] == spec["completions"] == int(flags["num_processes"])
+    assert flags["coordinator"].startswith(f"{name}-{job['name']}-0-0.{name}:")
+    codes = {code: rule["action"] for rule in spec["podFailurePolicy"]["rules"]
+             for code in rule["onExitCodes"]["values"]}  # fmt: skip
+    assert codes == {42: "Ignore", 2: "FailJob", 44: "FailJob", 45: "FailJob"}
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong", "right"),
+    [
+        (("spec", "failurePolicy"), "maxRestart", "maxRestarts"),
+        (("spec", "replicatedJobs", 0, "template", "spec"), "paralelism", "parallelism"),
+        (("spec", "replicatedJobs", 0), "replica", "replicas"),
+    ],
+)
+def test_a_misspelt_field_would_be_found(where, wrong, right):
+    jobset, policy = documents()
+    part = jobset
+    for key in where:
+        part = part[key]
+    part[wrong] = part.pop(right)
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check_kubernetes(jobset, policy)
+
+
+def test_skypilot_reads_its_file():
+    """By its own parser, where SkyPilot is installed; its flags, anywhere."""
+    text = (LAUNCH / "skypilot.yaml").read_text()
+    task = yaml.safe_load(text)
+    assert task["num_nodes"] == 2 and "--process_id" in task["run"]
+    sky = pytest.importorskip("sky", reason="SkyPilot is not installed: pip install skypilot")
+    sky.Task.from_yaml_config(task)
+
+
+def test_tpu_vm_dry_run():
+    done = run("bash", "launch/tpu_vm.sh", "--dry_run", "slice", "zone", "--config=a b", "--x=1")
+    assert done.returncode == 0, done.stderr
+    copy, *rest = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"gcloud compute tpus tpu-vm scp \S+ slice:qkvjax.tar.gz --zone=zone --worker=all", copy
+    )
+    assert rest[0].startswith("gcloud compute tpus tpu-vm ssh slice --zone=zone --worker=all")
+    assert rest[-1] == r".venv/bin/python -m qkvjax.train --config=a\ b --x=1"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("launch/tpu_vm.sh", "--dry_run", "slice"), "NAME ZONE --config"),
+        (("launch/tpu_vm.sh", "--config=x", "zone", "y"), "NAME ZONE --config"),
+        (("launch/local.sh",), "how many processes?"),
+        (("launch/local.sh", "two"), "how many processes?"),
+        (("launch/slurm.sbatch", "train"), "submit this file"),
+    ],
+)
+def test_usage(command, message):
+    done = run("bash", *command)
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_each_file_says_what_was_run():
+    for file in LAUNCH.iterdir():
+        if file.name in ("environment.sh", "test.sh", "quickstart.sh"):
+            continue  # run whole by tests or by hand on every machine
+        text = file.read_text()
+        head = text[:2000]
+        assert re.search(r"^# (Ran|Built): ", head, re.M), file
+        for name in re.findall(r"tests/\S+\.py", text):
+            assert (ROOT / name).is_file(), f"{file} names {name}"
