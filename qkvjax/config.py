@@ -1,4 +1,4 @@
-"""The configuration: every field with its default and one line of help, and what it means.
+"""The configuration: what its fields mean, how it is read, saved and checked.
 
 A recipe in `configs/` starts from `default()` and changes what it needs. The resolved
 configuration is a plain dictionary, saved as `config.json`; no door runs Python from a
@@ -17,80 +17,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.fields import DURATIONS, FIELDS, MOST_STEPS, RANGES
 
-ANY, INT, FLOAT, STR = (config_dict.placeholder(t) for t in (object, int, float, str))
-
-# name: (default, help). ANY takes a duration: steps, or "2ep", "10M tokens", "5%".
-FIELDS = {
-    "seed": (0, "initial values, data order and dropout all follow from it"),
-    "model.kind": ("lm", "what is built: lm (causal), encoder (bidirectional) or vit"),
-    "model.d_model": (128, "D, width of the residual stream"),
-    "model.num_layers": (4, "L, blocks of attention and feed-forward"),
-    "model.num_heads": (4, "N, query heads"),
-    "model.num_kv_heads": (INT, "K, key-value heads: unset means N; a divisor of N is GQA; 1, MQA"),
-    "model.head_dim": (INT, "H, width of a head; unset means d_model / num_heads"),
-    "model.sharing": ("q-k-v", "roles that share a projection: q-k-v q-k=v q=k-v q=v-k q=k=v"),
-    "model.position": ("rope", "none, learned, sincos or rope"),
-    "model.position_std": (FLOAT, "of initial learned positions; unset follows model.init"),
-    "model.max_length": (INT, "positions there is room for; unset means data.seq_len"),
-    "model.rotary_values": ("raw", "V when it shares a rotated role: raw rotated unrotated_output"),
-    "model.rotary_fraction": (1.0, "part of each head that is rotated"),
-    "model.rotary_base": (10_000.0, "base of the rotary frequencies"),
-    "model.qk_norm": (True, "RMS norm with a learned gain on queries and keys"),
-    "model.score": ((), "modifiers of the scores in order: score2d(m) score_scale column_bias"
-                    " role_bias role_gain"),
-    "model.window": (INT, "keys a query sees, itself included; unset means all"),
-    "model.norm": ("rmsnorm", "rmsnorm or layernorm, before each branch"),
-    "model.mlp": ("swiglu", "swiglu or gelu"),
-    "model.mlp_ratio": (2.75, "feed-forward width over d_model, rounded to a multiple of 8"),
-    "model.dropout": (0.0, "rate on the embedding and both branches (vit: both feed-forward maps)"),
-    "model.patch_size": (4, "pixels of a side of a patch; vit only"),
-    "model.use_bias": (False, "biases on linear maps and LayerNorm"),
-    "model.tie_embeddings": (True, "the output head is the embedding, transposed"),
-    "model.init": ("fan_in", "normal: N(0, 0.02^2); fan_in: N(0, 1/fan_in), outputs / sqrt(2 L);"
-                   " uniform: as torch.nn.Linear"),
-    "model.layer_overrides": ((), "a repeating pattern: a tuple of dicts, one a layer"),
-    "data.source": ("stdlib", "stdlib text: jsonl: parquet: tokens: kjv tfds:, or examples:"
-                    " synthetic: digits npz: idx: anomaly"),
-    "data.tokenizer": ("bytes", "bytes, bpe:PATH (tokenizer.json) or gpt2:PATH (folder)"),
-    "data.seq_len": (256, "T, tokens of a training sequence"),
-    "data.batch_size": (16, "sequences of a step, over all devices and micro-batches"),
-    "data.score_pads": (False, "one padded document a sequence, pads scored: the paper's artefact"),
-    "data.augment": ("none", "of training images: none or crop_flip"),
-    "optimizer.name": ("adamw", "adamw"),
-    "optimizer.learning_rate": (3e-3, "the peak"),
-    "optimizer.final_learning_rate": (3e-4, "where the schedule ends"),
-    "optimizer.schedule": ("cosine", "cosine, wsd (falls at the end), multistep or constant"),
-    "optimizer.warmup_steps": (ANY, "a duration; the learning rate rises linearly"),
-    "optimizer.weight_decay": (0.1, "decoupled, times the learning rate"),
-    "optimizer.decay": ("matrices", "what decays: matrices, or all as in the paper"),
-    "optimizer.b1": (0.9, "decay of the first moment"),
-    "optimizer.b2": (0.95, "decay of the second moment"),
-    "optimizer.clip_norm": (1.0, "largest global norm of the gradient; 0 means no clipping"),
-    "optimizer.z_loss": (0.0, "weight of log(Z)^2, which keeps logits near zero"),
-    "train.steps": (ANY, "a duration"),
-    "train.max_seconds": (FLOAT, "stop and save after this long, however many steps are left"),
-    "train.accumulation": (1, "micro-batches a step; does not change the loss"),
-    "train.compute_dtype": ("float32", "float32 or bfloat16; parameters stay float32"),
-    "train.remat": ("none", "what gradients compute again: none, block, dots (all but products)"),
-    "train.log_every": (ANY, "a duration"),
-    "train.eval_every": (ANY, "a duration; the last step is always evaluated"),
-    "train.checkpoint_every": (ANY, "a duration; the last step is always saved"),
-    "train.keep_checkpoints": (2, "how many of the newest stay"),
-    "train.wandb": (STR, "a Weights & Biases project; needs the extra qkvjax[wandb]"),
-    "mesh.replica": (1, "devices that hold whole copies; -1 means all that are left"),
-    "mesh.fsdp": (1, "devices that parameters are sharded over; -1 means all that are left"),
-    "mesh.context": (1, "devices that each sequence is cut over"),
-    "mesh.tensor": (1, "devices that heads and feed-forward are cut over"),
-}  # fmt: skip
-# Durations that recipes may leave alone.
-_DURATIONS = {
-    "optimizer.warmup_steps": "2%",
-    "train.steps": 1000,
-    "train.log_every": 50,
-    "train.eval_every": "10%",
-    "train.checkpoint_every": "20%",
-}
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (
     "seed", "model", "data", "optimizer", "train.steps", "train.accumulation",
@@ -98,29 +26,6 @@ IDENTITY = (
 )  # fmt: skip
 DEFAULT_EVALS = {"eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 200_000}}
 EVALUATOR_FIELDS = ("kind", "split", "max_labels")
-# Numbers that are at least the first and below the second; nan is neither.
-_RANGES = {
-    "seed": (0, 2**31),  # jax's keys keep 32 bits of a seed
-    "model.num_layers": (1, 10_000),
-    "model.position_std": (0, math.inf),
-    "model.max_length": (1, 2**31),
-    "model.patch_size": (1, 2**15),
-    "model.mlp_ratio": (0, math.inf),
-    "model.rotary_base": (1, math.inf),
-    "data.seq_len": (1, 2**31),
-    "data.batch_size": (1, 2**31),
-    "optimizer.learning_rate": (0, math.inf),
-    "optimizer.final_learning_rate": (0, math.inf),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
-    "optimizer.clip_norm": (0, math.inf),
-    "optimizer.z_loss": (0, math.inf),
-    "train.accumulation": (1, math.inf),
-    "train.keep_checkpoints": (1, math.inf),
-    "train.max_seconds": (0, math.inf),
-}
-_MOST_STEPS = 2**31  # the train state counts them in 32 bits
 
 
 def default() -> ml_collections.ConfigDict:
@@ -136,7 +41,7 @@ def default() -> ml_collections.ConfigDict:
         if isinstance(value, config_dict.FieldReference):
             value = config_dict.placeholder(value.get_type())
         group[leaf] = value
-    for name, value in _DURATIONS.items():
+    for name, value in DURATIONS.items():
         group, leaf = name.split(".")
         config[group][leaf] = value
     config.evals = ml_collections.ConfigDict(DEFAULT_EVALS)
@@ -315,7 +220,7 @@ def to_steps(
         steps = number / tokens_per_step
     else:
         steps = number
-    if steps >= _MOST_STEPS:
+    if steps >= MOST_STEPS:
         raise UserError(f"{name}={text[:20]!r} is {steps:.3g} steps: give fewer than 2^31")
     return max(1, round(steps)) if number else 0
 
@@ -336,7 +241,7 @@ def validate(config) -> None:
 
     data, optimizer, train = config.data, config.optimizer, config.train
     flat = flatten(plain(config))
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in RANGES.items():
         value = flat[name]
         end = "and finite" if high == math.inf else f"and below {high}"
         require(

@@ -79,7 +79,7 @@ def _look(block, x, positions):
     if layer.spec.window is not None:
         mask &= abs(distance) < layer.spec.window
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
-    return block(x, positions), (states, scores, weights)
+    return block(x, positions)[0], (states, scores, weights)
 
 
 def look(model, inputs) -> list[Looked]:

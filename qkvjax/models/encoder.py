@@ -71,7 +71,7 @@ class Encoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(length), (inputs.shape[0], length))
         outer, inner = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, outer)
-        x = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat)
+        x, _ = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat)
         return self.logits(x)
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:

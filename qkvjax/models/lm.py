@@ -66,19 +66,22 @@ class LanguageModel(nnx.Module):
         Raises:
           UserError: T exceeds a learned table.
         """
-        return self.logits(self.hidden(inputs, positions, segment_ids, key, dtype=dtype, impl=impl))
+        x, _ = self.hidden(inputs, positions, segment_ids, key, dtype=dtype, impl=impl)
+        return self.logits(x)
 
     def hidden(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
         impl: str = "auto", remat: str = "none",
-    ) -> jax.Array:  # fmt: skip
-        """What the head reads, [B, T, D] in `dtype`; arguments as in `__call__`, and what the
-        backward pass computes again, one of `transformer.REMAT`."""
+    ):  # fmt: skip
+        """(what the head reads, [B, T, D] in `dtype`; what routers tell, see `models.moe`, or
+        None). Arguments as in `__call__`, and what the backward pass computes again, one of
+        `transformer.REMAT`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         stem, inner = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, stem)
-        return self.norm(self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat))
+        x, router = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat)
+        return self.norm(x), router
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
         """int [B, T] -> [B, T, D]: token embedding plus what positions add at the input."""

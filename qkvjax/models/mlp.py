@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkvjax.attention.projection import Linear, named_key
+from qkvjax.attention.projection import Linear, named_key, wide_add
 from qkvjax.models.spec import ModelSpec
+from qkvjax.parallel import rules
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -20,22 +23,39 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
+# What stands between the maps up and down; of swiglu, what gates the map up.
+ACTIVATION = {"gelu": gelu, "relu2": lambda x: jax.nn.relu(x) ** 2, "swiglu": jax.nn.silu}
+
+
 class MLP(nnx.Module):
-    """GELU (two matrices) or SwiGLU (three; Shazeer 2020)."""
+    """One feed-forward of all tokens, as `spec.feed_forward` says.
+
+    Where up and down are tied the map down is the map up transposed, times what gives its output
+    the scale it has with a matrix of its own.
+    """
 
     def __init__(self, spec: ModelSpec, *, key, std=None, out_std=None):
         make = lambda name, inputs, outputs, std: Linear(  # noqa: E731
             inputs, outputs, key=named_key(key, name), std=std, bias=spec.use_bias
         )
+        kind = spec.feed_forward
+        self.activation = kind.activation
         self.up = make("up", spec.d_model, spec.d_ff, std)
-        self.gate = make("gate", spec.d_model, spec.d_ff, std) if spec.mlp == "swiglu" else None
-        self.down = make("down", spec.d_ff, spec.d_model, out_std)
+        self.gate = make("gate", spec.d_model, spec.d_ff, std) if kind.num_matrices == 3 else None
+        self.down = None if kind.tied else make("down", spec.d_ff, spec.d_model, out_std)
+        self.bias = nnx.Param(jnp.zeros(spec.d_model)) if kind.tied and spec.use_bias else None
+        drawn = [(spec.d_model, std), (spec.d_ff, out_std)]
+        ups, downs = (n**-0.5 if isinstance(s, str | None) else s for n, s in drawn)
+        self.scale = downs / ups
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.hidden(x))
-
-    def hidden(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, F], what `down` maps back."""
-        if self.gate is None:
-            return gelu(self.up(x))
-        return jax.nn.silu(self.gate(x)) * self.up(x)
+    def __call__(self, x: jax.Array, drop: Callable = lambda hidden: hidden):
+        """(y, None); `drop` is applied between the maps."""
+        hidden = self.up(x)
+        act = ACTIVATION[self.activation]
+        hidden = act(hidden) if self.gate is None else act(self.gate(x)) * hidden
+        hidden = drop(hidden)
+        if self.down is not None:
+            return self.down(hidden), None
+        y = rules.matmul(hidden, self.up.weight[...].T.astype(x.dtype)) * self.scale
+        y = y.astype(x.dtype)
+        return (y if self.bias is None else wide_add(y, self.bias[...])), None

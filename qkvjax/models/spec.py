@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.models.feedforward import FeedForwardSpec, parse_feed_forward
 
 NORMS = ("layernorm", "rmsnorm")
-MLPS = ("gelu", "swiglu")
 INITS = ("normal", "fan_in", "uniform")
 KINDS = ("lm", "encoder", "vit")
 # What a model's labels belong to: each token, the sequence as a whole, or one of its tokens
@@ -45,7 +45,7 @@ class ModelSpec:
       output: what is labelled, one of OUTPUTS; "sequence" reads the class token.
       position: "none", "learned", "sincos" (added to the embedding) or "rope".
       norm: "layernorm" (gain, and a bias where use_bias) or "rmsnorm".
-      mlp: "gelu" (two matrices) or "swiglu" (three).
+      mlp: what the feed-forward is, see `FeedForwardSpec`.
       d_ff: F.
       dropout: rate on the embedding and on both residual branches, in training; in a ViT on the
         embedding and on both feed-forward maps, as in the paper.
@@ -78,7 +78,7 @@ class ModelSpec:
     position_std: float | None = None
 
     def __post_init__(self):
-        choices = {"norm": NORMS, "mlp": MLPS, "init": INITS, "kind": KINDS}
+        choices = {"norm": NORMS, "init": INITS, "kind": KINDS}
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
@@ -97,6 +97,17 @@ class ModelSpec:
             raise UserError(f"model.dropout={self.dropout} must be in [0, 1)")
         if self.d_ff < 1:
             raise UserError(f"the feed-forward width is {self.d_ff}: raise model.mlp_ratio")
+        shared = self.feed_forward.layers
+        if self.num_layers % shared:
+            raise UserError(
+                f"model.mlp={self.mlp!r}: groups of {shared} layers do not divide the"
+                f" {self.num_layers} layers"
+            )
+        if self.feed_forward.experts > 1 and (self.kind != "lm" or self.use_bias):
+            raise UserError(
+                f"model.mlp={self.mlp!r}: experts are for language models without biases: set"
+                " model.use_bias=False, or leave experts out"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -109,19 +120,22 @@ class ModelSpec:
         return self.position == "learned" or any(layer.bounded for layer in self.layers)
 
     @property
+    def feed_forward(self) -> FeedForwardSpec:
+        """What `mlp` says."""
+        return parse_feed_forward(self.mlp)
+
+    @property
     def period(self) -> int:
         """Layers in one turn of the stack's scan, as `scan_period` says."""
-        return scan_period(self.layers)
+        return scan_period(self.layers, self.feed_forward.layers)
 
     @property
     def num_params(self) -> int:
         """Learned numbers of the model, exactly."""
         norm = self.d_model * (2 if self.norm == "layernorm" and self.use_bias else 1)
-        matrices = 3 if self.mlp == "swiglu" else 2
-        mlp = matrices * self.d_model * self.d_ff
-        if self.use_bias:
-            mlp += (matrices - 1) * self.d_ff + self.d_model
-        total = sum(layer.num_params + mlp + 2 * norm for layer in self.layers) + norm
+        mlp = self.feed_forward.num_params(self.d_model, self.d_ff, self.use_bias)
+        total = mlp * (self.num_layers // self.feed_forward.layers) + norm
+        total += sum(layer.num_params + 2 * norm for layer in self.layers)
         if self.kind == "lm":
             total += (1 if self.tie_embeddings else 2) * self.vocab_size * self.d_model
         else:
@@ -137,8 +151,7 @@ class ModelSpec:
 
         `length` counts the class token of a ViT. An encoder's input is taken as ids.
         """
-        matrices = 3 if self.mlp == "swiglu" else 2
-        mlp = matrices * self.d_model * self.d_ff
+        mlp = self.feed_forward.forward_macs(self.d_model, self.d_ff)
         inside = sum(layer.forward_macs(length) + length * mlp for layer in self.layers)
         labelled = 1 if self.output == "sequence" else length
         patches = (length - 1) * self.vocab_size * self.d_model if self.kind == "vit" else 0
@@ -152,14 +165,15 @@ class ModelSpec:
         return sum(layer.cache_bytes_per_token(dtype, layout) for layer in self.layers)
 
 
-def scan_period(layers: tuple) -> int:
-    """Layers in one turn of the scan over a stack; L where the stack is unrolled.
+def scan_period(layers: tuple, shared: int = 1) -> int:
+    """Layers in one turn of the scan over a stack, a multiple of `shared`; L where the stack is
+    unrolled.
 
     It is unrolled where it is shallow and where no pattern of layers repeats.
     """
     if len(layers) <= UNROLL_UP_TO:
         return len(layers)
-    for p in range(1, len(layers)):
+    for p in range(shared, len(layers), shared):
         if len(layers) % p == 0 and layers == layers[:p] * (len(layers) // p):
             return p
     return len(layers)

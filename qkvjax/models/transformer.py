@@ -10,6 +10,7 @@ from qkvjax.attention.layer import LAYERS
 from qkvjax.attention.projection import LayerNorm, RMSNorm, named_key
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.models.mlp import MLP
+from qkvjax.models.moe import Experts
 from qkvjax.models.spec import ModelSpec
 
 # What the backward pass computes again instead of keeping: nothing, all but matrix products, or
@@ -38,33 +39,38 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jax.numpy.where(keep, x / (1 - rate), 0)
 
 
+def feed_forward(spec: ModelSpec, key: jax.Array) -> MLP | Experts:
+    """The feed-forward of a block, x -> (y, what a router tells or None)."""
+    make = Experts if spec.feed_forward.experts > 1 else MLP
+    std = out_std = STD[spec.init]
+    if spec.init == "fan_in":
+        out_std = (2 * spec.num_layers * spec.d_ff) ** -0.5
+    return make(spec, key=named_key(key, "mlp"), std=std, out_std=out_std)
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); without `mlp` where layers share one."""
 
     def __init__(self, layer: AttentionSpec, spec: ModelSpec, key):
-        if spec.init != "fan_in":
-            std = out_std = mlp_out_std = STD[spec.init]
-        else:
-            depth = (2 * spec.num_layers) ** -0.5
-            std = None
-            out_std = depth * (layer.num_heads * layer.head_dim) ** -0.5
-            mlp_out_std = depth * spec.d_ff**-0.5
+        std = out_std = STD[spec.init]
+        if spec.init == "fan_in":
+            out_std = (2 * spec.num_layers * layer.num_heads * layer.head_dim) ** -0.5
         self.rate, self.inside = spec.dropout, spec.kind == "vit"  # where dropout acts
         self.attention_norm = norm(spec)
         self.attention = LAYERS[type(layer)](
             layer, key=named_key(key, "attention"), std=std, out_std=out_std
         )
         self.mlp_norm = norm(spec)
-        self.mlp = MLP(spec, key=named_key(key, "mlp"), std=std, out_std=mlp_out_std)
+        self.mlp = feed_forward(spec, key) if spec.feed_forward.layers == 1 else None
 
-    def __call__(self, x, positions, segment_ids=None, key=None, *, impl="auto") -> jax.Array:
-        """[B, T, D] -> [B, T, D]; `key` turns dropout on."""
+    def __call__(self, x, positions, segment_ids=None, key=None, *, impl="auto"):
+        """[B, T, D] -> (the same, what the router tells or None); `key` turns dropout on."""
         keys = (None, None) if key is None else jax.random.split(key)
         y = self.attention(self.attention_norm(x), positions, segment_ids, impl=impl)
         x = x + (y if self.inside else dropout(y, self.rate, keys[0]))
-        hidden = self.mlp.hidden(self.mlp_norm(x))
-        hidden = dropout(hidden, self.rate, keys[0]) if self.inside else hidden
-        return x + dropout(self.mlp.down(hidden), self.rate, keys[1])
+        drop = lambda hidden: dropout(hidden, self.rate, keys[0] if self.inside else None)  # noqa: E731
+        y, router = self.mlp(self.mlp_norm(x), drop)
+        return x + dropout(y, self.rate, keys[1]), router
 
     def decode(self, x, cache, start, *, table=None, turns=None, impl="auto"):
         """The same for new tokens that join `cache`; arguments as in `attention.cache.attend`."""
@@ -78,14 +84,15 @@ class Block(nnx.Module):
             impl=impl,
         )
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x))[0], cache
 
 
 class Stack(nnx.Module):
     """All blocks: a scan over the repetitions of the layer pattern.
 
     `blocks[j]` holds layer j of every repetition, each parameter with a leading axis
-    [L / period]. An unrolled stack is one repetition.
+    [L / period]. An unrolled stack is one repetition. Where G layers share a feed-forward it is
+    in `shared[j // G]`.
     """
 
     def __init__(self, spec: ModelSpec, *, key):
@@ -96,11 +103,15 @@ class Stack(nnx.Module):
             jax.vmap(lambda k, layer=layer: Block(layer, spec, k))(keys[:, j])
             for j, layer in enumerate(spec.layers[: spec.period])
         ])  # fmt: skip
+        self.group = spec.feed_forward.layers
+        self.shared = None if self.group == 1 else nnx.List([
+            jax.vmap(lambda k: feed_forward(spec, k))(keys[:, j])
+            for j in range(0, spec.period, self.group)
+        ])  # fmt: skip
 
-    def __call__(
-        self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none"
-    ) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; `remat` is one of REMAT."""
+    def __call__(self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none"):
+        """[B, T, D] -> (the same, means over layers of what routers tell, or None); `remat` is one
+        of REMAT."""
         period = len(self.blocks)
         repeats = self.num_layers // period
         keys = None
@@ -112,15 +123,25 @@ class Stack(nnx.Module):
             return block(x, positions, segment_ids, key, impl=impl)
 
         def repetition(x, scanned):
-            blocks, keys = scanned
+            blocks, shared, keys = scanned
+            told = []
             for j, block in enumerate(blocks):
-                x = layer(block, x, None if keys is None else keys[j])
-            return x, None
+                block = self._whole(block, j, shared)
+                x, router = layer(block, x, None if keys is None else keys[j])
+                told.append(router)
+            return x, jax.tree.map(lambda *values: sum(values) / period, *told)
 
-        scanned = list(self.blocks), keys
+        scanned = list(self.blocks), self.shared and list(self.shared), keys
         if repeats == 1:
-            return repetition(x, jax.tree.map(lambda a: a[0], scanned))[0]
-        return jax.lax.scan(repetition, x, scanned)[0]
+            return repetition(x, jax.tree.map(lambda a: a[0], scanned))
+        x, router = jax.lax.scan(repetition, x, scanned)
+        return x, jax.tree.map(jax.numpy.mean, router)
+
+    def _whole(self, block: Block, place: int, shared) -> Block:
+        """Block number `place` of a repetition with the feed-forward that it shares, if it does."""
+        if shared is not None:
+            block.mlp = nnx.data(shared[place // self.group])
+        return block
 
     def layers(self) -> list[Block]:
         """The blocks one by one, in order, each with its own arrays.
@@ -128,8 +149,9 @@ class Stack(nnx.Module):
         Decoding reads every weight for each token; slicing a stacked array would copy it
         each time.
         """
-        period = len(self.blocks)
-        return [
-            jax.tree.map(lambda a, i=i: a[i // period], self.blocks[i % period])
-            for i in range(self.num_layers)
-        ]
+        period, found = len(self.blocks), []
+        for i in range(self.num_layers):
+            parts = self.blocks[i % period], self.shared and list(self.shared)
+            block, shared = jax.tree.map(lambda a, i=i: a[i // period], parts)
+            found.append(self._whole(block, i % period, shared))
+        return found

@@ -17,11 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # Named dimension -> mesh axes. Parameters are sharded over "embed", never over "layers".
 RULES = {
-    "batch": ("replica", "fsdp"),
+    "batch": ("replica", "fsdp", "expert"),
     "length": ("context",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
     "vocab": (),
     "layers": (),
 }
@@ -77,7 +78,10 @@ def matrix_spec(path: tuple[str, ...], shape: tuple[int, ...], sizes) -> Partiti
         ]
         if max(free):
             names[free.index(max(free))] = "embed"
-    return spec(*(None,) * (len(shape) - 2), *names, sizes=sizes)
+    before = [None] * (len(shape) - 2)
+    if "experts" in path:
+        before[-1] = "experts"
+    return spec(*before, *names, sizes=sizes)
 
 
 def has_mesh() -> bool:
@@ -262,6 +266,43 @@ def on_each_device(f, x: jax.Array, arrays: dict[str, object]) -> jax.Array:
         in_specs=(where(x), jax.tree.map(where, given)), out_specs=where(x), check_vma=False,
     )  # fmt: skip
     return run(x, given)
+
+
+def on_experts(f, x: jax.Array, gates: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    """f(first, x, gates, weights), summed over experts: [B, T, D] -> [B, T, D].
+
+    Tokens whose experts lie on several devices visit all of these: each device computes what its
+    experts, of which `first` is the number of the first, add to the tokens of all.
+
+    Args:
+      x: [B, T, D].
+      gates: [B, T, E], the weight of each expert.
+      weights: matrices [E, rows, columns], shared out as their types say.
+    """
+    if not has_mesh():
+        return f(0, x, gates, weights)
+    weights = {name: gather(w) for name, w in weights.items()}
+    sizes = jax.sharding.get_abstract_mesh().shape
+    (expert,), (tensor,) = RULES["experts"], RULES["mlp"]
+
+    def local(x, gates, weights):
+        first = 0
+        if sizes[expert] > 1:
+            first = jax.lax.axis_index(expert) * next(iter(weights.values())).shape[0]
+            x, gates = (jax.lax.all_gather(a, expert, tiled=True) for a in (x, gates))
+        y = f(first, x, gates, weights)
+        if any(tensor in tuple(place) for place in where.values()):
+            y = jax.lax.psum(y, tensor)
+        if sizes[expert] > 1:
+            y = jax.lax.psum_scatter(y, expert, tiled=True)
+        return y
+
+    tokens = spec("batch", "length")
+    where = {name: jax.typeof(w).sharding.spec for name, w in weights.items()}
+    run = jax.shard_map(
+        local, in_specs=(tokens, tokens, where), out_specs=tokens, check_vma=False
+    )  # fmt: skip
+    return run(x, gates, weights)
 
 
 def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:

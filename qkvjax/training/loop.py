@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -57,32 +58,28 @@ class Window:
 
     def __init__(self):
         self._waiting: list[dict] = []
-        self._loss, self._norm, self._count, self._rate = 0.0, 0.0, 0, 0.0
+        self._sums, self._count, self._rate = collections.Counter(), 0, 0.0
 
     def add(self, values: dict[str, jax.Array]) -> None:
-        """Takes note of a step's loss, grad_norm and learning_rate."""
+        """Takes note of a step's metrics."""
         self._waiting.append(values)
         if len(self._waiting) == self.MANY:
             self._fetch()
 
     def _fetch(self) -> None:
         for record in jax.device_get(self._waiting):
-            self._loss += float(record["loss"])
-            self._norm += float(record["grad_norm"])
-            self._rate = float(record["learning_rate"])
+            self._rate = float(record.pop("learning_rate"))
+            for name, value in record.items():
+                self._sums[name] += float(value)
         self._count += len(self._waiting)
         self._waiting = []
 
     def mean(self) -> dict[str, float]:
-        """Means of loss and norm and the last learning rate; a new window begins."""
+        """Means of the metrics and the last learning rate; a new window begins."""
         self._fetch()
-        mean = {
-            "train/loss": self._loss / self._count,
-            "train/grad_norm": self._norm / self._count,
-            "train/learning_rate": self._rate,
-        }
-        self._loss, self._norm, self._count = 0.0, 0.0, 0
-        return mean
+        mean = {f"train/{name}": total / self._count for name, total in self._sums.items()}
+        self._sums, self._count = collections.Counter(), 0
+        return mean | {"train/learning_rate": self._rate}
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -75,28 +75,36 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     summed over all of them and divided once, so accumulation does not change the loss.
 
     Metrics are scalars: loss (nats a label, without the z-loss), grad_norm (before clipping),
-    learning_rate.
+    learning_rate, and of experts what their routers tell, means over layers and micro-batches.
     """
     dtype = jnp.dtype(config.train.compute_dtype)
     z_loss, clip = config.optimizer.z_loss, config.optimizer.clip_norm
     remat = config.train.remat
     seed, has_dropout = config.seed, config.model.dropout > 0
+    parts = config.train.accumulation
 
     def objective(model, batch, key, total):
         segments = batch.get("segment_ids")  # labelled examples have none
         inputs = batch["inputs"], batch["positions"], segments, key
         labels = batch["targets"], batch["weights"]
         if isinstance(model, LanguageModel):  # a vocabulary is too wide to hold all logits
-            x = model.hidden(*inputs, dtype=dtype, remat=remat)
+            x, router = model.hidden(*inputs, dtype=dtype, remat=remat)
             loss, nats = linear_cross_entropy(x, model.head_weight(dtype), *labels, z_loss)
-            return loss / total, nats / total
+            metrics = {"loss": nats / total}
+            if router is None:
+                return loss / total, metrics
+            # Of this micro-batch: they do not add up to those of the whole batch.
+            router = jax.tree.map(lambda value: value / parts, router)
+            kind = model.spec.feed_forward
+            extra = kind.balance * router["balance"] + kind.z_loss * router["z_loss"]
+            named = {f"router_{name}": value for name, value in router.items()}
+            return loss / total + extra, metrics | named
         logits = model(*inputs, dtype=dtype, remat=remat)
         nats, squares = map(jnp.sum, cross_entropy(logits, *labels))
-        return (nats + z_loss * squares) / total, nats / total
+        return (nats + z_loss * squares) / total, {"loss": nats / total}
 
     def train_step(state: TrainState, batch: Batch):
         total = jnp.maximum(jnp.sum(batch["weights"]), 1)
-        micro_batches = batch["inputs"].shape[0]
         gradient = jax.value_and_grad(objective, has_aux=True)
 
         def micro(i, part):
@@ -104,26 +112,27 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
             if has_dropout:  # else one program serves all seeds
                 key = jax.random.fold_in(jax.random.key(seed), state.step)
                 key = jax.random.fold_in(key, i)
-            (_, loss), grads = gradient(state.model, part, key, total)
-            return loss, grads
+            (_, metrics), grads = gradient(state.model, part, key, total)
+            return metrics, grads
 
-        if micro_batches == 1:
-            loss, grads = micro(0, jax.tree.map(lambda a: a[0], batch))
+        if parts == 1:
+            metrics, grads = micro(0, jax.tree.map(lambda a: a[0], batch))
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.model)
 
-            def add(carry, scanned):
-                return jax.tree.map(jnp.add, carry, micro(*scanned)), None
+            def add(grads, scanned):
+                metrics, more = micro(*scanned)
+                return jax.tree.map(jnp.add, grads, more), metrics
 
-            order = jnp.arange(micro_batches)
-            (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), (order, batch))
+            grads, each = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
+            metrics = jax.tree.map(jnp.sum, each)
 
         norm = optax.global_norm(grads)
         if clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-12)), grads)
         updates, optimizer = tx.update(grads, state.optimizer, state.model)
         model = optax.apply_updates(state.model, updates)
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
+        metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
         return TrainState(model, optimizer, state.step + 1), metrics
 
     return train_step

@@ -67,7 +67,7 @@ def one_by_one(model, ids):
     positions = jnp.tile(jnp.arange(T), (B, 1))
     x = model.embed(ids, positions)
     for block in model.stack.layers():
-        x = block(x, positions)
+        x, _ = block(x, positions)
     return model.logits(model.norm(x))
 
 

@@ -38,9 +38,9 @@ def test_rules_name_axes_of_the_mesh():
     for axes in rules.RULES.values():
         assert set(axes) <= set(AXES)
     assert rules.spec("batch", None, "heads", sizes=TWO) == jax.P(
-        ("replica", "fsdp"), None, "tensor"
+        ("replica", "fsdp", "expert"), None, "tensor"
     )
-    one = TWO | {"replica": 1, "tensor": 1}  # axes of size 1 are in no type
+    one = TWO | {"replica": 1, "tensor": 1, "expert": 1}  # axes of size 1 are in no type
     assert rules.spec("batch", "length", "heads", sizes=one) == jax.P("fsdp", "context", None)
     assert not rules.has_mesh()
     with pytest.raises(ValueError, match="collide.*tensor"):

@@ -1,0 +1,84 @@
+"""Mixture of experts: a router and E feed-forwards, of which each token meets a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkvjax.attention.projection import Linear, named_key
+from qkvjax.models.feedforward import FeedForwardSpec
+from qkvjax.models.mlp import ACTIVATION
+from qkvjax.models.spec import ModelSpec
+from qkvjax.parallel import rules
+
+
+class Experts(nnx.Module):
+    """sum over the chosen e of g_e FF_e(x), with g the softmax of the chosen logits (Shazeer et
+    al. 2017; over the chosen ones as in Jiang et al. 2024). No token is dropped."""
+
+    def __init__(self, spec: ModelSpec, *, key, std=None, out_std=None):
+        self.kind: FeedForwardSpec = spec.feed_forward
+        wide = {"up": (spec.d_model, spec.d_ff, std), "down": (spec.d_ff, spec.d_model, out_std)}
+        if self.kind.num_matrices == 3:
+            wide["gate"] = wide["up"]
+
+        def stacked(name):
+            inputs, outputs, std = wide[name]
+            keys = jax.random.split(named_key(key, name), self.kind.experts)
+            return jax.vmap(lambda k: Linear(inputs, outputs, key=k, std=std))(keys)
+
+        self.router = Linear(spec.d_model, self.kind.experts, key=named_key(key, "router"), std=std)
+        self.experts = nnx.Dict({name: stacked(name) for name in sorted(wide)})
+
+    def __call__(self, x: jax.Array, drop: Callable | None = None):
+        """(y, losses and loads of the router as scalars), of [B, T, D]."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = rules.matmul(x.astype(wide), self.router.weight[...].astype(wide))
+        gates = rules.on_each_device(self._choose, logits, {})
+        weights = {name: w.weight[...].astype(x.dtype) for name, w in self.experts.items()}
+        y = rules.on_experts(self._apply, x, gates, weights)
+        # The share of tokens that meet an expert, and the mean probability: 1/E when even.
+        share = jnp.mean(gates > 0, axis=(0, 1), dtype=wide) / self.kind.top
+        probability = jnp.mean(jax.nn.softmax(logits), axis=(0, 1))
+        count = self.kind.experts
+        return y, {
+            "balance": count * jnp.sum(jax.lax.stop_gradient(share) * probability),
+            "z_loss": jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
+            "largest_load": count * jnp.max(share),
+            "smallest_load": count * jnp.min(share),
+        }
+
+    def _choose(self, logits: jax.Array) -> jax.Array:
+        """Softmax over the `top` largest logits, 0 elsewhere: [B, T, E]."""
+        kept = jax.lax.top_k(logits, self.kind.top)[0][..., -1:]
+        # A tie would keep one more than `top`; experts beyond it get no token below.
+        return jax.nn.softmax(jnp.where(logits >= kept, logits, -jnp.inf))
+
+    def _apply(self, first, x, gates, weights: dict[str, jax.Array]) -> jax.Array:
+        """What the experts first, first + 1, ... of `weights` add to tokens [B, T, D]."""
+        shape, top = x.shape, self.kind.top
+        here = weights["up"].shape[0]
+        x, gates = x.reshape(-1, shape[-1]), gates.reshape(-1, gates.shape[-1])
+        gate, chosen = jax.lax.top_k(gates, top)  # [tokens, top]
+        local = chosen - first
+        mine = (local >= 0) & (local < here)
+        group = jnp.where(mine, local, here).reshape(-1)  # other devices' come last
+        order = jnp.argsort(group)
+        sizes = jnp.bincount(group, length=here + 1)[:here].astype(jnp.int32)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+
+        def times(rows, name):
+            product = jax.lax.ragged_dot(rows, weights[name], sizes, preferred_element_type=wide)
+            return product.astype(x.dtype)
+
+        mine = mine[..., None]
+        # What ragged_dot makes of rows in no group is its own affair, and so is their gradient.
+        rows = jnp.where(mine.reshape(-1, 1)[order], x[order // top], 0)
+        act, hidden = ACTIVATION[self.kind.activation], times(rows, "up")
+        hidden = act(times(rows, "gate")) * hidden if "gate" in weights else act(hidden)
+        y = times(hidden, "down")[jnp.argsort(order)].reshape(-1, top, shape[-1])
+        y = jnp.where(mine, y, 0)
+        return jnp.einsum("nkd,nk->nd", y, gate.astype(x.dtype)).reshape(shape)
