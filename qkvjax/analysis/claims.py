@@ -34,6 +34,7 @@ from qkvjax.analysis.claim import (
     in_scope,
     most,
 )
+from qkvjax.analysis.feedforward_claims import combines_with_experts, shared_feed_forwards
 from qkvjax.analysis.sharings import field, is_uniform, pure, pure_rows
 from qkvjax.analysis.statistics import Paired, paired
 from qkvjax.analysis.summary import Row, Summary
@@ -357,13 +358,15 @@ CLAIMS = (
           "pass@k; bits per byte of canonical solutions"),
     Claim("A12", "A", "zero-shot generalisation stays robust", "zero-shot tasks"),
     Claim("A13", "A", "fine-tuning needs no more effort", "steps to converge"),
-    Claim("A14", "A", "it combines with mixture of experts", "sharing × MoE"),
+    Claim("A14", "A", "it combines with mixture of experts", "sharing × MoE",
+          combines_with_experts),
     Claim("A15", "A", "longer contexts at no proportional cost",
           "longest context per GiB, loss against position"),
     Claim("A16", "A", "energy falls", "joules per million tokens where a counter exists"),
     Claim("A17", "A", "reasoning edge cases may still need all three",
           "recall, k-hop, state tracking by difficulty"),
-    Claim("A18", "A", "feed-forward layers may be redundant too", "feed-forward sharing"),
+    Claim("A18", "A", "feed-forward layers may be redundant too", "feed-forward sharing",
+          shared_feed_forwards),
     Claim("P1", "P", "Q-K=V halves the cache", "exact", _half_cache, None),
     Claim("P1b", "P", "… for +3.1 % perplexity (300M), +2.5 % (1.2B), padding scored",
           "LM study; the 300M figure", _perplexity(("q-k=v", 0.031)), AT_300M, True),

@@ -94,7 +94,7 @@ class Encoder(nnx.Module):
         """[B, T, D] -> [B, labels, classes] in float32 or wider."""
         x = rules.gather_sequence(x)[:, :1] if self.spec.output == "sequence" else x
         x = self.norm(x)
-        y = self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        y = rules.gather_columns(self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
         if self.spec.output == "tokens":
             return y
         y = rules.gather_sequence(y)  # one label: nothing to shard

@@ -97,14 +97,16 @@ class LanguageModel(nnx.Module):
         return x
 
     def head_weight(self, dtype) -> jax.Array:
-        """The map from D to the vocabulary, [D, V]."""
-        head = rules.gather(self.embedding[...]).T if self.head is None else self.head.weight[...]
-        return head.astype(dtype)
+        """The map from D to the vocabulary, [D, V], as it is used."""
+        tied = self.head is None
+        weight = self.embedding[...] if tied else self.head.weight[...]
+        weight = rules.gather(weight.astype(dtype))
+        return weight.T if tied else weight
 
     def logits(self, x) -> jax.Array:
         """[B, T, D] that the final norm has left -> [B, T, V] in float32 or wider."""
         wide = jnp.promote_types(x.dtype, jnp.float32)  # what the product is summed and kept in
-        return rules.matmul(x, self.head_weight(x.dtype), wide)
+        return rules.gather_columns(rules.matmul(x, self.head_weight(x.dtype), wide))
 
     def check_length(self, length: int) -> None:
         """Raises UserError when `length` positions exceed what the model has numbers for."""

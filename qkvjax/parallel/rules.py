@@ -7,6 +7,7 @@ Axes of size 1 are in no array's type, so that one device asks nothing of anybod
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -23,7 +24,7 @@ RULES = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
-    "vocab": (),
+    "vocab": ("tensor",),
     "layers": (),
 }
 # The two dimensions of a matrix by the name of what holds it. Heads and feed-forward are split by
@@ -34,6 +35,8 @@ MATRICES = {
     "up": ("embed", "mlp"),
     "gate": ("embed", "mlp"),
     "down": ("mlp", "embed"),
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
 }
 
 
@@ -166,10 +169,27 @@ def gather(array: jax.Array) -> jax.Array:
 
 
 def embed(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Looks ids up in a table: [V, D], int [B, T] -> [B, T, D]."""
+    """Looks ids up in a table: [V, D], int [B, T] -> [B, T, D].
+
+    Of a table whose rows are shared out, each device looks up what it has, and all add up.
+    """
     if not has_mesh():
         return table_VD[ids_BT]
-    return gather(table_VD).at[ids_BT].get(out_sharding=spec("batch", "length", None))
+    table_VD = gather(table_VD)
+    axis = jax.typeof(table_VD).sharding.spec[0]
+    if axis is None:
+        return table_VD.at[ids_BT].get(out_sharding=spec("batch", "length", None))
+
+    def local(table, ids):
+        ids = ids - jax.lax.axis_index(axis) * table.shape[0]
+        here = (ids >= 0) & (ids < table.shape[0])
+        found = jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
+        return jax.lax.psum(found, axis)
+
+    tokens = spec("batch", "length")
+    return jax.shard_map(
+        local, in_specs=(PartitionSpec(axis), tokens), out_specs=tokens, check_vma=False
+    )(table_VD, ids_BT)
 
 
 def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
@@ -227,27 +247,54 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
     return jax.lax.reshape(flat, (batch, length, w_DF.shape[1]), out_sharding=result)
 
 
-def map_tokens(f, whole: jax.Array, *by_token: jax.Array):
-    """f(whole, *by_token) -> (of tokens, totals), on each device's own tokens.
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which columns of a matrix a device has, and how what they give is put together."""
 
-    `by_token` and what f returns of tokens are [B, T, ...] and stay where they are; each device
-    has all of `whole`, and totals are summed over devices.
+    axis: str | None = None  # None: all
+
+    def first(self, count: int):
+        """The number of the first of its `count` columns."""
+        return 0 if self.axis is None else count * jax.lax.axis_index(self.axis)
+
+    def sum(self, x):
+        """A tree of sums over a device's columns -> over all."""
+        return x if self.axis is None else jax.lax.psum(x, self.axis)
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The largest over a device's columns -> over all."""
+        return x if self.axis is None else jax.lax.pmax(x, self.axis)
+
+
+def gather_columns(x_BTV: jax.Array) -> jax.Array:
+    """[B, T, V] whole along its last axis."""
+    return jax.sharding.reshard(x_BTV, spec("batch", "length", None)) if has_mesh() else x_BTV
+
+
+def map_tokens(f, matrix: jax.Array, *by_token: jax.Array):
+    """f(columns, matrix, *by_token) -> (of tokens, totals, like the matrix), on each device's own
+    tokens and columns.
+
+    `by_token` and what f returns of tokens are [B, T, ...] and stay where they are; totals and what
+    is like the matrix are summed over the devices that share out tokens.
     """
     if not has_mesh():
-        return f(whole, *by_token)
+        return f(Columns(), matrix, *by_token)
 
+    matrix = gather(matrix)
+    where = jax.typeof(matrix).sharding.spec
     sizes = jax.sharding.get_abstract_mesh().shape
     spread = tuple(axis for axis in (*RULES["batch"], *RULES["length"]) if sizes[axis] > 1)
 
     def local(*arrays):
-        of_tokens, totals = f(*arrays)
-        return of_tokens, jax.lax.psum(totals, spread) if spread else totals
+        of_tokens, *sums = f(Columns(where[1]), *arrays)
+        return of_tokens, *(jax.lax.psum(sums, spread) if spread else sums)
 
     tokens = spec("batch", "length")
-    in_specs = (PartitionSpec(), *(tokens for _ in by_token))
-    out_specs = (tokens, PartitionSpec())
+    in_specs = (where, *(tokens for _ in by_token))
+    out_specs = (tokens, PartitionSpec(), where)
     run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return run(gather(whole), *by_token)
+    return run(matrix, *by_token)
 
 
 def on_each_device(f, x: jax.Array, arrays: dict[str, object]) -> jax.Array:

@@ -56,8 +56,8 @@ def linear_cross_entropy(x_BTD, w_DV, targets_BT, weights_BT, z_loss: float = 0.
 
 def _forward(x, w, targets, weights, z_loss):
     one_device = functools.partial(_chunked, z_loss=z_loss)
-    dx, (loss, nats, dw) = rules.map_tokens(one_device, w, x, targets, weights)
-    return (loss, nats), (dx, dw.astype(w.dtype))
+    dx, totals, dw = rules.map_tokens(one_device, w, x, targets, weights)
+    return totals, (dx, dw.astype(w.dtype))
 
 
 def _backward(z_loss, gradients, cotangents):
@@ -69,8 +69,8 @@ def _backward(z_loss, gradients, cotangents):
 linear_cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunked(w, x, targets, weights, z_loss):
-    """dx, and (loss, nats, dw), of the tokens [B, T] on one device."""
+def _chunked(columns, w, x, targets, weights, z_loss):
+    """dx, (loss, nats) and dw, of the tokens [B, T] and the columns of W on one device."""
     shape, vocab = x.shape, w.shape[1]
     flat = x.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
     tokens = flat[1].size
@@ -83,32 +83,37 @@ def _chunked(w, x, targets, weights, z_loss):
         return filled.reshape(chunks, size, *array.shape[1:])
 
     def add(totals, chunk):
-        dx, new = _chunk(w, *chunk, z_loss)
-        return jax.tree.map(jnp.add, totals, new), dx
+        dx, *new = _chunk(columns, w, *chunk, z_loss)
+        return jax.tree.map(jnp.add, totals, tuple(new)), dx
 
     zeros = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(lambda: _chunk(w, *(a[:size] for a in flat), z_loss)[1]),
+        jax.eval_shape(lambda: _chunk(columns, w, *(a[:size] for a in flat), z_loss)[1:]),
     )
-    totals, dx = jax.lax.scan(add, zeros, jax.tree.map(cut, flat), unroll=chunks == 1)
-    return dx.reshape(-1, shape[-1])[:tokens].reshape(shape), totals
+    (totals, dw), dx = jax.lax.scan(add, zeros, jax.tree.map(cut, flat), unroll=chunks == 1)
+    return dx.reshape(-1, shape[-1])[:tokens].reshape(shape), totals, dw
 
 
-def _chunk(w, x, targets, weights, z_loss):
-    """dx [n, D], and (loss, nats, dw [D, V]), of n tokens."""
+def _chunk(columns, w, x, targets, weights, z_loss):
+    """dx [n, D], (loss, nats) and dw [D, V], of n tokens."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     times = functools.partial(jnp.matmul, preferred_element_type=wide)
     logits = times(x, w)
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = columns.max(jnp.max(logits, axis=-1, keepdims=True))
     odds = jnp.exp(logits - top)
-    normaliser = jnp.sum(odds, axis=-1, keepdims=True)
+    normaliser = columns.sum(jnp.sum(odds, axis=-1, keepdims=True))
     log_z = (top + jnp.log(normaliser))[:, 0]
-    label = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    place = targets - columns.first(w.shape[1])
+    label = jnp.take_along_axis(logits, place[:, None], axis=-1, mode="fill", fill_value=0)[:, 0]
+    label = columns.sum(
+        jnp.where(place < 0, 0, label)
+    )  # of negative places take counts from the end
     nats = jnp.sum(weights * (log_z - label))
     loss = nats + z_loss * jnp.sum(weights * log_z**2)
     g = odds * ((weights * (1 + 2 * z_loss * log_z))[:, None] / normaliser)
-    here = jnp.arange(w.shape[1]) == targets[:, None]
+    here = jnp.arange(w.shape[1]) == place[:, None]
     g = (g - jnp.where(here, weights[:, None], 0)).astype(x.dtype)
     # The barrier writes x^T out first: XLA's CPU is a quarter slower on a product that reads it
     # by columns.
-    return times(g, w.T).astype(x.dtype), (loss, nats, times(jax.lax.optimization_barrier(x.T), g))
+    dw = times(jax.lax.optimization_barrier(x.T), g)
+    return columns.sum(times(g, w.T)).astype(x.dtype), (loss, nats), dw

@@ -98,3 +98,22 @@ def test_a_tie_regularises_only_by_its_best_dropout(tmp_path):
     found = {c.id: f for c, f in claims.findings(summarize(records.read(workdir)))}["A8"]
     assert "against QKV dropout=0.1" in found.measured
     assert "Q-K=V dropout=0.1 −" in found.measured and "dropout=0.0" not in found.measured
+
+
+def test_feed_forwards_that_share_and_experts(tmp_path):
+    """A14: what a tie costs among experts minus what it costs without; A18: QKV alone."""
+    losses = {("q-k-v", "swiglu"): 0.0, ("q-k=v", "swiglu"): 0.02,
+              ("q-k-v", "swiglu(experts=4)"): -0.02, ("q-k=v", "swiglu(experts=4)"): 0.03,
+              ("q-k-v", "swiglu(up=down)"): 0.001}  # fmt: skip
+    labels, results = {}, []
+    for (sharing, mlp), loss in losses.items():
+        label = f"{simulated.name(sharing)} {mlp}"
+        labels[label] = {"model.sharing": sharing, "model.mlp": mlp}
+        results += [simulated.result(label, labels[label], s, loss, noise=1e-4) for s in range(5)]
+    study = simulated.study(labels, "QKV swiglu", list(range(5)))
+    workdir = simulated.write(tmp_path, study, results)
+    found = {c.id: f for c, f in claims.findings(summarize(records.read(workdir)))}
+    assert found["A14"].measured.startswith("gap among experts, minus the gap without:\nQ-K=V")
+    assert "+3" in found["A14"].measured and found["A14"].verdict == CANT_TELL  # its size
+    assert found["A18"].measured.startswith("against feed-forwards of their own:\nQKV swiglu(up")
+    assert "experts" not in found["A18"].measured

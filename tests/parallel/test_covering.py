@@ -36,6 +36,7 @@ DESIGN = [
      {"tensor": 4, "context": 2}, 1),
     ({"sharing": "q-k=v", "mlp": "swiglu(experts=4,top=2)"}, {"expert": 4, "fsdp": 2}, 1),
     ({"sharing": "q=k-v", "mlp": "relu2(experts=2)"}, {"expert": 2, "tensor": 2, "context": 2}, 1),
+    ({"tie_embeddings": False, "position": "learned"}, {"tensor": 4, "fsdp": 2}, 1),
     ({"mlp": "gelu(up=down,layers=2)"}, {"fsdp": 2, "tensor": 2, "replica": 2}, 2),
 ]  # fmt: skip
 SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")

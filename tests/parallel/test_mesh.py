@@ -55,7 +55,9 @@ def test_rules_name_axes_of_the_mesh():
         (("mlp", "down", "weight"), (16, 8), ("tensor", "fsdp")),
         (("mlp", "up", "weight"), (8, 15), ("fsdp", None)),  # what does not divide stays whole
         (("mlp", "up", "weight"), (7, 15), (None, None)),
-        (("embedding",), (300, 8), ("fsdp", None)),
+        (("embedding",), (300, 8), ("tensor", "fsdp")),
+        (("head", "weight"), (8, 301), ("fsdp", None)),
+        (("mlp", "experts", "up", "weight"), (3, 4, 8, 16), (None, "expert", "fsdp", "tensor")),
         (("positions",), (9, 8), (None, "fsdp")),
     ],
 )
