@@ -46,7 +46,7 @@ FIELDS = {
     "data.batch_size": (16, "sequences of a step, over all devices and micro-batches"),
     "data.score_pads": (False, "one padded document a sequence, pads scored: the paper's artefact"),
     "data.augment": ("none", "of training images: none or crop_flip"),
-    "optimizer.name": ("adamw", "adamw"),
+    "optimizer.name": ("adamw", "adamw, or muon for the matrices of blocks and adamw for the rest"),
     "optimizer.learning_rate": (3e-3, "the peak"),
     "optimizer.final_learning_rate": (3e-4, "where the schedule ends"),
     "optimizer.schedule": ("cosine", "cosine, wsd (falls at the end), multistep or constant"),
@@ -60,8 +60,10 @@ FIELDS = {
     "train.steps": (ANY, "a duration"),
     "train.max_seconds": (FLOAT, "stop and save after this long, however many steps are left"),
     "train.accumulation": (1, "micro-batches a step; does not change the loss"),
-    "train.compute_dtype": ("float32", "float32 or bfloat16; parameters stay float32"),
+    "train.compute_dtype": ("float32", "float32 or bfloat16, of activations and products"),
+    "train.param_dtype": ("float32", "of the blocks' matrices; bfloat16 keeps float32 masters"),
     "train.remat": ("none", "what gradients compute again: none, block, dots (all but products)"),
+    "train.unroll": (1, "repetitions of the layer pattern in a turn of the scan over a deep stack"),
     "train.log_every": (ANY, "a duration"),
     "train.eval_every": (ANY, "a duration; the last step is always evaluated"),
     "train.checkpoint_every": (ANY, "a duration; the last step is always saved"),
@@ -101,6 +103,7 @@ RANGES = {
     "optimizer.z_loss": (0, math.inf),
     "train.accumulation": (1, math.inf),
     "train.keep_checkpoints": (1, math.inf),
+    "train.unroll": (1, math.inf),
     "train.max_seconds": (0, math.inf),
 }
 MOST_STEPS = 2**31  # the train state counts them in 32 bits

@@ -183,7 +183,8 @@ def test_identity_keys():
     groups = {name.split(".")[0] for name in flat}
     assert groups == {"seed", "model", "data", "optimizer", "train"}
     kept = {name for name in flat if name.startswith("train.")}
-    assert kept == {"train.steps", "train.accumulation", "train.compute_dtype"}
+    dtypes = {"train.compute_dtype", "train.param_dtype"}
+    assert kept == {"train.steps", "train.accumulation"} | dtypes
 
 
 def test_differing_lines():

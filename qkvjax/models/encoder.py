@@ -48,7 +48,7 @@ class Encoder(nnx.Module):
 
     def __call__(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
-        impl: str = "auto", remat: str = "none",
+        impl: str = "auto", remat: str = "none", unroll: int = 1,
     ) -> jax.Array:  # fmt: skip
         """Logits of the labels.
 
@@ -59,7 +59,7 @@ class Encoder(nnx.Module):
           key: a PRNG key turns dropout on.
           dtype: of activations and matrix products.
           impl: the implementation of attention.
-          remat: what the backward pass computes again, one of `transformer.REMAT`.
+          remat, unroll: as in `transformer.Stack`.
 
         Returns:
           [B, labels, classes] in float32 or wider: "tokens" labels each of T tokens, "sequence"
@@ -71,7 +71,7 @@ class Encoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(length), (inputs.shape[0], length))
         outer, inner = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, outer)
-        x, _ = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat)
+        x, _ = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat, unroll=unroll)
         return self.logits(x)
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:

@@ -71,16 +71,17 @@ class LanguageModel(nnx.Module):
 
     def hidden(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
-        impl: str = "auto", remat: str = "none",
+        impl: str = "auto", remat: str = "none", unroll: int = 1,
     ):  # fmt: skip
         """(what the head reads, [B, T, D] in `dtype`; what routers tell, see `models.moe`, or
-        None). Arguments as in `__call__`, and what the backward pass computes again, one of
-        `transformer.REMAT`."""
+        None). Arguments as in `__call__`, and those of `transformer.Stack`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         stem, inner = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, stem)
-        x, router = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat)
+        x, router = self.stack(
+            x, positions, segment_ids, inner, impl=impl, remat=remat, unroll=unroll
+        )
         return self.norm(x), router
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:

@@ -109,9 +109,15 @@ class Stack(nnx.Module):
             for j in range(0, spec.period, self.group)
         ])  # fmt: skip
 
-    def __call__(self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none"):
-        """[B, T, D] -> (the same, means over layers of what routers tell, or None); `remat` is one
-        of REMAT."""
+    def __call__(
+        self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none", unroll=1
+    ):
+        """[B, T, D] -> (the same, means over layers of what routers tell, or None).
+
+        Args:
+          remat: one of REMAT.
+          unroll: repetitions in one turn of the scan.
+        """
         period = len(self.blocks)
         repeats = self.num_layers // period
         keys = None
@@ -134,7 +140,7 @@ class Stack(nnx.Module):
         scanned = list(self.blocks), self.shared and list(self.shared), keys
         if repeats == 1:
             return repetition(x, jax.tree.map(lambda a: a[0], scanned))
-        x, router = jax.lax.scan(repetition, x, scanned)
+        x, router = jax.lax.scan(repetition, x, scanned, unroll=min(unroll, repeats))
         return x, jax.tree.map(jax.numpy.mean, router)
 
     def _whole(self, block: Block, place: int, shared) -> Block:

@@ -352,6 +352,15 @@ def on_experts(f, x: jax.Array, gates: jax.Array, weights: dict[str, jax.Array])
     return run(x, gates, weights)
 
 
+def automatic(f, like, *args):
+    """f(*args), whose results lie as the tree `like` does, with everything inside left to XLA: for
+    what Explicit axes cannot type."""
+    if not has_mesh():
+        return f(*args)
+    where = jax.tree.map(lambda array: jax.typeof(array).sharding, like)
+    return jax.sharding.auto_axes(f, out_sharding=where)(*args)
+
+
 def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:
     """[B, T, N*H] -> [B, T, N, H]; every device has all heads where they cannot be shared out."""
     shape = (*x_BTF.shape[:2], heads, x_BTF.shape[2] // heads)

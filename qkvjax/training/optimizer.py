@@ -1,4 +1,4 @@
-"""AdamW on the parameter pytree, and its learning-rate schedules."""
+"""AdamW and Muon on the parameter pytree, and their learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+
+from qkvjax.parallel import rules
 
 # The last part of a WSD run, in which the learning rate falls (Hu et al. 2024, section 4).
 WSD_DECAY = 0.2
@@ -74,3 +76,83 @@ def adamw(optimizer, rate: Callable) -> optax.GradientTransformation:
         ),
         optax.scale_by_learning_rate(rate),
     )
+
+
+# Of Muon: decay of the momentum, and the root mean square that an update has in AdamW.
+MOMENTUM, LIKE_ADAMW = 0.95, 0.2
+
+
+def muon(optimizer, rate: Callable) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for everything else.
+
+    A matrix moves by its momentum made orthogonal (five Newton-Schulz steps), at the scale at
+    which AdamW's learning rate and decay serve both (Liu et al. 2025, equation 4).
+    """
+
+    def axes(updates):
+        last = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # noqa: E731
+        return jax.tree.map(last, updates)
+
+    def scaled(updates, params=None):
+        return jax.tree.map(lambda x: LIKE_ADAMW * max(x.shape[-2:]) ** 0.5 * x, updates)
+
+    orthogonal = optax.contrib.scale_by_muon(beta=MOMENTUM, weight_dimension_numbers=axes)
+
+    def update(updates, state, params=None):
+        # Products of a matrix with itself: Explicit axes would have each of them typed.
+        return rules.automatic(orthogonal.update, (updates, state), updates, state)
+
+    matrices = optax.chain(
+        optax.GradientTransformation(orthogonal.init, update),
+        optax.stateless(scaled),
+        optax.add_decayed_weights(optimizer.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.partition({"muon": matrices, "adamw": adamw(optimizer, rate)}, _of_blocks)
+
+
+def _of_blocks(params) -> object:
+    """A tree of "muon" for the matrices of blocks and "adamw" for the rest."""
+    inside = rules.MATRICES.keys() - {"embedding", "head"}
+
+    def label(path, _):
+        names = path_names(path)
+        return "muon" if is_matrix(path) and not inside.isdisjoint(names) else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+def narrow(model, dtype):
+    """A model whose matrices of blocks are in `dtype`; what is looked up or added stays."""
+    return jax.tree.map(
+        lambda label, leaf: leaf.astype(dtype) if label == "muon" else leaf,
+        _of_blocks(model), model,
+    )  # fmt: skip
+
+
+def with_masters(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` on float32 masters of what `narrow` makes narrow.
+
+    Its state is (masters, None for other parameters; the state of `tx`), begun with parameters
+    before they are made narrow; its updates are the new parameters themselves.
+    """
+    absent = {"is_leaf": lambda leaf: leaf is None}
+
+    def init(params):
+        masters = jax.tree.map(
+            lambda label, leaf: leaf if label == "muon" else None, _of_blocks(params), params
+        )
+        return masters, tx.init(params)
+
+    def update(grads, state, params):
+        masters, inner = state
+        full = jax.tree.map(lambda m, p: p if m is None else m, masters, params, **absent)
+        updates, inner = tx.update(grads, inner, full)
+        full = optax.apply_updates(full, updates)
+        masters = jax.tree.map(lambda m, p: None if m is None else p, masters, full, **absent)
+        return jax.tree.map(lambda new, p: new.astype(p.dtype), full, params), (masters, inner)
+
+    return optax.GradientTransformation(init, update)

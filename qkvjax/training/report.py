@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+
 from qkvjax.attention.spec import sharing_name
 from qkvjax.kernels import dispatch
 from qkvjax.parallel import host
@@ -14,6 +16,7 @@ def cost_table(run) -> str:
     first = spec.layers[0]
     steps, per_step = run.durations.steps, run.tokens_per_step
     flops = run.train_flops_per_token
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract))
     shape = "x".join(str(n) for n in run.mesh.shape.values())
     rows = [
         ("sharing", ", ".join(sharing_name(sharing) for sharing in sharings)),
@@ -30,7 +33,7 @@ def cost_table(run) -> str:
             f"{spec.cache_bytes_per_token('bfloat16'):,} in bfloat16,"
             f" {spec.cache_bytes_per_token('float32'):,} in float32",
         ),
-        ("state", f"{12 * spec.num_params / 2**20:,.1f} MiB of parameters and moments"),
+        ("state", f"{state / 2**20:,.1f} MiB of parameters and what the optimizer keeps"),
         (
             "run",
             f"{steps:,} steps of {per_step:,} tokens: {steps * per_step:,} tokens,"
@@ -38,7 +41,7 @@ def cost_table(run) -> str:
         ),
         ("attention", dispatch.choose("auto")),
         ("device", f"{host.device_name()}; mesh {shape} ({', '.join(run.mesh.shape)})"),
-        ("precision", f"{config.train.compute_dtype}, parameters float32"),
+        ("precision", f"{config.train.compute_dtype}, matrices {config.train.param_dtype}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)

@@ -17,6 +17,7 @@ from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints, named_arrays
 from qkvjax.training.metrics import write_json
+from qkvjax.training.optimizer import narrow
 from qkvjax.training.run import open_workdir, spec_of
 
 
@@ -105,7 +106,8 @@ def _shapes(config):
         spec = model_spec(configs.plain(config.model), size, config.data.seq_len)
     else:
         spec = spec_of(config, open_dataset(config))
-    return spec, jax.eval_shape(lambda: make(spec, jax.random.key(0)))
+    dtype = config.train.param_dtype
+    return spec, jax.eval_shape(lambda: narrow(make(spec, jax.random.key(0)), dtype))
 
 
 def _restore(workdir, config, step, log):

@@ -15,7 +15,14 @@ from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules
 from qkvjax.training.loss import cross_entropy, linear_cross_entropy
-from qkvjax.training.optimizer import adamw, is_matrix, path_names, schedule
+from qkvjax.training.optimizer import (
+    OPTIMIZERS,
+    is_matrix,
+    narrow,
+    path_names,
+    schedule,
+    with_masters,
+)
 
 Batch = Mapping[str, jax.Array]
 
@@ -30,10 +37,14 @@ class TrainState:
     step: jax.Array  # int32 scalar, steps done
 
 
-def init_state(spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first step."""
+def init_state(
+    spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array, dtype="float32"
+) -> TrainState:
+    """The state before the first step, the blocks' matrices in `dtype`."""
     model = make(spec, key)
-    return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32))
+    optimizer = tx.init(model)
+    model = model if dtype == "float32" else narrow(model, dtype)
+    return TrainState(model, optimizer, jnp.zeros((), jnp.int32))
 
 
 def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -51,7 +62,13 @@ def make_optimizer(config, total_steps: int, warmup_steps: int):
     """(transformation, learning rate as a function of the step) for a config."""
     o = config.optimizer
     rate = schedule(o.schedule, o.learning_rate, o.final_learning_rate, warmup_steps, total_steps)
-    return adamw(o, rate), rate
+    tx = OPTIMIZERS[o.name](o, rate)
+    return tx if config.train.param_dtype == "float32" else with_masters(tx), rate
+
+
+def _wide(array: jax.Array) -> jnp.dtype:
+    """Float32, or the array's dtype if that is wider."""
+    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def on_leaves(step: Callable, tree) -> Callable[[list[jax.Array], Batch], tuple]:
@@ -79,16 +96,16 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     """
     dtype = jnp.dtype(config.train.compute_dtype)
     z_loss, clip = config.optimizer.z_loss, config.optimizer.clip_norm
-    remat = config.train.remat
+    compiled = {"remat": config.train.remat, "unroll": config.train.unroll}
     seed, has_dropout = config.seed, config.model.dropout > 0
-    parts = config.train.accumulation
+    parts, has_masters = config.train.accumulation, config.train.param_dtype != "float32"
 
     def objective(model, batch, key, total):
         segments = batch.get("segment_ids")  # labelled examples have none
         inputs = batch["inputs"], batch["positions"], segments, key
         labels = batch["targets"], batch["weights"]
         if isinstance(model, LanguageModel):  # a vocabulary is too wide to hold all logits
-            x, router = model.hidden(*inputs, dtype=dtype, remat=remat)
+            x, router = model.hidden(*inputs, dtype=dtype, **compiled)
             loss, nats = linear_cross_entropy(x, model.head_weight(dtype), *labels, z_loss)
             metrics = {"loss": nats / total}
             if router is None:
@@ -99,7 +116,7 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
             extra = kind.balance * router["balance"] + kind.z_loss * router["z_loss"]
             named = {f"router_{name}": value for name, value in router.items()}
             return loss / total + extra, metrics | named
-        logits = model(*inputs, dtype=dtype, remat=remat)
+        logits = model(*inputs, dtype=dtype, **compiled)
         nats, squares = map(jnp.sum, cross_entropy(logits, *labels))
         return (nats + z_loss * squares) / total, {"loss": nats / total}
 
@@ -118,7 +135,7 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
         if parts == 1:
             metrics, grads = micro(0, jax.tree.map(lambda a: a[0], batch))
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.model)
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), state.model)
 
             def add(grads, scanned):
                 metrics, more = micro(*scanned)
@@ -127,11 +144,12 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
             grads, each = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
             metrics = jax.tree.map(jnp.sum, each)
 
+        grads = jax.tree.map(lambda g: g.astype(_wide(g)), grads)
         norm = optax.global_norm(grads)
         if clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-12)), grads)
         updates, optimizer = tx.update(grads, state.optimizer, state.model)
-        model = optax.apply_updates(state.model, updates)
+        model = updates if has_masters else optax.apply_updates(state.model, updates)
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
         return TrainState(model, optimizer, state.step + 1), metrics
 

@@ -147,6 +147,21 @@ def test_remat_changes_no_gradient(model, ids, monkeypatch, remat):
         assert kept(remat) < kept("none")
 
 
+def test_unroll_changes_nothing_but_the_program(model, ids, monkeypatch):
+    monkeypatch.setattr(model_specs, "UNROLL_UP_TO", 0)
+    m = model(num_layers=6)
+
+    def loss(m, unroll):
+        return jnp.sum(m.hidden(ids, unroll=unroll)[0] ** 2)
+
+    def gradient(unroll):
+        return jax.jit(jax.grad(loss), static_argnums=1)(m, unroll)
+
+    for unroll in (2, 4, 100):
+        for a, b in zip(*(jax.tree.leaves(gradient(u)) for u in (1, unroll)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * max(1, float(jnp.max(abs(b)))))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

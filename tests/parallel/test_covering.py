@@ -37,6 +37,7 @@ DESIGN = [
     ({"sharing": "q-k=v", "mlp": "swiglu(experts=4,top=2)"}, {"expert": 4, "fsdp": 2}, 1),
     ({"sharing": "q=k-v", "mlp": "relu2(experts=2)"}, {"expert": 2, "tensor": 2, "context": 2}, 1),
     ({"tie_embeddings": False, "position": "learned"}, {"tensor": 4, "fsdp": 2}, 1),
+    ({"optimizer.name": "muon"}, {"tensor": 2, "fsdp": 4}, 1),
     ({"mlp": "gelu(up=down,layers=2)"}, {"fsdp": 2, "tensor": 2, "replica": 2}, 2),
 ]  # fmt: skip
 SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
@@ -59,7 +60,9 @@ def drawn(seed):
 def train(folder, model, mesh, accumulation):
     """Losses, bytes that are gathered in a step, digests of the first state and two batches."""
     config = configs.default()
-    config.model.update({"num_layers": 2, "d_model": 16, "num_heads": 4, "mlp_ratio": 2.0} | model)
+    config.model.update(num_layers=2, d_model=16, num_heads=4, mlp_ratio=2.0)
+    for name, value in model.items():
+        configs.set_field(config, name if "." in name else f"model.{name}", value)
     config.data.update(source=f"text:{folder}/corpus.txt", seq_len=8, batch_size=16)
     config.train.update(steps=STEPS, accumulation=accumulation)
     config.mesh.update(mesh)

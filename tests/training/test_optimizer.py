@@ -9,7 +9,7 @@ import pytest
 
 from qkvjax import config as configs
 from qkvjax.models.lm import LanguageModel
-from qkvjax.training.optimizer import adamw, decayed, schedule
+from qkvjax.training.optimizer import adamw, decayed, muon, schedule
 
 
 def rates(name, steps, warmup=10, total=100, peak=1.0, final=0.1):
@@ -95,3 +95,49 @@ def test_adamw_by_hand():
         direction = mu / (1 - 0.9**t) / (math.sqrt(nu / (1 - 0.95**t)) + 1e-8)
         w -= 0.01 * (direction + 0.1 * w)
     assert float(weight) == pytest.approx(w, rel=1e-6)
+
+
+def orthogonal(momentum):
+    """Five quintic Newton-Schulz steps in float64, with Jordan's coefficients."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = momentum / np.linalg.norm(momentum)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def test_muon_by_hand(model):
+    """Matrices of blocks, stacked or not, by Newton-Schulz; everything else as AdamW."""
+    options = configs.default().optimizer
+    options.weight_decay = 0.3
+    rng = np.random.default_rng(0)
+    grads = [jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), model)
+             for _ in range(2)]  # fmt: skip
+    rate, found = (lambda step: 0.01), {}
+    for name, make in (("muon", muon), ("adamw", adamw)):
+        tx = make(options, rate)
+        state = tx.init(model)
+        for gradient in grads:
+            updates, state = tx.update(gradient, state, model)
+        found[name] = dict(jax.tree_util.tree_leaves_with_path(updates))
+    params = dict(jax.tree_util.tree_leaves_with_path(model))
+    first, second = (dict(jax.tree_util.tree_leaves_with_path(g)) for g in grads)
+    moved = 0
+    for path, update in found["muon"].items():
+        name = jax.tree_util.keystr(path)
+        inside = any(part in name for part in ("projections", "output", "up", "gate", "down"))
+        if not (inside and "weight" in name):
+            np.testing.assert_array_equal(update, found["adamw"][path], err_msg=name)
+            continue
+        moved += 1
+        one, two = (np.asarray(g[path], np.float64) for g in (first, second))
+        mean = 0.05 * (0.95 * one + two)  # and Nesterov's, each without its bias
+        ahead = 0.95 * mean / (1 - 0.95**3) + 0.05 * two / (1 - 0.95**2)
+        for i, matrix in enumerate(ahead):
+            scale = 0.2 * max(matrix.shape) ** 0.5
+            expected = -0.01 * (scale * orthogonal(matrix) + 0.3 * np.asarray(params[path][i]))
+            np.testing.assert_allclose(update[i], expected, atol=1e-6, err_msg=name)
+    assert moved == 7 * len(model.stack.blocks)

@@ -31,7 +31,7 @@ def step(tiny):
         spec = tiny(num_layers=1, sharing="q-k=v", dropout=config.model.dropout)
         tx, rate = make_optimizer(config, total_steps=20, warmup_steps=2)
         one = jax.jit(make_train_step(config, tx, rate), compiler_options=QUICK)
-        return one, init_state(spec, tx, jax.random.key(seed))
+        return one, init_state(spec, tx, jax.random.key(seed), config.train.param_dtype)
 
     return make
 
@@ -157,3 +157,17 @@ def test_the_learning_rate_of_each_step_is_reported(train):
     _, found = train()
     rates = [float(metrics["learning_rate"]) for metrics in found]
     assert rates[:2] == pytest.approx([5e-3, 1e-2]) and rates[3] < rates[2] <= 1e-2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_masters_train_as_float32_parameters_do(train, accumulation, name):
+    """Bit for bit where products are in bfloat16, since masters begin unrounded."""
+    fields = {"train__compute_dtype": "bfloat16", "optimizer__name": name}
+    wide, expected = train(accumulation=accumulation, **fields)
+    narrow, found = train(accumulation=accumulation, train__param_dtype="bfloat16", **fields)
+    assert found == expected
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(narrow.model.stack.blocks[0].mlp)}
+    assert dtypes == {"bfloat16"} and narrow.model.embedding.dtype == jnp.float32
+    for a, b in zip(*map(jax.tree.leaves, (narrow.model, wide.model)), strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
