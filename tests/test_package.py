@@ -206,7 +206,7 @@ def code_lines(file):
 def test_files_stay_small():
     long = {str(f): n for f in FILES if (n := len(f.read_text().splitlines())) > 400}
     assert not long
-    assert sum(map(code_lines, IN_PACKAGE)) < 12_000
+    assert sum(map(code_lines, IN_PACKAGE)) < 12_500
 
 
 def test_requirements_are_what_is_imported():

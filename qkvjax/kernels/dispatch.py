@@ -31,7 +31,7 @@ from qkvjax.kernels import (
     xla_decode,
 )
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
-from qkvjax.parallel import rules
+from qkvjax.parallel import local, rules
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
 # Our kernels: of whole sequences, and of a cache.
@@ -144,11 +144,11 @@ def attention(
         options = {"causal": causal, "window": window, "scale": scale}
         if name == "triton" and k is None and q_pe is None:
             run = functools.partial(triton_symmetric.attention, **options)
-            return rules.on_each_device(run, q, {"v": v, "segment_ids": segment_ids})
+            return local.on_each_device(run, q, {"v": v, "segment_ids": segment_ids})
         k = rules.gather_sequence(q) if k is None else k
         arrays = {"k": k, "v": v, "segment_ids": segment_ids, "q_pe": q_pe, "k_pe": k_pe}
         run = functools.partial(KERNELS[name][0].attention, **options)
-        return rules.on_each_device(run, q, arrays)
+        return local.on_each_device(run, q, arrays)
     k = rules.gather_sequence(q) if k is None else k
     places = jnp.arange(q.shape[1])[None]
     mask = reference.visible(
@@ -205,7 +205,7 @@ def decode_attention(
             "table": table,
         }  # fmt: skip
         run = functools.partial(KERNELS[name][1].decode, **options)
-        return rules.on_each_device(run, q, arrays)
+        return local.on_each_device(run, q, arrays)
     k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)

@@ -12,7 +12,7 @@ from qkvjax.attention.projection import Linear, named_key
 from qkvjax.models.feedforward import FeedForwardSpec
 from qkvjax.models.mlp import ACTIVATION
 from qkvjax.models.spec import ModelSpec
-from qkvjax.parallel import rules
+from qkvjax.parallel import local, rules
 
 
 class Experts(nnx.Module):
@@ -37,9 +37,9 @@ class Experts(nnx.Module):
         """(y, losses and loads of the router as scalars), of [B, T, D]."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
         logits = rules.matmul(x.astype(wide), self.router.weight[...].astype(wide))
-        gates = rules.on_each_device(self._choose, logits, {})
+        gates = local.on_each_device(self._choose, logits, {})
         weights = {name: w.weight[...].astype(x.dtype) for name, w in self.experts.items()}
-        y = rules.on_experts(self._apply, x, gates, weights)
+        y = local.on_experts(self._apply, x, gates, weights)
         # The share of tokens that meet an expert, and the mean probability: 1/E when even.
         share = jnp.mean(gates > 0, axis=(0, 1), dtype=wide) / self.kind.top
         probability = jnp.mean(jax.nn.softmax(logits), axis=(0, 1))
@@ -63,9 +63,9 @@ class Experts(nnx.Module):
         here = weights["up"].shape[0]
         x, gates = x.reshape(-1, shape[-1]), gates.reshape(-1, gates.shape[-1])
         gate, chosen = jax.lax.top_k(gates, top)  # [tokens, top]
-        local = chosen - first
-        mine = (local >= 0) & (local < here)
-        group = jnp.where(mine, local, here).reshape(-1)  # other devices' come last
+        place = chosen - first
+        mine = (place >= 0) & (place < here)
+        group = jnp.where(mine, place, here).reshape(-1)  # other devices' come last
         order = jnp.argsort(group)
         sizes = jnp.bincount(group, length=here + 1)[:here].astype(jnp.int32)
         wide = jnp.promote_types(x.dtype, jnp.float32)

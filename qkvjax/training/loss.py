@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qkvjax.parallel import rules
+from qkvjax.parallel import local, rules
 
 
 def cross_entropy(logits_BTV, targets_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +56,7 @@ def linear_cross_entropy(x_BTD, w_DV, targets_BT, weights_BT, z_loss: float = 0.
 
 def _forward(x, w, targets, weights, z_loss):
     one_device = functools.partial(_chunked, z_loss=z_loss)
-    dx, totals, dw = rules.map_tokens(one_device, w, x, targets, weights)
+    dx, totals, dw = local.map_tokens(one_device, w, x, targets, weights)
     return totals, (dx, dw.astype(w.dtype))
 
 

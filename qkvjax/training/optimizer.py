@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qkvjax.parallel import rules
+from qkvjax.parallel import local, rules
 
 # The last part of a WSD run, in which the learning rate falls (Hu et al. 2024, section 4).
 WSD_DECAY = 0.2
@@ -100,7 +100,7 @@ def muon(optimizer, rate: Callable) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         # Products of a matrix with itself: Explicit axes would have each of them typed.
-        return rules.automatic(orthogonal.update, (updates, state), updates, state)
+        return local.automatic(orthogonal.update, (updates, state), updates, state)
 
     matrices = optax.chain(
         optax.GradientTransformation(orthogonal.init, update),

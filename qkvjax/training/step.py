@@ -135,7 +135,7 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
         if parts == 1:
             metrics, grads = micro(0, jax.tree.map(lambda a: a[0], batch))
         else:
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), state.model)
+            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), state.model)
 
             def add(grads, scanned):
                 metrics, more = micro(*scanned)
