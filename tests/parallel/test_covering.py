@@ -70,11 +70,12 @@ def train(folder, model, mesh, accumulation):
         run = prepare_run(config, log=lambda line: None)
         with jax.set_mesh(run.mesh):
             state = run.init()
-    config.train.compute_dtype = "float64"
+    x64 = jax.config.jax_enable_x64
+    config.train.compute_dtype = "float64" if x64 else "float32"
 
     def widen(leaf, wanted):
         array = distributed.fetch(leaf)
-        wide = array.astype(np.float64) if array.dtype == np.float32 else array
+        wide = array.astype(np.float64) if x64 and array.dtype == np.float32 else array
         return jax.make_array_from_callback(wide.shape, wanted.sharding, wide.__getitem__)
 
     initial = digest(state)
@@ -101,32 +102,34 @@ def main(folder, points):
         print("found: " + json.dumps([train(folder, *point) for point in points]), flush=True)
 
 
-def run_points(folder, points, count=1):
+def run_points(folder, points, count=1, x64=True):
     """What `train` finds at each point, in so many processes."""
     (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     program = f"import {__name__} as t; t.main({str(folder)!r}, {points!r})"
-    return found(folder, program, count, JAX_ENABLE_X64="1")
+    return found(folder, program, count, JAX_ENABLE_X64=str(int(x64)))
 
 
-def check(points, ones, manies):
+def check(points, ones, manies, rtol=1e-9):
     for point, one, many in zip(points, ones, manies, strict=True):
         assert one["losses"][-1] < one["losses"][0]
-        np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-9, err_msg=str(point))
+        np.testing.assert_allclose(many["losses"], one["losses"], rtol=rtol, err_msg=str(point))
         assert many["initial"] == one["initial"], point
         if point[2] == 1:  # else the same rows lie in another shape
             assert many["batches"] == one["batches"], point
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("x64", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("points", [DESIGN, None], ids=["design", "random"])
-def test_losses(tmp_path, points):
+def test_losses(tmp_path, points, x64):
     if points is None:
         seed = random.SystemRandom().randrange(10**6)
         print("seed", seed)
         points = list(drawn(seed))
     alone = [(model, {}, 1) for model, _, _ in points]
-    both = run_points(tmp_path, points + alone)
-    check(points, both[len(points) :], both[: len(points)])
+    both = run_points(tmp_path, points + alone, x64=x64)
+    rtol = 1e-9 if x64 else 1e-5
+    check(points, both[len(points) :], both[: len(points)], rtol)
 
 
 @pytest.mark.parametrize(
