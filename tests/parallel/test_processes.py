@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from processes import ROOT, environment, finish, start
+from processes import ROOT, environment, finish, free_port, start
 
 from qkvjax.training.metrics import read_lines
 
@@ -20,6 +21,9 @@ FLAGS = (
     "--config.train.steps=20", "--config.train.log_every=5", "--config.train.checkpoint_every=10",
     "--config.train.eval_every=100%", "--config.mesh.fsdp=-1",
 )  # fmt: skip
+
+
+PORT = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +97,31 @@ def once_it_trains(workdir, act):
     return wait
 
 
+def coordinator(process):
+    """The port that a process was told to meet the others at."""
+    flag = next(arg for arg in process.args if arg.startswith("--coordinator="))
+    return int(flag.rpartition(":")[2])
+
+
+def listening(port):
+    """Addresses, as the kernel writes them, at which something listens on a port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            (address, number), state = line.split()[1].split(":"), line.split()[3]
+            if int(number, 16) == port and state == "0A":
+                found.add(address)
+    return found
+
+
 def test_a_signal_to_one_process_saves_and_stops_all_after_the_same_step(train, tmp_path):
     workdir = tmp_path / "workdir"
     long = ("--config.train.steps=1000000", "--config.optimizer.schedule=constant",
             "--config.train.log_every=1")  # fmt: skip
 
     def act(started):
+        found = listening(coordinator(started[0]))
+        assert found and all(address.endswith("0100007F") for address in found)  # 127.0.0.1
         started[1].send_signal(signal.SIGUSR1)
         while not (workdir / "checkpoints").is_dir():
             time.sleep(0.05)
@@ -133,6 +156,27 @@ def test_what_process_0_finds_ends_all(train, trained):
         fcntl.flock(lock, fcntl.LOCK_EX)
         told = train(trained[1])
     assert codes(told) == [2, 2] and "another process is at work" in told[0][2]
+
+
+def test_open_mpi_announces_the_others(trained, tmp_path):
+    """What its mpirun sets; the run is that of processes with flags."""
+    workdir, folder = tmp_path / "workdir", trained[1].parents[1] / "processes0"
+    corpus = json.loads((trained[1] / "config.json").read_text())["data"]["source"]
+    started = []
+    for i in range(2):
+        mpi = {
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+            "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(i),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(i), "JAX_COORDINATOR_PORT": str(PORT),
+        }  # fmt: skip
+        started.append(subprocess.Popen(
+            [sys.executable, *FLAGS, f"--config.data.source={corpus}", f"--workdir={workdir}"],
+            env=environment(folder, 1, **mpi), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        ))  # fmt: skip
+    told = finish(started)
+    assert codes(told) == [0, 0], told[0][2][-2000:]
+    assert fingerprints(workdir) == fingerprints(trained[1])
 
 
 @pytest.mark.parametrize(
