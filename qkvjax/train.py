@@ -87,12 +87,12 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     from qkvjax.training.signals import requests
 
     # ---- data, model, mesh ------------------------------------------------------------------
-    first, is_first = distributed.first, distributed.is_first()
+    first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
     distributed.check_alike(lambda: configs.flatten(configs.to_dict(config)))
     distributed.check_alike(distributed.program)
-    check_wandb(config.train.wandb)
-    run = distributed.together(lambda: prepare_run(config, log=log))
+    together(lambda: check_wandb(config.train.wandb))
+    run = together(lambda: prepare_run(config, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
     log(cost_table(run))
     if run.mesh.size < jax.device_count():
@@ -106,10 +106,10 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
         first(lambda: held.enter_context(only_one(workdir)))
         # ---- state: restored or new -------------------------------------------------------------
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
-        evaluators = make_evaluators(config, run.dataset, run.mesh)
+        evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))
         steps = run.durations.steps
         if checkpoints.steps():
-            state, done = checkpoints.restore(run.abstract, log=log)
+            state, done = together(lambda: checkpoints.restore(run.abstract, log=log))
             checkpoints.set_aside(after=done, log=log)
             log(f"resumed after step {done} of {steps}")
         else:
