@@ -89,8 +89,9 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     # ---- data, model, mesh ------------------------------------------------------------------
     first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
-    distributed.check_alike(lambda: configs.flatten(configs.to_dict(config)))
-    distributed.check_alike(distributed.program)
+    distributed.check_alike(
+        lambda: configs.flatten(configs.to_dict(config)) | distributed.program()
+    )
     together(lambda: check_wandb(config.train.wandb))
     run = together(lambda: prepare_run(config, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})

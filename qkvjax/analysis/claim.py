@@ -11,6 +11,7 @@ from qkvjax.analysis.summary import Summary
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 CANT_TELL, NOT_MEASURED = "can't tell at this size", "not measured"
 MIN_TOKENS_PER_PARAM = 10
+HARDLY = 0.005  # of the bits
 AT_300M, ARTICLE = (200e6, 400e6), (100e6, 7e9)
 
 
@@ -63,6 +64,13 @@ def about(value: float, low: float | None, high: float | None, no_effect: float)
     if not low <= value <= high:
         return CONTRADICTED
     return CANT_TELL if low <= no_effect <= high else SUPPORTED
+
+
+def hardly_any(low: float | None, high: float | None) -> str:
+    """The verdict on a loss that is said to be hardly any: less than HARDLY of the bits."""
+    if high is not None and high < HARDLY:
+        return SUPPORTED
+    return CONTRADICTED if low is not None and low > HARDLY else CANT_TELL
 
 
 def most(verdicts: list[str]) -> str:

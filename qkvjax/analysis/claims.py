@@ -31,6 +31,7 @@ from qkvjax.analysis.claim import (
     Claim,
     Finding,
     about,
+    hardly_any,
     in_scope,
     most,
 )
@@ -60,12 +61,7 @@ def _small_loss(summary: Summary) -> Finding | None:
     verdicts = []
     for row in rows:
         low, high = (summary.relative(v) for v in (row.paired.low, row.paired.high))
-        side = CANT_TELL
-        if high is not None and high < 0.005:
-            side = SUPPORTED
-        elif low is not None and low > 0.005:
-            side = CONTRADICTED
-        verdicts.append(side)
+        verdicts.append(hardly_any(low, high))
     measured = [f"{r.label} {formats.percent(summary.relative(r.paired.mean))}" for r in rows]
     return Finding(
         f"{summary.metric.of}:\n" + "\n".join(measured), _spans(summary, rows), most(verdicts)

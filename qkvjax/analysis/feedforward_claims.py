@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from qkvjax.analysis import formats
-from qkvjax.analysis.claim import CANT_TELL, CONTRADICTED, SUPPORTED, Finding, most
+from qkvjax.analysis.claim import Finding, hardly_any, most
 from qkvjax.analysis.statistics import Paired, paired
 from qkvjax.analysis.summary import Row, Summary
 from qkvjax.models.feedforward import parse_feed_forward
-
-# A loss of this part of the bits is what the article calls hardly any.
-HARDLY = 0.005
 
 
 def combines_with_experts(summary: Summary) -> Finding | None:
@@ -65,10 +62,7 @@ def _finding(summary: Summary, found: dict[str, Paired], what: str) -> Finding |
     spans = {
         label: [summary.relative(v) for v in (p.mean, p.low, p.high)] for label, p in found.items()
     }
-    verdicts = []
-    for _, low, high in spans.values():
-        worse, fine = low is not None and low > HARDLY, high is not None and high < HARDLY
-        verdicts.append(CONTRADICTED if worse else SUPPORTED if fine else CANT_TELL)
+    verdicts = [hardly_any(low, high) for _, low, high in spans.values()]
     measured = [f"{label} {formats.percent(mean)}" for label, (mean, _, _) in spans.items()]
     return Finding(
         f"{what}:\n" + "\n".join(measured),

@@ -11,7 +11,7 @@ import functools
 from qkvjax.errors import UserError, did_you_mean
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
-OPTIONS = ("up=down", "layers", "experts", "top", "balance", "z_loss")
+NUMBERS = ("layers", "experts", "top", "balance", "z_loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,11 @@ def parse_feed_forward(text: str) -> FeedForwardSpec:
         if item == "up=down":
             given["tied"] = True
             continue
-        if option not in OPTIONS[1:]:
+        if option not in NUMBERS:
             raise UserError(
                 f"model.mlp={text!r}: {item!r} is no option; they are up=down and"
-                f" {', '.join(OPTIONS[1:])}, as in 'swiglu(experts=8,top=2)'"
-                f"{did_you_mean(option, OPTIONS[1:])}"
+                f" {', '.join(NUMBERS)}, as in 'swiglu(experts=8,top=2)'"
+                f"{did_you_mean(option, NUMBERS)}"
             )
         kind = float if option in ("balance", "z_loss") else int
         try:

@@ -108,16 +108,16 @@ def muon(optimizer, rate: Callable) -> optax.GradientTransformation:
         optax.add_decayed_weights(optimizer.weight_decay),
         optax.scale_by_learning_rate(rate),
     )
-    return optax.partition({"muon": matrices, "adamw": adamw(optimizer, rate)}, _of_blocks)
+    return optax.partition({"blocks": matrices, "rest": adamw(optimizer, rate)}, _of_blocks)
 
 
 def _of_blocks(params) -> object:
-    """A tree of "muon" for the matrices of blocks and "adamw" for the rest."""
+    """A tree of "blocks" for the matrices of blocks and "rest" for everything else."""
     inside = rules.MATRICES.keys() - {"embedding", "head"}
 
     def label(path, _):
         names = path_names(path)
-        return "muon" if is_matrix(path) and not inside.isdisjoint(names) else "adamw"
+        return "blocks" if is_matrix(path) and not inside.isdisjoint(names) else "rest"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -128,7 +128,7 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 def narrow(model, dtype):
     """A model whose matrices of blocks are in `dtype`; what is looked up or added stays."""
     return jax.tree.map(
-        lambda label, leaf: leaf.astype(dtype) if label == "muon" else leaf,
+        lambda label, leaf: leaf.astype(dtype) if label == "blocks" else leaf,
         _of_blocks(model), model,
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def with_masters(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
     def init(params):
         masters = jax.tree.map(
-            lambda label, leaf: leaf if label == "muon" else None, _of_blocks(params), params
+            lambda label, leaf: leaf if label == "blocks" else None, _of_blocks(params), params
         )
         return masters, tx.init(params)
 
