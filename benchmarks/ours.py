@@ -50,7 +50,8 @@ def train_call(size: Size, sharing: str, dtype: str):
     mesh = make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         optimizer, rate = make_optimizer(config, 1000, 20)
-        state = jax.jit(lambda: init_state(spec_of(size, sharing), optimizer, jax.random.key(0)))()
+        key = jax.random.key(0)
+        state = jax.jit(lambda: init_state(spec_of(size, sharing), optimizer, key, config))()
         ids = np.random.default_rng(0).integers(0, size.vocab, (1, size.batch, size.length + 1))
         shape = (1, size.batch, size.length)
         batch = {

@@ -17,7 +17,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from qkvjax.errors import UserError, did_you_mean
-from qkvjax.fields import DURATIONS, FIELDS, MOST_STEPS, RANGES
+from qkvjax.fields import DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
 
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (
@@ -99,7 +99,8 @@ def from_dict(values: Mapping) -> ml_collections.ConfigDict:
                 config[name] = ml_collections.ConfigDict(value)
             elif isinstance(value, Mapping):
                 for key, item in value.items():
-                    set_field(config, f"{name}.{key}", item)
+                    if item is not None or f"{name}.{key}" not in RETIRED:
+                        set_field(config, f"{name}.{key}", item)
             else:
                 set_field(config, name, value)
     return config

@@ -3,12 +3,14 @@
   qkvjax evaluate --workdir=runs/first
   qkvjax evaluate --workdir=runs/first --data=text:my_book.txt
   qkvjax evaluate --workdir=runs/first --tasks=bits_per_byte --step=500
+  qkvjax evaluate --workdir=runs/first --verify            reads every checkpoint, scores nothing
 
 Without --data the run's own validation documents are scored; with it, the whole corpus. Each
 document is read on its own in windows of data.seq_len and every token is scored once, so that
 the score does not depend on the batch size. Tasks: bits_per_byte and perplexity of text;
 accuracy, of all labels and as a mean over classes, of what has labels. Lines are added to
-WORKDIR/evaluation.jsonl.
+WORKDIR/evaluation.jsonl. --verify compares every array with the fingerprint that was saved beside
+it; a damaged checkpoint is exit code 45.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ def define(values: flags.FlagValues) -> None:
                       " unset means what the run was evaluated by", flag_values=values)  # fmt: skip
     flags.DEFINE_string("data", None, "another corpus, as data.source names it", flag_values=values)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest if unset", flag_values=values)
+    flags.DEFINE_bool("verify", False, "only check that checkpoints are what was saved",
+                      flag_values=values)  # fmt: skip
     flags.DEFINE_integer("batch_size", None, "rows at a time; does not change the score",
                          flag_values=values)  # fmt: skip
 
@@ -54,9 +58,14 @@ def body(values: flags.FlagValues) -> None:
         raise UserError("--workdir=DIR is missing: which run should be scored?")
     if values.batch_size is not None and not 1 <= values.batch_size <= 2**20:
         raise UserError(f"--batch_size={values.batch_size} must be at least 1 and at most 2^20")
+    if values.verify and (values.tasks or values.data):
+        raise UserError("--verify scores nothing: leave --tasks and --data out")
     from qkvjax.parallel import host
 
     host.keep_freed_memory()
+    if values.verify:
+        verify(Path(values.workdir), values.step)
+        return
     from qkvjax.data.open import open_dataset
     from qkvjax.training.metrics import append_line
     from qkvjax.training.restore import load_model
@@ -72,6 +81,35 @@ def body(values: flags.FlagValues) -> None:
             if tokenizer:
                 told += f" ({tokenizer.name} tokens, pads {100 * line['pad_fraction']:.1f} %)"
             print(f"{told} of {line['data']}, step {step}")
+
+
+def verify(workdir: Path, step: int | None) -> None:
+    """Prints a line a checkpoint.
+
+    Raises:
+      UserError: there is none (code 2), or one is damaged (code 45).
+    """
+    from qkvjax.training.checkpoint import NO_INTACT_CHECKPOINT, Checkpoints, Damaged
+
+    checkpoints, damaged = Checkpoints(workdir / "checkpoints"), []
+    try:
+        steps = checkpoints.choose(step)
+        for candidate in steps:
+            try:
+                print(f"step {candidate}: intact, {checkpoints.verify(candidate)} arrays")
+            except Damaged as damage:
+                print(f"step {candidate}: damaged: {damage}")
+                damaged.append(candidate)
+    finally:
+        checkpoints.close()
+    if damaged:
+        intact = [n for n in steps if n not in damaged]
+        raise UserError(
+            f"{len(damaged)} of {len(steps)} checkpoints in {checkpoints.folder} are damaged;"
+            f" intact: {', '.join(map(str, intact)) or 'none'} (training and scoring pass damaged"
+            " ones over)",
+            NO_INTACT_CHECKPOINT,
+        )
 
 
 def score(task: str, model, dataset, config, batch_size: int | None) -> list[dict]:

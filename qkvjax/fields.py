@@ -19,7 +19,6 @@ FIELDS = {
     "model.head_dim": (INT, "H, width of a head; unset means d_model / num_heads"),
     "model.sharing": ("q-k-v", "roles that share a projection: q-k-v q-k=v q=k-v q=v-k q=k=v"),
     "model.position": ("rope", "none, learned, sincos or rope"),
-    "model.position_std": (FLOAT, "of initial learned positions; unset follows model.init"),
     "model.max_length": (INT, "positions there is room for; unset means data.seq_len"),
     "model.rotary_values": ("raw", "V when it shares a rotated role: raw rotated unrotated_output"),
     "model.rotary_fraction": (1.0, "part of each head that is rotated"),
@@ -36,8 +35,8 @@ FIELDS = {
     "model.patch_size": (4, "pixels of a side of a patch; vit only"),
     "model.use_bias": (False, "biases on linear maps and LayerNorm"),
     "model.tie_embeddings": (True, "the output head is the embedding, transposed"),
-    "model.init": ("fan_in", "normal: N(0, 0.02^2); fan_in: N(0, 1/fan_in), outputs / sqrt(2 L);"
-                   " uniform: as torch.nn.Linear"),
+    "model.init": ("fan_in", "normal: N(0, .02^2); fan_in: N(0, 1/fan_in); uniform: as"
+                   " torch.nn.Linear; of learned positions: (positions=.02)"),
     "model.layer_overrides": ((), "a repeating pattern: a tuple of dicts, one a layer"),
     "data.source": ("stdlib", "stdlib text: jsonl: parquet: tokens: kjv tfds:, or examples:"
                     " synthetic: digits npz: idx: anomaly"),
@@ -57,6 +56,8 @@ FIELDS = {
     "optimizer.b2": (0.95, "decay of the second moment"),
     "optimizer.clip_norm": (1.0, "largest global norm of the gradient; 0 means no clipping"),
     "optimizer.z_loss": (0.0, "weight of log(Z)^2, which keeps logits near zero"),
+    "optimizer.skip_spikes": (FLOAT, "leaves out steps whose loss or gradient is so many robust"
+                              " deviations too high; 10, say"),
     "train.steps": (ANY, "a duration"),
     "train.max_seconds": (FLOAT, "stop and save after this long, however many steps are left"),
     "train.accumulation": (1, "micro-batches a step; does not change the loss"),
@@ -87,7 +88,6 @@ DURATIONS = {
 RANGES = {
     "seed": (0, 2**31),  # jax's keys keep 32 bits of a seed
     "model.num_layers": (1, 10_000),
-    "model.position_std": (0, math.inf),
     "model.max_length": (1, 2**31),
     "model.patch_size": (1, 2**15),
     "model.mlp_ratio": (0, math.inf),
@@ -101,9 +101,12 @@ RANGES = {
     "optimizer.b2": (0, 1),
     "optimizer.clip_norm": (0, math.inf),
     "optimizer.z_loss": (0, math.inf),
+    "optimizer.skip_spikes": (0, math.inf),
     "train.accumulation": (1, math.inf),
     "train.keep_checkpoints": (1, math.inf),
     "train.unroll": (1, math.inf),
     "train.max_seconds": (0, math.inf),
 }
+# Fields of earlier versions; a saved configuration may still have them, unset.
+RETIRED = ("model.position_std",)
 MOST_STEPS = 2**31  # the train state counts them in 32 bits

@@ -6,9 +6,10 @@
   qkvjax train --config=configs/lm.py:depth=8 --dry_run      the cost table, and stop
 
 The workdir gets config.json, metrics.jsonl, checkpoints/STEP/, TensorBoard events and
-run.json. SIGINT and SIGTERM save and end the run, SIGUSR1 saves and goes on. Exit codes: 0 done,
-2 bad input, 42 preempted and saved (SIGTERM), 44 diverged, 45 no intact checkpoint, 130 interrupted
-and saved.
+run.json. SIGINT and SIGTERM save and end the run, SIGUSR1 saves and goes on. A step whose loss or
+gradient is no finite number changes nothing; many in a row go back to the newest intact checkpoint
+and leave their data out (rollbacks.jsonl). Exit codes: 0 done, 2 bad input, 42 preempted and saved
+(SIGTERM), 43 stalled, 44 diverged, 45 no intact checkpoint, 130 interrupted and saved.
 
 One command on each host trains over all of them: the processes find each other on TPU, SLURM,
 Open MPI and Kubernetes, elsewhere by --coordinator, --num_processes and --process_id. The workdir
@@ -32,6 +33,10 @@ from qkvjax.parallel import distributed, host
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the cost table and stop", flag_values=values)
+    flags.DEFINE_integer(
+        "stall_seconds", 1800, "without progress for so long it ends with stack traces; 0: never",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
     distributed.define_flags(values)
 
 
@@ -43,33 +48,44 @@ def body(values: flags.FlagValues) -> int:
     if values.dry_run:
         train(values.config, None)
         return 0
+    from qkvjax.training.watchdog import watchdog
+
     host.keep_freed_memory()  # before jax starts
-    with distributed.job(values):
-        _train_in(values.workdir, values.config)
+    with (
+        distributed.job(values),
+        watchdog(values.stall_seconds, start=values.init_seconds) as alive,
+    ):
+        _train_in(values.workdir, values.config, alive)
     return 0
 
 
-def _train_in(folder: str | None, config) -> None:
+def _train_in(folder: str | None, config, alive: Callable[[], None]) -> None:
     from qkvjax.errors import UserError
     from qkvjax.training.run import open_workdir
 
     there = distributed.first(lambda: folder is not None and Path(folder).exists())
     workdir = distributed.together(lambda: open_workdir(folder))
     try:
-        train(config, workdir)
+        train(config, workdir, alive=alive)
     except UserError:
         if distributed.is_first() and not there and not any(workdir.iterdir()):
             workdir.rmdir()  # a refused run leaves nothing
         raise
 
 
-def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> dict:
+def train(
+    config,
+    workdir: Path | None,
+    log: Callable[[str], None] = print,
+    alive: Callable[[], None] = lambda: None,
+) -> dict:
     """Trains to the end of `config`, from the newest intact checkpoint in `workdir` if any.
 
     Args:
       config: the configuration.
       workdir: None only prints the cost table.
       log: gets every line, on process 0.
+      alive: called at each sign of progress.
 
     Returns:
       The summary: step, seconds, and the last evaluation ("eval/bits_per_byte", ...).
@@ -79,14 +95,15 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
 
     from qkvjax import config as configs
     from qkvjax.evaluation.evaluators import make_evaluators
-    from qkvjax.training import loop
-    from qkvjax.training.checkpoint import Checkpoints
-    from qkvjax.training.metrics import Metrics, check_wandb, read_lines, write_json
-    from qkvjax.training.report import cost_table
+    from qkvjax.training import guard, loop, resume
+    from qkvjax.training.checkpoint import Checkpoints, check_copies
+    from qkvjax.training.metrics import Metrics, append_line, check_wandb, read_lines, write_json
+    from qkvjax.training.report import cost_table, goodput
     from qkvjax.training.run import check_workdir, only_one, prepare_run
     from qkvjax.training.signals import requests
 
     # ---- data, model, mesh ------------------------------------------------------------------
+    started = time.perf_counter()
     first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
     distributed.check_alike(
@@ -106,15 +123,24 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
     with contextlib.ExitStack() as held, requests() as asked, jax.set_mesh(run.mesh):
         first(lambda: held.enter_context(only_one(workdir)))
         # ---- state: restored or new -------------------------------------------------------------
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
+        now, steps = resume.surroundings(run.mesh), run.durations.steps
+        checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, now)
         evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))
-        steps = run.durations.steps
-        if checkpoints.steps():
+        account = workdir / "rollbacks.jsonl"
+        needed = {"step": int, "to": int, "skip": int, "reason": str}
+        rollbacks = first(lambda: read_lines(account, **needed))
+
+        def begin():
+            """(state, step): of the newest intact checkpoint, or before the first step."""
+            if not checkpoints.steps():
+                return run.init(), 0
             state, done = together(lambda: checkpoints.restore(run.abstract, log=log))
             checkpoints.set_aside(after=done, log=log)
-            log(f"resumed after step {done} of {steps}")
-        else:
-            state, done = run.init(), 0
+            likeness = resume.continuation(checkpoints.surroundings(done), now)
+            log(f"resumed after step {done} of {steps}, {likeness}")
+            return state, done
+
+        state, done = begin()
         lines = read_lines(workdir / "metrics.jsonl", step=int)
         earlier = [line for line in lines if line["step"] <= done]
         if done >= steps:
@@ -126,6 +152,7 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
         # ---- compile ----------------------------------------------------------------------------
         began = time.perf_counter()
         train_step = run.compile_step(state)
+        checkpoints.prepare(state)
         compile_seconds = time.perf_counter() - began
         memory = train_step.memory_analysis()
         log(f"compiled in {compile_seconds:.1f} s")
@@ -146,36 +173,53 @@ def train(config, workdir: Path | None, log: Callable[[str], None] = print) -> d
         first(lambda: write_json(workdir / "run.json", facts))
 
         # ---- train ------------------------------------------------------------------------------
-        metrics = None
-        if is_first:
-            metrics = Metrics(
-                workdir, done, wandb_project=config.train.wandb, config=configs.to_dict(config)
-            )
-        try:
-            state, summary = loop.fit(
-                state,
-                train_step,
-                mesh=run.mesh,
-                make_batch=run.batch,
-                steps=steps,
-                tokens_per_step=run.tokens_per_step,
-                flops_per_token=run.train_flops_per_token,
-                peak_flops=peak,
-                log_every=run.durations.log_every,
-                eval_every=run.durations.eval_every,
-                checkpoint_every=run.durations.checkpoint_every,
-                max_seconds=config.train.max_seconds,
-                evaluators=evaluators,
-                checkpoints=checkpoints,
-                metrics=metrics,
-                seconds=earlier[-1]["seconds"] if earlier else 0.0,
-                requests=asked,
-                log=log,
-            )
-        finally:
-            if metrics is not None:
-                metrics.close()
-            checkpoints.close()
+        while True:
+            metrics = None
+            if is_first:
+                metrics = Metrics(
+                    workdir, done, wandb_project=config.train.wandb, config=configs.to_dict(config)
+                )
+            try:
+                state, summary = loop.fit(
+                    state,
+                    train_step,
+                    mesh=run.mesh,
+                    make_batch=lambda step: run.batch(guard.data_step(step, rollbacks)),
+                    steps=steps,
+                    tokens_per_step=run.tokens_per_step,
+                    flops_per_token=run.train_flops_per_token,
+                    peak_flops=peak,
+                    log_every=run.durations.log_every,
+                    eval_every=run.durations.eval_every,
+                    checkpoint_every=run.durations.checkpoint_every,
+                    max_seconds=config.train.max_seconds,
+                    evaluators=evaluators,
+                    checkpoints=checkpoints,
+                    metrics=metrics,
+                    seconds=earlier[-1]["seconds"] if earlier else 0.0,
+                    requests=asked,
+                    alive=alive,
+                    check=check_copies,
+                    log=log,
+                )
+                break
+            except guard.Rollback as back:
+                del state  # its arrays were given away
+                checkpoints.wait()
+                if len(rollbacks) == guard.MOST_ROLLBACKS:
+                    raise guard.Diverged(rollbacks) from None
+                state, done = begin()
+                line = back.line(to=done)
+                first(lambda line=line: append_line(account, line))
+                rollbacks.append(line)
+                log(f"rolled back: {guard.told(line)}")
+                earlier = [line for line in earlier if line["step"] <= done]
+            finally:
+                if metrics is not None:
+                    metrics.close()
+        checkpoints.close()
+    before = earlier[-1]["seconds"] if earlier else 0.0
+    log(goodput(summary, time.perf_counter() - started, compile_seconds, before))
     log(f"done: {workdir}")
     return summary
 

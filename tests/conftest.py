@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from qkvjax import cli
 from qkvjax import config as configs
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

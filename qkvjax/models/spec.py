@@ -6,6 +6,7 @@ Letters: T positions, D model width, F feed-forward width, V vocabulary, L layer
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from qkvjax.attention.spec import AttentionSpec
@@ -236,8 +237,8 @@ def model_spec(
                 f"model.layer_overrides: position {layer.position!r} is added at the input and"
                 " cannot differ by layer; a layer may use 'rope' or 'none'"
             )
-    same = ("d_model", "position", "norm", "mlp", "dropout", "use_bias", "tie_embeddings", "init",
-            "kind", "position_std")  # fmt: skip
+    same = ("d_model", "position", "norm", "mlp", "dropout", "use_bias", "tie_embeddings", "kind")
+    init, position_std = _parse_init(model["init"])
     return ModelSpec(
         vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs,
         layers=layers,
@@ -245,5 +246,22 @@ def model_spec(
         d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
         num_outputs=None if kind == "lm" else num_outputs or num_inputs,
         output=output,
+        init=init,
+        position_std=position_std,
         **{name: model[name] for name in same},
     )
+
+
+def _parse_init(text: str) -> tuple[str, float | None]:
+    """("uniform", 0.02) of "uniform(positions=0.02)"; None without the bracket."""
+    name, bracket, rest = text.replace(" ", "").partition("(")
+    if not bracket:
+        return name, None
+    found = re.fullmatch(r"positions=([0-9.]+(?:e-?[0-9]+)?)\)", rest)
+    try:
+        return name, float(found[1])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"model.init={text!r} is not understood: write one of {', '.join(INITS)}, and behind it"
+            " (positions=0.02) where learned positions begin otherwise"
+        ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import faulthandler
 import functools
 import hashlib
 import importlib.metadata
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 T = TypeVar("T")
+STALLED = 43  # exit code of a process that waits in vain: for itself or for another
 LONG = 24 * 3600 * 1000  # ms: who waits learns by the heartbeat that another is gone
 _rounds = itertools.count()
 _index, _count = 0, 1
@@ -71,7 +73,8 @@ def job(values: flags.FlagValues) -> Iterator[None]:
     computes anything.
 
     An error that every process raises ends all of them in order, each with the error's code. One
-    that hits this process alone ends it at once, and the others by what they miss.
+    that hits this process alone ends it at once, and the others by what they miss: with STALLED,
+    and stack traces, as soon as a collective tells them, else by the watchdog or the heartbeat.
 
     Raises:
       UserError: the others cannot be found, or did not come.
@@ -80,14 +83,30 @@ def job(values: flags.FlagValues) -> Iterator[None]:
     if not several():
         yield
         return
+    # jax ends a process by SIGABRT when the heartbeat of another is missing.
+    faulthandler.enable(sys.__stderr__)
     try:
         yield
     except BaseException as error:
+        if _of_another(error):
+            traceback.print_exception(error)
+            lost = str(error).strip().splitlines()[0][:200]
+            told = f"another process of the job is gone ({lost}): the same command goes on"
+            _leave(UserError(told, STALLED))
         if not getattr(error, "agreed", False):
             _leave(error)
         _end()
         raise
     _end()
+
+
+def _of_another(error: BaseException) -> bool:
+    """Whether an error says that a collective broke off."""
+    import jax
+
+    signs = ("gloo", "nccl", "connection", "heartbeat", "unavailable", "deadline", "coordination")
+    text = str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
 
 
 def _start(values: flags.FlagValues) -> None:

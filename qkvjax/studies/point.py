@@ -6,7 +6,7 @@ import math
 
 from qkvjax.errors import UserError
 from qkvjax.studies.grid import Study, Task
-from qkvjax.training.loop import DIVERGED
+from qkvjax.training.guard import DIVERGED
 from qkvjax.training.metrics import append_line, read_json, read_lines
 from qkvjax.training.signals import Stopped
 

@@ -13,10 +13,13 @@ import gc
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -25,6 +28,9 @@ import orbax.checkpoint as ocp
 
 from qkvjax.errors import UserError
 from qkvjax.parallel.distributed import first, together
+from qkvjax.parallel.replicas import came_apart
+from qkvjax.training import quiet
+from qkvjax.training.guard import Rollback
 
 NO_INTACT_CHECKPOINT = 45
 _MANIFEST = "manifest"
@@ -92,10 +98,12 @@ class Checkpoints:
     Args:
       folder: `workdir/checkpoints`; made when something is saved.
       keep: how many of the newest stay.
+      surroundings: what a state's last bits depend on beside itself, saved with it.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, surroundings: Mapping | None = None):
         self.folder = Path(folder).absolute()
+        self._surroundings = dict(surroundings or {})
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, create=False
         )
@@ -105,9 +113,11 @@ class Checkpoints:
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._open_manager is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            quiet.saving()
             try:
-                self._open_manager = ocp.CheckpointManager(self.folder, options=self._options)
+                with self._writing():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._open_manager = ocp.CheckpointManager(self.folder, options=self._options)
             except ValueError as error:
                 raise UserError(
                     f"the metadata of the checkpoints in {self.folder} is damaged ({error}):"
@@ -125,14 +135,33 @@ class Checkpoints:
         manager = self._manager
         return first(lambda: sorted(manager.all_steps()))
 
+    def choose(self, step: int | None) -> list[int]:
+        """[step], or all steps for None.
+
+        Raises:
+          UserError: there is no such step, or none at all.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self.folder} has no step {step}; it has {steps or 'none'}")
+        if not steps:
+            raise UserError(f"{self.folder} holds no checkpoint: train first")
+        return steps if step is None else [step]
+
+    def prepare(self, state) -> None:
+        """Compiles what the first save would be held up by."""
+        manifest(named_arrays(state))
+        check_copies(state)
+
     def save(self, step: int, state) -> None:
         """Starts saving; the state may be donated as soon as this returns."""
         arrays = named_arrays(state)
         items = ocp.args.Composite(**{
             _STATE: ocp.args.PyTreeSave(arrays),
-            _MANIFEST: ocp.args.JsonSave(_signed(manifest(arrays))),
+            _MANIFEST: ocp.args.JsonSave(_signed(manifest(arrays), self._surroundings)),
         })  # fmt: skip
-        self._manager.save(step, args=items)
+        with self._writing():
+            self._manager.save(step, args=items)
 
     def restore(self, abstract, step: int | None = None, *, log=print):
         """The newest intact state, or the one of `step`, placed as `abstract` says.
@@ -150,12 +179,8 @@ class Checkpoints:
         Raises:
           UserError: there is no such step (code 2), or none is intact (code 45).
         """
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise UserError(f"{self.folder} has no step {step}; it has {steps or 'none'}")
-        if not steps:
-            raise UserError(f"{self.folder} holds no checkpoint: train first")
-        for candidate in [step] if step is not None else reversed(steps):
+        steps = self.choose(step)
+        for candidate in reversed(steps):
             try:
                 return self._restore(abstract, candidate), candidate
             except UserError as damage:  # of another process, perhaps
@@ -163,14 +188,14 @@ class Checkpoints:
                     raise
                 log(f"checkpoint {candidate} is damaged and passed over: {damage}")
         raise UserError(
-            f"no intact checkpoint in {self.folder} (tried {step or steps}): restore it from a"
+            f"no intact checkpoint in {self.folder} (tried {steps}): restore it from a"
             " copy, or delete the folder to train again",
             code=NO_INTACT_CHECKPOINT,
         )
 
     def _restore(self, abstract, step: int):
         wanted = named_arrays(abstract)
-        saved = together(lambda: self._read_manifest(step))
+        saved = together(lambda: self._read_manifest(step))["arrays"]
         _check_names(wanted, saved, self.folder)
         arrays = together(lambda: self._read_arrays(step, wanted))
         found = manifest(arrays)
@@ -181,15 +206,39 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
     def _read_manifest(self, step: int) -> dict[str, dict]:
+        folder = Path(self._manager.directory) / str(step)
+        if any(path.is_symlink() for path in (folder, *folder.rglob("*"))):
+            raise Damaged("it has links, which may lead anywhere")
         try:
             saved = ocp.JsonCheckpointHandler().restore(self._item(step, _MANIFEST))
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             if getattr(error, "errno", None) in _PASSING:
                 raise
             raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
-        if not isinstance(saved, dict) or saved != _signed(saved.get("arrays")):
+        if not isinstance(saved, dict) or saved != _signed(
+            saved.get("arrays"), saved.get("surroundings")
+        ):
             raise Damaged("its manifest is not what was saved")
-        return saved["arrays"]
+        return saved
+
+    def surroundings(self, step: int) -> dict:
+        """What an intact checkpoint was saved in."""
+        return together(lambda: self._read_manifest(step))["surroundings"]
+
+    def verify(self, step: int) -> int:
+        """The number of arrays of a checkpoint, each of which was read and is what was saved.
+
+        Raises:
+          Damaged: one is not.
+        """
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = self._read_manifest(step)["arrays"]
+        abstract = {
+            name: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=place)
+            for name, entry in saved.items()
+        }
+        self._restore(abstract, step)
+        return len(saved)
 
     def _read_arrays(self, step: int, wanted: dict) -> dict[str, jax.Array]:
         item = ocp.args.PyTreeRestore(
@@ -227,13 +276,30 @@ class Checkpoints:
     def wait(self) -> None:
         """Until what is being saved is on disk."""
         if self._open_manager is not None:
-            self._open_manager.wait_until_finished()
+            with self._writing():
+                self._open_manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and frees the background threads."""
-        if self._open_manager is not None:
-            self._open_manager.close()
-            self._open_manager = None
+        manager, self._open_manager = self._open_manager, None
+        if manager is not None:
+            with self._writing():
+                manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Turns what Orbax raises on a disk that takes no more into UserError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None and not isinstance(error, OSError):
+                raise
+            reason = os.strerror(int(code[1])) if code else error.strerror or str(error)
+            raise UserError(
+                f"a checkpoint could not be written to {self.folder} ({reason}): make room or mend"
+                " it, and the same command goes on from the newest that is there"
+            ) from None
 
 
 # Trouble of the machine, not of a file: condemning intact checkpoints for it would cost a run.
@@ -280,10 +346,20 @@ def _damage():
             log.setLevel(level)
 
 
-def _signed(arrays: dict) -> dict:
+def check_copies(state) -> None:
+    """Raises Rollback where devices that hold the same numbers hold other bits."""
+    apart = came_apart(named_arrays(state), fingerprint)
+    if apart:
+        more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
+        reason = f"copies of {apart[0]}{more} came apart between devices"
+        raise Rollback(int(state.step), reason, skip=False)
+
+
+def _signed(arrays: dict, surroundings: dict) -> dict:
     """A manifest with a digest of itself, so that damage to it is not taken for another model."""
-    text = json.dumps(arrays, sort_keys=True)
-    return {"arrays": arrays, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    body = {"arrays": arrays, "surroundings": surroundings}
+    text = json.dumps(body, sort_keys=True)
+    return body | {"digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def _check_names(wanted: dict, saved: dict, folder: Path) -> None:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import collections
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import numpy as np
 
-from qkvjax.errors import UserError
 from qkvjax.parallel.distributed import Loudest, is_first
+from qkvjax.training.guard import IN_A_ROW, Rollback
 from qkvjax.training.signals import SAVE, TIME_IS_UP, Stopped
 
-DIVERGED = 44
 Evaluator = Callable[[object], Mapping[str, float]]
-
-
-class Diverged(UserError):
-    """The loss or a gradient is no finite number, on every process alike."""
-
-    agreed = True
+# Steps that the host may be ahead of the device. It keeps the device busy, and yet a signal, a
+# limit of time and the watchdog see within a few steps what goes on.
+AHEAD = 4
 
 
 def prefetch(make: Callable[[int], dict], start: int, stop: int) -> Iterator[dict]:
@@ -51,35 +47,51 @@ class Clock:
 
 
 class Window:
-    """Means of the steps since the last line. Values stay on the device, where nothing waits for
-    them, until there are many or a mean is asked for."""
+    """Means of the good steps since the last line. Values stay on the device, where nothing waits
+    for them, until there are many or a mean is asked for.
+
+    Attributes:
+      in_a_row: bad steps up to the last that was fetched.
+      most_in_a_row: of all that were fetched.
+    """
 
     MANY = 1024
 
     def __init__(self):
         self._waiting: list[dict] = []
-        self._sums, self._count, self._rate = collections.Counter(), 0, 0.0
+        self._sums, self._good, self._bad, self._rate = collections.Counter(), 0, 0, 0.0
+        self.in_a_row = self.most_in_a_row = 0
 
     def add(self, values: dict[str, jax.Array]) -> None:
-        """Takes note of a step's metrics."""
+        """Takes note of a step's metrics, and waits for the step AHEAD before."""
         self._waiting.append(values)
+        if len(self._waiting) > AHEAD:
+            jax.block_until_ready(self._waiting[-1 - AHEAD])
         if len(self._waiting) == self.MANY:
             self._fetch()
 
     def _fetch(self) -> None:
         for record in jax.device_get(self._waiting):
             self._rate = float(record.pop("learning_rate"))
+            if record.pop("bad"):
+                self._bad += 1
+                self.in_a_row += 1
+                self.most_in_a_row = max(self.most_in_a_row, self.in_a_row)
+                continue
+            self.in_a_row = 0
+            self._good += 1
             for name, value in record.items():
                 self._sums[name] += float(value)
-        self._count += len(self._waiting)
         self._waiting = []
 
     def mean(self) -> dict[str, float]:
-        """Means of the metrics and the last learning rate; a new window begins."""
+        """Means of the metrics, the last learning rate and how many steps were bad; a new window
+        begins."""
         self._fetch()
-        mean = {f"train/{name}": total / self._count for name, total in self._sums.items()}
-        self._sums, self._count = collections.Counter(), 0
-        return mean | {"train/learning_rate": self._rate}
+        mean = {f"train/{name}": total / self._good for name, total in self._sums.items()}
+        counted = {"train/learning_rate": self._rate, "train/bad_steps": self._bad}
+        self._sums, self._good, self._bad = collections.Counter(), 0, 0
+        return mean | counted
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -106,6 +118,8 @@ def fit(
     metrics,
     seconds: float = 0.0,
     requests: Callable[[], int] = lambda: 0,
+    alive: Callable[[], None] = lambda: None,
+    check: Callable[[object], None] = lambda state: None,
     log: Callable[[str], None] = print,
 ):
     """Trains from `state.step` to `steps`.
@@ -117,16 +131,19 @@ def fit(
       seconds: training seconds that earlier parts of the run took.
       requests: asked after each step, see `training.signals`; an exit code means to save and raise
         Stopped. What one process of a job is asked, all do after the same step.
+      alive: called after each step, evaluation and save.
+      check: called with each state before it is saved; raises Rollback where it is not sound.
       evaluators: name -> (state -> metrics), each written as "name/metric".
 
     Raises:
-      Diverged: the loss is no finite number (code 44); nothing is saved then.
+      Rollback: too many bad steps in a row, or `check` did; nothing is saved then.
       Stopped: it was asked for before the last step; the state is saved.
 
     Returns:
-      (state, summary): the summary has step, seconds and the last evaluation's metrics.
+      (state, summary): the summary has step, seconds, what evaluations took, the longest that a
+      save held up training, and the last evaluation's metrics.
     """
-    start = int(state.step)
+    start, spent, longest_save = int(state.step), collections.Counter(), 0.0
     leaves, tree = jax.tree.flatten(state)
     clock, began, window = Clock(seconds), time.perf_counter(), Window()
     summary: dict[str, float] = {}
@@ -139,6 +156,7 @@ def fit(
         leaves, values = train_step(leaves, batch)
         step += 1
         window.add(values)
+        alive()
         late = max_seconds is not None and time.perf_counter() - began >= max_seconds
         asked = loudest(max(requests(), TIME_IS_UP if late else 0))
         out_of_time, code = asked == TIME_IS_UP, asked if asked > TIME_IS_UP else 0
@@ -163,30 +181,36 @@ def fit(
         line: dict[str, float] = {"seconds": clock.spent, "tokens": step * tokens_per_step}
         if wants_log:
             line |= window.mean()
+            if window.most_in_a_row >= IN_A_ROW:
+                bar(None)
+                raise Rollback(step, f"{window.most_in_a_row} bad steps in a row", skip=True)
+            # Within bad steps it would be where a rollback goes to.
+            wants_save &= not window.in_a_row or code > 0 or step == last
             passed = max(clock.spent - since_seconds, 1e-9)
             speed = (step - since_step) * tokens_per_step / passed if step > since_step else 0.0
             since_step, since_seconds = step, clock.spent
             line["tokens_per_second"] = speed
             if peak_flops:
                 line["mfu"] = speed * flops_per_token / peak_flops
+        evaluating = time.perf_counter()
         if wants_eval:
             for name, evaluate in evaluators.items():
                 scores = {f"{name}/{k}": v for k, v in evaluate(state).items()}
                 line |= scores
                 summary |= scores
+                alive()
+        spent["evaluation_seconds"] += time.perf_counter() - evaluating
         if metrics is not None:
             metrics.write(step, line)
         if wants_log or wants_eval:
             left = (steps - step) * tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
             log(_log_line(step, steps, line, left if wants_log and not out_of_time else None))
-        if not np.isfinite([line.get("train/loss", 0), line.get("train/grad_norm", 0)]).all():
-            raise Diverged(
-                f"training diverged: loss or gradient is no finite number by step {step}; lower"
-                " optimizer.learning_rate (the checkpoints that are there are of before)",
-                DIVERGED,
-            )
         if wants_save:
+            check(state)
+            saving = time.perf_counter()
             checkpoints.save(step, state)
+            longest_save = max(longest_save, time.perf_counter() - saving)
+        alive()
         clock.go()
         if code and step < steps:
             bar(None)
@@ -199,15 +223,16 @@ def fit(
     bar(None)
     checkpoints.wait()
     state = jax.tree.unflatten(tree, leaves)
-    return state, summary | {"step": step, "seconds": clock.spent}
+    summary |= {"step": step, "seconds": clock.spent, "longest_save": longest_save}
+    return state, summary | spent
 
 
 def _log_line(step: int, steps: int, line: Mapping[str, float], left: float | None) -> str:
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-    if "train/loss" in line:
+    if "tokens_per_second" in line:
         mfu = f"{100 * line['mfu']:.1f} %" if "mfu" in line else "n/a"
         parts += [
-            f"loss {line['train/loss']:.4f}",
+            f"loss {line.get('train/loss', math.nan):.4f}",
             f"lr {line['train/learning_rate']:.2e}",
             f"{line['tokens_per_second']:,.0f} tokens/s",
             f"MFU {mfu}",
@@ -217,6 +242,8 @@ def _log_line(step: int, steps: int, line: Mapping[str, float], left: float | No
         for name, value in line.items()
         if name.endswith(("/bits_per_byte", "/accuracy", "/loss")) and not name.startswith("train/")
     ]
+    if line.get("train/bad_steps"):
+        parts.append(f"{line['train/bad_steps']} bad steps left out")
     if left is not None and step < steps:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)

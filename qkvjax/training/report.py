@@ -7,6 +7,7 @@ import jax
 from qkvjax.attention.spec import sharing_name
 from qkvjax.kernels import dispatch
 from qkvjax.parallel import host
+from qkvjax.training.loop import duration
 
 
 def cost_table(run) -> str:
@@ -45,3 +46,22 @@ def cost_table(run) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def goodput(summary: dict, wall: float, compiled: float, before: float) -> str:
+    """Which part of the time since the start was training, and what the rest went to.
+
+    Args:
+      summary: of `loop.fit`.
+      wall: seconds since the start.
+      compiled: of these, seconds of compiling.
+      before: training seconds of earlier parts of the run, which the summary's contain.
+    """
+    trained, evaluated = summary["seconds"] - before, summary["evaluation_seconds"]
+    rest = max(0.0, wall - trained - compiled - evaluated)
+    return (
+        f"goodput {100 * trained / wall:.1f} %: {duration(trained)} of training in"
+        f" {duration(wall)}; compiling took {compiled:.1f} s, evaluation {evaluated:.1f} s, data,"
+        f" saving and the rest {rest:.1f} s; no save held up training for more than"
+        f" {1000 * summary['longest_save']:.0f} ms"
+    )

@@ -83,7 +83,7 @@ class Run:
     def init(self):
         """The state before the first step, on the mesh: the same bits on any."""
         init = jax.jit(
-            lambda key: init_state(self.spec, self.optimizer, key, self.config.train.param_dtype),
+            lambda key: init_state(self.spec, self.optimizer, key, self.config),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
         )
         with jax.set_mesh(None):  # with a mesh in the types, the last bit of a draw depends on it
@@ -139,7 +139,7 @@ def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> 
     mesh = make_mesh(dict(config.mesh), devices)
     check_mesh(mesh, spec, data.seq_len, data.batch_size // config.train.accumulation)
     optimizer, rate = make_optimizer(config, durations.steps, durations.warmup)
-    abstract = abstract_state(spec, optimizer, mesh, config.train.param_dtype)
+    abstract = abstract_state(spec, optimizer, mesh, config)
     return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
 
 
@@ -175,7 +175,7 @@ def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
     """(compiled, abstract state): the train step of a language model for a mesh's devices, which
     need not be here, without data."""
     optimizer, rate = make_optimizer(config, 1000, 10)
-    state = abstract_state(spec, optimizer, mesh, config.train.param_dtype)
+    state = abstract_state(spec, optimizer, mesh, config)
     parts, length = config.train.accumulation, config.data.seq_len
     shape = (parts, config.data.batch_size // parts, length)
     place = rules.sharding(mesh, None, "batch", "length")
@@ -189,9 +189,9 @@ def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
         return step.lower(state, batch).compile(), state
 
 
-def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, dtype="float32"):
+def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, config):
     """The train state as ShapeDtypeStructs with shardings."""
-    shapes = jax.eval_shape(lambda: init_state(spec, optimizer, jax.random.key(0), dtype))
+    shapes = jax.eval_shape(lambda: init_state(spec, optimizer, jax.random.key(0), config))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,

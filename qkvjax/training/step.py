@@ -14,6 +14,7 @@ from qkvjax.models.build import make
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules
+from qkvjax.training import guard
 from qkvjax.training.loss import cross_entropy, linear_cross_entropy
 from qkvjax.training.optimizer import (
     OPTIMIZERS,
@@ -35,16 +36,18 @@ class TrainState:
     model: nnx.Module
     optimizer: optax.OptState
     step: jax.Array  # int32 scalar, steps done
+    recent: guard.Recent | None = None  # what spikes are held against, where they are looked for
 
 
 def init_state(
-    spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array, dtype="float32"
+    spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array, config
 ) -> TrainState:
-    """The state before the first step, the blocks' matrices in `dtype`."""
-    model = make(spec, key)
+    """The state before the first step, the blocks' matrices in `train.param_dtype`."""
+    model, dtype = make(spec, key), config.train.param_dtype
     optimizer = tx.init(model)
     model = model if dtype == "float32" else narrow(model, dtype)
-    return TrainState(model, optimizer, jnp.zeros((), jnp.int32))
+    recent = guard.no_steps() if config.optimizer.skip_spikes else None
+    return TrainState(model, optimizer, jnp.zeros((), jnp.int32), recent)
 
 
 def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -91,11 +94,15 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     The batch has arrays [A, B/A, T]: A micro-batches one after another. Losses and weights are
     summed over all of them and divided once, so accumulation does not change the loss.
 
+    A bad step (`training.guard`) changes the count of steps alone.
+
     Metrics are scalars: loss (nats a label, without the z-loss), grad_norm (before clipping),
-    learning_rate, and of experts what their routers tell, means over layers and micro-batches.
+    learning_rate, whether the step is bad, and of experts what their routers tell, means over
+    layers and micro-batches.
     """
     dtype = jnp.dtype(config.train.compute_dtype)
     z_loss, clip = config.optimizer.z_loss, config.optimizer.clip_norm
+    threshold = config.optimizer.skip_spikes
     compiled = {"remat": config.train.remat, "unroll": config.train.unroll}
     seed, has_dropout = config.seed, config.model.dropout > 0
     parts, has_masters = config.train.accumulation, config.train.param_dtype != "float32"
@@ -150,7 +157,10 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-12)), grads)
         updates, optimizer = tx.update(grads, state.optimizer, state.model)
         model = updates if has_masters else optax.apply_updates(state.model, updates)
-        metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
-        return TrainState(model, optimizer, state.step + 1), metrics
+        good, recent = guard.judge(state.recent, metrics["loss"], norm, threshold)
+        new, old = (model, optimizer), (state.model, state.optimizer)
+        model, optimizer = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        metrics |= {"grad_norm": norm, "learning_rate": rate(state.step), "bad": ~good}
+        return TrainState(model, optimizer, state.step + 1, recent), metrics
 
     return train_step

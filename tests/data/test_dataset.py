@@ -121,6 +121,25 @@ def test_accumulation_only_reshapes(data):
         data.batch(1, 5, 6, accumulation=4)
 
 
+def test_the_shards_of_a_batch_are_the_batch(data):
+    """In any epoch, of any number of hosts, whatever was read before."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        seed, step, parts = int(rng.integers(2**31)), int(rng.integers(500)), rng.choice([1, 2])
+        shards = rng.choice([1, 2, 3, 4, 6, 12 // parts])
+        size = 12 // parts // shards
+        if not size or 12 // parts % shards:
+            continue
+        whole = data.batch(seed, step, 12, parts)
+        cut = {
+            i: data.batch(seed, step, 12, parts, slice(i * size, (i + 1) * size))
+            for i in rng.permutation(shards)
+        }
+        for name, array in whole.items():
+            rows = np.concatenate([cut[i][name] for i in range(shards)], axis=1)
+            np.testing.assert_array_equal(rows, array)
+
+
 def test_steps_per_epoch(data):
     assert data.steps_per_epoch(4) == len(data.train) // 4
     assert data.steps_per_epoch(10**6) == 1

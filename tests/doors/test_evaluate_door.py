@@ -87,6 +87,22 @@ def test_damage_falls_back_and_the_line_says_which_step(door, tied, copy, damage
     assert door("evaluate", f"--workdir={workdir}").code == 45
 
 
+def test_verify_reads_every_checkpoint_and_writes_nothing(door, tied, copy, damage, checksums):
+    workdir = copy(tied)
+    before = checksums(workdir)
+    told = door("evaluate", f"--workdir={workdir}", "--verify")
+    assert told.code == 0 and "step 10: intact, " in told.out and "step 20: intact, " in told.out
+    assert checksums(workdir) == before
+    damage(workdir / "checkpoints" / "20")
+    told = door("evaluate", f"--workdir={workdir}", "--verify")
+    assert told.code == 45 and "step 10: intact" in told.out and "step 20: damaged: " in told.out
+    assert "1 of 2 checkpoints" in told.err and "intact: 10 (" in told.err
+    assert door("evaluate", f"--workdir={workdir}", "--verify", "--step=10").code == 0
+    for flags, message in (("--step=7", "has no step 7"), ("--tasks=accuracy", "scores nothing")):
+        told = door("evaluate", f"--workdir={workdir}", "--verify", flags)
+        assert told.code == 2 and message in told.err
+
+
 def test_the_next_line_survives_a_torn_one(door, tied, copy, lines):
     workdir = copy(tied)
     (workdir / "evaluation.jsonl").write_text('{"task": "a"}\n{"task": "bits_per_b')

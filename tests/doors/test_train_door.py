@@ -1,6 +1,7 @@
 """`train`: what it leaves, how it goes on, what it refuses."""
 
 import json
+import os
 import shutil
 import signal
 import struct
@@ -17,6 +18,7 @@ from qkvjax import config as configs
 from qkvjax.training.checkpoint import Checkpoints, digest
 from qkvjax.training.run import prepare_run
 
+SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
 TIMING = {"seconds", "tokens_per_second", "mfu"}
 
 
@@ -114,6 +116,33 @@ def test_resuming_is_bit_for_bit(door, tied, tied_flags, copy, lines, checksums)
     seconds = [record["seconds"] for record in resumed]
     assert seconds == sorted(seconds)
     assert checksums(workdir)["config.json"] == checksums(tied)["config.json"]
+
+
+@pytest.mark.parametrize(
+    "sharing", [pytest.param(s, marks=[] if s == "q=k=v" else pytest.mark.slow) for s in SHARINGS]
+)
+def test_every_sharing_resumes_bit_for_bit(door, tied_flags, tmp_path, lines, sharing):
+    flags = [*tied_flags, f"--config.model.sharing={sharing}"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert door("train", *flags, f"--workdir={straight}").code == 0
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "20")
+    told = door("train", *flags, f"--workdir={resumed}")
+    assert told.code == 0
+    assert "resumed after step 10 of 20, bitwise as if it had never stopped" in told.out
+    assert state_digest(resumed, 20) == state_digest(straight, 20)
+    assert without_timing(lines(resumed / "metrics.jsonl")) == without_timing(
+        lines(straight / "metrics.jsonl")
+    )
+
+
+def test_another_environment_is_told_not_to_be_bitwise(door, tied, tied_flags, copy, monkeypatch):
+    workdir = copy(tied)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_dump_to=")
+    told = door("train", *tied_flags, f"--workdir={workdir}")
+    assert told.code == 0 and "resumed after step 10 of 20, equal within rounding" in told.out
+    assert "XLA_FLAGS was " in told.out
 
 
 def test_a_finished_run_does_nothing_and_says_so(door, tied, tied_flags, copy, checksums):

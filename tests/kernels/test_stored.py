@@ -12,7 +12,7 @@ from qkvjax.errors import UserError
 from qkvjax.kernels.stored import in_order, quantize, widen, write
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 999), size=st.floats(-12, 12))
 def test_int8_is_off_by_half_a_step(seed, size):
     x = 10.0**size * np.random.default_rng(seed).standard_normal((3, 5, 16)).astype(np.float32)

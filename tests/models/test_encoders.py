@@ -113,7 +113,8 @@ def test_initial_values_are_those_of_torch(encoder, vit):
         assert np.std(linear.weight[...]) == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
     assert np.abs(block.mlp.down.bias[...]).max() > 0
     assert np.std(model.positions[...]) == pytest.approx(1, rel=0.05)
-    assert np.std(build(encoder(position_std=0.02)).positions[...]) == pytest.approx(0.02, rel=0.05)
+    small = encoder(init="uniform(positions=0.02)")
+    assert np.std(build(small).positions[...]) == pytest.approx(0.02, rel=0.05)
     image = build(vit(d_model=64))
     assert np.std(image.positions[...]) == pytest.approx(0.02, rel=0.05)
     assert not np.any(image.class_token[...])

@@ -58,7 +58,7 @@ def test_what_looks_at_one_token_is_learned_by_all(accuracy, task, model):
         ("sort", {"sharing": "q=k-v"}, 0.43, 0.56),  # .457 to .542
         ("sort", {"sharing": "q=k-v", "score": PLUS}, 0.64, 0.73),  # .660 to .708
         # Positions that begin small are the negative control: .24 instead of 1.
-        ("reverse", {"position_std": 0.02}, 0.1, 0.5),
+        ("reverse", {"init": "uniform(positions=0.02)"}, 0.1, 0.5),
         # What "+" gives is its scale: .679 with it alone, .50 with a column bias alone.
         ("sort", {"sharing": "q=k-v", "score": ("score_scale",)}, 0.64, 0.73),
         ("sort", {"sharing": "q=k-v", "score": ("column_bias",)}, 0.43, 0.58),

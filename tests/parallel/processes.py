@@ -9,7 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+from qkvjax.training.metrics import read_lines
+
 ROOT = Path(__file__).parents[2]
+TINY = (
+    "--config=configs/lm.py:depth=1", "--config.model.d_model=16",
+    "--config.model.num_heads=2", "--config.data.seq_len=16", "--config.data.batch_size=4",
+    "--config.train.steps=20", "--config.train.log_every=5", "--config.train.checkpoint_every=10",
+    "--config.train.eval_every=100%", "--config.mesh.fsdp=-1",
+)  # fmt: skip
 
 
 def environment(folder, devices, **more):
@@ -52,6 +60,19 @@ def finish(started, seconds=240):
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
     return told
+
+
+def once_it_trains(workdir, act):
+    """Calls act(processes) when the run has written a line of metrics."""
+
+    def wait(started):
+        until = time.monotonic() + 120
+        while not read_lines(workdir / "metrics.jsonl"):
+            assert time.monotonic() < until and all(p.poll() is None for p in started)
+            time.sleep(0.05)
+        act(started)
+
+    return wait
 
 
 def found(folder, program, count=1, devices=8, **more):

@@ -11,18 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, environment, finish, free_port, start
+from processes import ROOT, TINY, environment, finish, free_port, once_it_trains, start
 
 from qkvjax.training.metrics import read_lines
 
-FLAGS = (
-    "-m", "qkvjax.train", "--config=configs/lm.py:depth=1", "--config.model.d_model=16",
-    "--config.model.num_heads=2", "--config.data.seq_len=16", "--config.data.batch_size=4",
-    "--config.train.steps=20", "--config.train.log_every=5", "--config.train.checkpoint_every=10",
-    "--config.train.eval_every=100%", "--config.mesh.fsdp=-1",
-)  # fmt: skip
-
-
+FLAGS = ("-m", "qkvjax.train", *TINY)
 PORT = free_port()
 
 
@@ -82,19 +75,6 @@ def test_one_process_goes_on_with_what_two_began(train, trained, tmp_path):
     assert codes(told) == [0] and "resumed after step 10 of 20" in told[0][1]
     assert fingerprints(workdir) == fingerprints(trained[1])
     assert losses(workdir) == losses(trained[1])
-
-
-def once_it_trains(workdir, act):
-    """Calls act(processes) when the run has written a line of metrics."""
-
-    def wait(started):
-        until = time.monotonic() + 120
-        while not read_lines(workdir / "metrics.jsonl"):
-            assert time.monotonic() < until and all(p.poll() is None for p in started)
-            time.sleep(0.05)
-        act(started)
-
-    return wait
 
 
 def coordinator(process):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +13,14 @@ import numpy as np
 import pytest
 
 from qkvjax.errors import UserError
-from qkvjax.training.checkpoint import Checkpoints, digest, fingerprint, manifest, named_arrays
+from qkvjax.training.checkpoint import (
+    Checkpoints,
+    Damaged,
+    digest,
+    fingerprint,
+    manifest,
+    named_arrays,
+)
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "uint8", "int32", "uint32", "bool"]
 WIDE = ["float64", "int64"]
@@ -230,6 +239,106 @@ def test_a_flip_anywhere_in_the_manifest_is_damage(saved):
         flip(file, at)
         _, step, told = restored(saved, tree={"step": state(0)["step"]})
         assert step == 1 and "manifest" in told[0], at
+
+
+def zero_a_block(file):
+    content = bytearray(file.read_bytes())
+    start = len(content) // 3
+    content[start : start + 4096] = bytes(len(content[start : start + 4096]))
+    file.write_bytes(content)
+
+
+DISTURBANCES = {
+    "flip": flip,
+    "first bit": lambda file: flip(file, 0),
+    "truncate": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3]),
+    "zero": zero_a_block,
+    "delete": lambda file: file.unlink(),
+}
+
+
+def harmless_or_detected(folder, disturb, file):
+    """Disturbs one file of step 2: what is restored then is what was saved, of step 2 or 1."""
+    content = file.read_bytes()
+    disturb(file)
+    found, step, told = restored(folder)
+    assert digest(found) == digest(state(step)), file
+    assert step == 2 or told, file
+    file.write_bytes(content)
+    return step == 1
+
+
+def files_of(folder):
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
+
+
+def test_a_disturbance_of_any_file_is_detected_or_harmless(saved):
+    ways, detected = list(DISTURBANCES.values()), []
+    for i, file in enumerate(files_of(saved / "2")):
+        detected.append(harmless_or_detected(saved, ways[i % len(ways)], file))
+    assert len(detected) > 8 and sum(detected) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", DISTURBANCES)
+def test_every_disturbance_of_every_file_is_detected_or_harmless(saved, way):
+    for file in files_of(saved / "2"):
+        harmless_or_detected(saved, DISTURBANCES[way], file)
+
+
+def test_a_half_deleted_step_is_passed_over(saved):
+    for file in files_of(saved / "2")[::2]:
+        file.unlink()
+    found, step, told = restored(saved)
+    assert step == 1 and told and digest(found) == digest(state(1))
+
+
+def test_links_are_no_checkpoint(saved, tmp_path):
+    """A checkpoint is data, and its files are its own: none leads elsewhere."""
+    elsewhere = tmp_path / "elsewhere"
+    (saved / "2").rename(elsewhere)
+    (saved / "2").symlink_to(elsewhere)
+    _, step, told = restored(saved)
+    assert step == 1 and "link" in told[0]
+    (saved / "2").unlink()
+    shutil.copytree(elsewhere, saved / "2")
+    file = array_files(saved, 2)[0]
+    file.unlink()
+    file.symlink_to(array_files(saved, 1)[0])
+    _, step, told = restored(saved)
+    assert step == 1 and "link" in told[0]
+
+
+def test_a_disk_that_takes_no_more_is_told_and_leaves_the_last_one(saved, capfd):
+    """By a limit of the size of files, which every system has."""
+    checkpoints = Checkpoints(saved)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(UserError, match="could not be written .*File too large.*make room"):
+            checkpoints.save(3, state(3))
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints.close()
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and "ERROR" not in told
+    found, step, _ = restored(saved)
+    assert step == 2 and digest(found) == digest(state(2))
+
+
+def test_verify_reads_every_array(saved):
+    checkpoints = Checkpoints(saved, surroundings={"mesh": "1"})
+    try:
+        assert checkpoints.verify(2) == 4 and checkpoints.surroundings(2) == {}
+        checkpoints.save(3, state(3))
+        checkpoints.wait()
+        assert checkpoints.surroundings(3) == {"mesh": "1"}
+        flip(array_files(saved, 3)[0])
+        with pytest.raises(Damaged):
+            checkpoints.verify(3)
+    finally:
+        checkpoints.close()
 
 
 def test_everything_damaged(saved):

@@ -31,7 +31,7 @@ def step(tiny):
         spec = tiny(num_layers=1, sharing="q-k=v", dropout=config.model.dropout)
         tx, rate = make_optimizer(config, total_steps=20, warmup_steps=2)
         one = jax.jit(make_train_step(config, tx, rate), compiler_options=QUICK)
-        return one, init_state(spec, tx, jax.random.key(seed), config.train.param_dtype)
+        return one, init_state(spec, tx, jax.random.key(seed), config)
 
     return make
 

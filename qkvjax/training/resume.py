@@ -1,0 +1,35 @@
+"""What decides whether a run goes on to the last bit, and what the log says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+
+from qkvjax.parallel import host
+from qkvjax.parallel.distributed import program
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def surroundings(mesh: jax.sharding.Mesh) -> dict[str, object]:
+    """What a step's last bits depend on beside the state: equal means bitwise the same."""
+    return program() | {
+        "device": host.device_name(),
+        "mesh": "x".join(str(size) for size in mesh.shape.values()),
+        "processes": jax.process_count(),
+    }
+
+
+def continuation(then: Mapping, now: Mapping) -> str:
+    """Whether a run saved in the surroundings `then` goes on bitwise in those of `now`, and why."""
+    changed = [
+        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(then | now)
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        return f"equal within rounding, not bitwise ({'; '.join(changed)})"
+    if jax.default_backend() == "gpu" and DETERMINISTIC not in str(now["XLA_FLAGS"]):
+        return f"equal within rounding, not bitwise (XLA_FLAGS lack {DETERMINISTIC})"
+    return "bitwise as if it had never stopped (same program, devices and processes)"

@@ -1,0 +1,70 @@
+"""Training on data of which some are poison: it goes round them, or ends with an account."""
+
+import numpy as np
+import pytest
+
+from qkvjax.data.dataset import Dataset
+
+FLAGS = ("--config.train.steps=40", "--config.train.log_every=1",
+         "--config.train.checkpoint_every=5", "--config.train.eval_every=0")  # fmt: skip
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the labels of some steps' data weigh nan; gives the list of steps that were read."""
+    whole = Dataset.batch
+
+    def use(*steps):
+        read = []
+
+        def batch(self, seed, step, *rest):
+            read.append(step)
+            found = whole(self, seed, step, *rest)
+            if step in steps:
+                found["weights"] = found["weights"] * np.float32("nan")
+            return found
+
+        monkeypatch.setattr(Dataset, "batch", batch)
+        return read
+
+    return use
+
+
+def test_a_few_bad_steps_are_counted_and_gone_past(door, recipe, tmp_path, poison, lines):
+    poison(0, 13, 14, 15)
+    told = door("train", f"--config={recipe}", f"--workdir={tmp_path}", *FLAGS)
+    assert told.code == 0 and "1 bad steps left out" in told.out and "rolled" not in told.out
+    records = lines(tmp_path / "metrics.jsonl")
+    bad = [record["step"] for record in records if record["train/bad_steps"]]
+    assert bad == [1, 14, 15, 16] and not (tmp_path / "rollbacks.jsonl").exists()
+    # Within bad steps none is saved, not even the fifth.
+    assert "resumed" not in told.out
+
+
+def test_many_in_a_row_go_back_and_leave_their_data_out(door, recipe, tmp_path, poison, lines):
+    read = poison(*range(12, 60))  # more than the run would have, without what follows
+    told = door("train", f"--config={recipe}", f"--workdir={tmp_path}", *FLAGS)
+    # From step 10 on, eight bad steps and the two before them are left out each time.
+    assert told.code == 44, told.out
+    assert "step 20, 8 bad steps in a row: back to step 10, the data of 10 steps left" in told.err
+    assert told.err.count("back to step") == 3 and "Traceback" not in told.err
+    account = lines(tmp_path / "rollbacks.jsonl")
+    assert [(line["step"], line["to"], line["skip"]) for line in account] == [
+        (20, 10, 10), (18, 10, 8), (18, 10, 8),
+    ]  # fmt: skip
+    assert max(read) < 60
+    # The same command goes on, past what it was told to leave out.
+    poison()
+    told = door("train", f"--config={recipe}", f"--workdir={tmp_path}", *FLAGS)
+    assert told.code == 0 and "resumed after step 10 of 40" in told.out
+    steps = [record["step"] for record in lines(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, 41))  # none twice
+
+
+def test_one_rollback_is_enough_for_one_bad_range(door, recipe, tmp_path, poison, lines):
+    read = poison(*range(12, 25))
+    told = door("train", f"--config={recipe}", f"--workdir={tmp_path}", *FLAGS)
+    assert told.code == 0, told.err
+    assert told.out.count("rolled back:") == 1 and "5 bad steps left out" not in told.out
+    assert len(lines(tmp_path / "rollbacks.jsonl")) == 1
+    assert max(read) == 39 + 10  # the run has all its steps, of later data
