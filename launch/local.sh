@@ -39,6 +39,15 @@ trap 'forward TERM' TERM
 trap 'forward INT' INT
 trap 'forward USR1' USR1
 
+# Once one is gone the others have a minute: a frozen process would never end by itself.
+all_alive() { for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null || return 1; done; }
+(
+    while all_alive; do sleep 1; done
+    sleep 60
+    kill -s KILL "${pids[@]}" 2>/dev/null || true
+) &
+reaper=$!
+
 code=0
 for pid in "${pids[@]}"; do
     status=0
@@ -49,4 +58,5 @@ for pid in "${pids[@]}"; do
     done
     if ((status > code)); then code=$status; fi
 done
+kill -s KILL -- "-$reaper" 2>/dev/null || true
 exit "$code"

@@ -95,8 +95,8 @@ def from_dict(values: Mapping) -> ml_collections.ConfigDict:
             is_group = isinstance(config.get(name), ml_collections.ConfigDict)
             if is_group and not isinstance(value, Mapping):
                 raise UserError(f"config.{name}={value!r} is no group")
-            if isinstance(value, Mapping) and name not in config:
-                config[name] = ml_collections.ConfigDict(value)
+            if isinstance(value, Mapping) and name == "study":
+                config[name] = _group(name, value)
             elif isinstance(value, Mapping):
                 for key, item in value.items():
                     if item is not None or f"{name}.{key}" not in RETIRED:
@@ -111,9 +111,10 @@ def set_field(config, name: str, value) -> None:
     group, _, leaf = name.rpartition(".")
     target = config
     for key in filter(None, group.split(".")):
-        target = target[key] if key in target else None
-        if target is None:
-            break
+        is_group = isinstance(target, ml_collections.ConfigDict)
+        target = target[key] if is_group and key in target else None
+    if not isinstance(target, ml_collections.ConfigDict):
+        target = None
     open_group = group.split(".")[0] in ("evals", "study")
     if target is None or (leaf not in target and not open_group):
         raise UserError(f"config has no field {name!r}{did_you_mean(name, FIELDS)}")
@@ -123,13 +124,20 @@ def set_field(config, name: str, value) -> None:
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, Mapping):
-        value = ml_collections.ConfigDict(value)
+        value = _group(name, value)
     try:
         target[leaf] = value
     except TypeError:
         kind = target.get_type(leaf)
         kind = "group" if kind is ml_collections.ConfigDict else kind.__name__
         raise UserError(f"config.{name}={value!r} is no {kind}") from None
+
+
+def _group(name: str, values: Mapping) -> ml_collections.ConfigDict:
+    try:
+        return ml_collections.ConfigDict(values)
+    except ValueError as error:  # a key with a dot, say
+        raise UserError(f"config.{name}={values!r} is no group: {error}") from None
 
 
 def load(path: str | Path) -> ml_collections.ConfigDict:
