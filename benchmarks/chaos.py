@@ -158,7 +158,12 @@ def main() -> int:
         while not over():
             time.sleep(rng.uniform(0, 2))
             event, done = rng.choice(events), done + 1
-            print(f"step {run.last_step():>6}  {event}: {EVENTS[event](run, rng)}", flush=True)
+            try:
+                came_of_it = EVENTS[event](run, rng)
+            except AssertionError:
+                print(run.log.read_text()[-5000:])
+                raise
+            print(f"step {run.last_step():>6}  {event}: {came_of_it}", flush=True)
             if run.process.poll() is not None:
                 run.start()
         stop(run, rng)

@@ -35,8 +35,8 @@ FIELDS = {
     "model.patch_size": (4, "pixels of a side of a patch; vit only"),
     "model.use_bias": (False, "biases on linear maps and LayerNorm"),
     "model.tie_embeddings": (True, "the output head is the embedding, transposed"),
-    "model.init": ("fan_in", "normal: N(0, .02^2); fan_in; uniform: torch.nn.Linear's; each may have"
-                   " (positions=.02)"),
+    "model.init": ("fan_in", "normal: N(0, .02^2); fan_in; uniform: torch.nn.Linear's; each may"
+                   " have (positions=.02)"),
     "model.layer_overrides": ((), "a repeating pattern: a tuple of dicts, one a layer"),
     "data.source": ("stdlib", "stdlib text: jsonl: parquet: tokens: kjv tfds:, or examples:"
                     " synthetic: digits npz: idx: anomaly"),

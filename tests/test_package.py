@@ -143,7 +143,7 @@ def test_mesh_axes_are_named_in_one_place():
     [
         ("orbax", {"training/checkpoint.py"}),
         ("tensorflow_datasets", {"data/builder.py", "data/tfds_source.py"}),
-        ("tensorboardX", {"training/metrics.py"}),
+        ("tensorboardX", {"training/tensorboard.py"}),
         ("wandb", {"training/metrics.py"}),
         ("grain", {"data/order.py"}),
         ("pickle", set()),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qkvjax.errors import UserError
+from qkvjax.training.tensorboard import Events
 
 
 def append_line(path: Path, record: Mapping) -> None:
@@ -159,15 +160,14 @@ class Metrics:
     """
 
     def __init__(self, workdir: Path, start: int = 0, wandb_project=None, config=None):
-        from tensorboardX import SummaryWriter
-
         self.path = workdir / "metrics.jsonl"
         kept = [record for record in read_lines(self.path, step=int) if record["step"] <= start]
         if self.path.exists():
             write_lines(self.path, kept)
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1 if start else None
-        )
+        try:
+            self._events = Events(workdir / "tensorboard", start)
+        except OSError as error:
+            raise _unwritable(workdir / "tensorboard", error) from None
         self._wandb = None
         if wandb_project:
             import wandb
@@ -183,14 +183,16 @@ class Metrics:
             for name, value in ((name, float(value)) for name, value in values.items())
         }
         append_line(self.path, {"step": step, **plain})
-        for name, value in plain.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step)
+        try:
+            numbers = {name: value for name, value in plain.items() if value is not None}
+            self._events.scalars(step, numbers)
+        except OSError as error:
+            raise _unwritable(self.path.with_name("tensorboard"), error) from None
         if self._wandb:
             self._wandb.log(plain, step=step)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Ends what is open."""
         self._events.close()
         if self._wandb:
             self._wandb.finish()
