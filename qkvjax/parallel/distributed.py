@@ -142,6 +142,11 @@ def _start(values: flags.FlagValues) -> None:
         raise UserError(f"--process_id={index} is none of the {count} processes 0 to {count - 1}")
     if not address.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={address!r} has no port: write HOST:PORT")
+    if os.environ.get("JAX_MTLS_CERT_FILE") and not hasattr(jax.config, "jax_mtls_cert_file"):
+        raise UserError(
+            f"JAX_MTLS_CERT_FILE is set, and jax {jax.__version__} knows no mutual TLS: use jax"
+            " 0.12 or newer, or unset it"
+        )
     _index, _count = index, count
     # SIGTERM is ours: jax's own handler would keep it from `training.signals`.
     jax.config.update("jax_enable_preemption_service", False)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from processes import ROOT, TINY, environment, finish, free_port, once_it_trains, start
 
@@ -72,9 +73,23 @@ def test_one_process_goes_on_with_what_two_began(train, trained, tmp_path):
     workdir = shutil.copytree(trained[1], tmp_path / "copy")
     shutil.rmtree(workdir / "checkpoints" / "20")
     told = train(workdir, count=1)
-    assert codes(told) == [0] and "resumed after step 10 of 20" in told[0][1]
+    assert codes(told) == [0]
+    assert "resumed after step 10 of 20, equal within rounding" in told[0][1]  # bitwise, in fact
+    assert "processes was 2, is 1" in told[0][1]
     assert fingerprints(workdir) == fingerprints(trained[1])
     assert losses(workdir) == losses(trained[1])
+
+
+def test_another_mesh_goes_on_within_rounding(train, trained, tmp_path):
+    """One device instead of two, from the middle."""
+    workdir = shutil.copytree(trained[1], tmp_path / "copy")
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    told = train(workdir, "--config.mesh.fsdp=1", count=1)
+    assert codes(told) == [0] and "mesh was '1x2x1x1x1', is '1x1x1x1x1'" in told[0][1]
+    found, before = losses(workdir), losses(trained[1])
+    assert found.keys() == before.keys()
+    for step in (15, 20):
+        assert found[step] == pytest.approx(before[step], rel=1e-6)
 
 
 def coordinator(process):
@@ -186,3 +201,39 @@ def test_damage_that_one_process_reads_is_passed_over_by_all(train, trained, tmp
     told = train(workdir)
     assert codes(told) == [0, 0] and "checkpoint 20 is damaged and passed over" in told[0][1]
     assert fingerprints(workdir) == fingerprints(trained[1])
+
+
+def certificates(folder):
+    """What mutual TLS wants in the environment of a process."""
+
+    def openssl(*args):
+        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+    key = ("-newkey", "rsa:2048", "-nodes", "-days", "2")
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca")
+    openssl("req", *key, "-keyout", "own.key", "-out", "own.csr", "-subj", "/CN=own")
+    (folder / "names").write_text("subjectAltName=URI:spiffe://qkvjax/own")
+    openssl("x509", "-req", "-in", "own.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
+            "-CAcreateserial", "-out", "own.pem", "-extfile", "names")  # fmt: skip
+    return {
+        "JAX_MTLS_CERT_FILE": f"{folder}/own.pem", "JAX_MTLS_KEY_FILE": f"{folder}/own.key",
+        "JAX_MTLS_CA_FILE": f"{folder}/ca.pem", "JAX_MTLS_PEER_URI_PREFIX": "spiffe://qkvjax/",
+    }  # fmt: skip
+
+
+has_tls = hasattr(jax.config, "jax_mtls_cert_file")
+
+
+@pytest.mark.skipif(has_tls, reason="this jax knows mutual TLS")
+def test_an_older_jax_refuses_what_it_would_ignore(train, tmp_path):
+    told = train(tmp_path / "workdir", JAX_MTLS_CERT_FILE="own.pem")
+    assert codes(told) == [2, 2] and "knows no mutual TLS" in told[0][2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_tls, reason="mutual TLS wants jax 0.12")
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+def test_processes_meet_by_mutual_tls(train, trained, tmp_path):
+    told = train(tmp_path / "workdir", **certificates(tmp_path))
+    assert codes(told) == [0, 0], told
+    assert fingerprints(tmp_path / "workdir") == fingerprints(trained[1])
