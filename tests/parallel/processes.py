@@ -78,7 +78,7 @@ def once_it_trains(workdir, act):
 def found(folder, program, count=1, devices=8, **more):
     """What `program`, a text of Python run with `count` processes over so many devices, prints
     behind "found: " in the first, from JSON."""
-    told = finish(start(folder, count, devices // count, "-c", program, **more), 600)
+    told = finish(start(folder, count, devices // count, "-c", program, **more), 3600)
     for code, _, err in told:
         assert code == 0, err[-3000:]
     return json.loads(told[0][1].partition("found: ")[2].partition("\n")[0])

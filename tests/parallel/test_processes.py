@@ -153,6 +153,7 @@ def test_what_process_0_finds_ends_all(train, trained):
     assert codes(told) == [2, 2] and "another process is at work" in told[0][2]
 
 
+@pytest.mark.slow
 def test_open_mpi_announces_the_others(trained, tmp_path):
     """What its mpirun sets; the run is that of processes with flags."""
     workdir, folder = tmp_path / "workdir", trained[1].parents[1] / "processes0"
