@@ -179,7 +179,7 @@ def main() -> int:
             "each step once": steps == sorted(set(steps)),
         }
         if not all(verdict.values()):
-            print(told[-5000:])
+            print(told[told.find("Traceback") - 1000 :][:5000])
         resumed, damaged = map(told.count, ("resumed after", "is damaged and passed over"))
         print(
             f"{done} events, {last} steps; {resumed} times resumed, {damaged} damaged checkpoints"

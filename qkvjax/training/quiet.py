@@ -15,6 +15,8 @@ def saving() -> None:
     logging.getLogger("absl").addFilter(
         lambda record: not (record.exc_info and "orbax" in Path(record.pathname).parts)
     )
+    # Of arrays that were written at the same time as the first that failed.
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     of_threads, unraisable = threading.excepthook, sys.unraisablehook
 
     def thread_hook(args) -> None:
