@@ -125,6 +125,7 @@ def train(
         # ---- state: restored or new -------------------------------------------------------------
         now, steps = resume.surroundings(run.mesh), run.durations.steps
         checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, now)
+        held.callback(checkpoints.close)
         evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))
         account = workdir / "rollbacks.jsonl"
         needed = {"step": int, "to": int, "skip": int, "reason": str}
@@ -145,7 +146,6 @@ def train(
         earlier = [line for line in lines if line["step"] <= done]
         if done >= steps:
             log(f"nothing left to train: {workdir} is at step {done} of {steps}")
-            checkpoints.close()
             return earlier[-1] if earlier else {"step": done}
         first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
 
@@ -206,7 +206,7 @@ def train(
             except guard.Rollback as back:
                 del state  # its arrays were given away
                 checkpoints.wait()
-                if len(rollbacks) == guard.MOST_ROLLBACKS:
+                if len(rollbacks) >= guard.MOST_ROLLBACKS:
                     raise guard.Diverged(rollbacks) from None
                 state, done = begin()
                 line = back.line(to=done)
@@ -217,7 +217,6 @@ def train(
             finally:
                 if metrics is not None:
                     metrics.close()
-        checkpoints.close()
     before = earlier[-1]["seconds"] if earlier else 0.0
     log(goodput(summary, time.perf_counter() - started, compile_seconds, before))
     log(f"done: {workdir}")

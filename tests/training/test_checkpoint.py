@@ -327,6 +327,20 @@ def test_a_disk_that_takes_no_more_is_told_and_leaves_the_last_one(saved, capfd)
     assert step == 2 and digest(found) == digest(state(2))
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_told_and_left_alone(saved):
+    checkpoints = Checkpoints(saved)
+    saved.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="could not be written .*Permission denied"):
+            checkpoints.save(3, state(3))
+            checkpoints.wait()
+    finally:
+        saved.chmod(0o700)
+    checkpoints.close()
+    assert restored(saved)[1] == 2
+
+
 def test_verify_reads_every_array(saved):
     checkpoints = Checkpoints(saved, surroundings={"mesh": "1"})
     try:
