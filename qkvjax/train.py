@@ -174,11 +174,7 @@ def train(
 
         # ---- train ------------------------------------------------------------------------------
         while True:
-            metrics = None
-            if is_first:
-                metrics = Metrics(
-                    workdir, done, wandb_project=config.train.wandb, config=configs.to_dict(config)
-                )
+            metrics = Metrics(workdir, done, configs.to_dict(config)) if is_first else None
             try:
                 state, summary = loop.fit(
                     state,

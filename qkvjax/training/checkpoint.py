@@ -350,8 +350,7 @@ def check_copies(state) -> None:
     """Raises Rollback where devices that hold the same numbers hold other bits."""
     apart = came_apart(named_arrays(state), fingerprint)
     if apart:
-        more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
-        reason = f"copies of {apart[0]}{more} came apart between devices"
+        reason = f"copies of {apart[0]} came apart between devices (of {len(apart)} arrays)"
         raise Rollback(int(state.step), reason, skip=False)
 
 

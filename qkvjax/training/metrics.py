@@ -155,11 +155,10 @@ class Metrics:
       workdir: where `metrics.jsonl` and the TensorBoard events go.
       start: the step the run goes on from; later lines, written before a crash, are dropped, so
         that no step stands twice.
-      wandb_project: None leaves Weights & Biases alone.
-      config: shown by Weights & Biases.
+      config: the resolved configuration, shown by Weights & Biases where it names a project.
     """
 
-    def __init__(self, workdir: Path, start: int = 0, wandb_project=None, config=None):
+    def __init__(self, workdir: Path, start: int = 0, config: Mapping | None = None):
         self.path = workdir / "metrics.jsonl"
         kept = [record for record in read_lines(self.path, step=int) if record["step"] <= start]
         if self.path.exists():
@@ -168,12 +167,12 @@ class Metrics:
             self._events = Events(workdir / "tensorboard", start)
         except OSError as error:
             raise _unwritable(workdir / "tensorboard", error) from None
-        self._wandb = None
-        if wandb_project:
+        self._wandb, project = None, config and config["train"]["wandb"]
+        if project:
             import wandb
 
             self._wandb = wandb.init(
-                project=wandb_project, dir=str(workdir), config=config, resume="allow"
+                project=project, dir=str(workdir), config=config, resume="allow"
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -135,5 +135,5 @@ def test_a_flipped_bit_in_one_copy_is_noticed_and_undone(begin, tmp_path):
     told = finish(begin(hurt, FLIPPED_BIT, *copies))
     assert [code for code, *_ in told] == [0, 0], told
     assert "rolled back: step 10, copies of model." in told[0][1]
-    assert "came apart between devices: back to step 5" in told[0][1]
+    assert "came apart between devices (of 1 arrays): back to step 5" in told[0][1]
     assert fingerprints(hurt) == fingerprints(healthy)
