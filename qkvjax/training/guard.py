@@ -2,9 +2,9 @@
 
 A step is bad when its loss or gradient is no finite number, on any device, or, where
 `optimizer.skip_spikes` asks for it, far above the last ones. It changes nothing but the count of
-steps. After IN_A_ROW of them the run goes back to the newest intact checkpoint and goes on with
-other data: those of the steps since then are left out. What happened is kept in
-WORKDIR/rollbacks.jsonl, so that the data of a step stay a function of (seed, step, that file).
+steps. After IN_A_ROW of them, or half of a shorter run, the run goes back to the newest intact
+checkpoint and goes on with other data: those of the steps since then are left out. What happened is
+kept in WORKDIR/rollbacks.jsonl: the data of a step stay a function of (seed, step, that file).
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def fit(
         line: dict[str, float] = {"seconds": clock.spent, "tokens": step * tokens_per_step}
         if wants_log:
             line |= window.mean()
-            if window.most_in_a_row >= IN_A_ROW:
+            if window.most_in_a_row >= min(IN_A_ROW, max(1, steps // 2)):
                 bar(None)
                 raise Rollback(step, f"{window.most_in_a_row} bad steps in a row", skip=True)
             # Within bad steps it would be where a rollback goes to.

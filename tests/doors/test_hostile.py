@@ -11,7 +11,7 @@ def test_scoring_runs_and_writes_nothing_that_the_workdir_asks_for(process, tied
         (workdir / name).write_text(canary)
         (workdir / "checkpoints" / name).write_text(canary)
     config = json.loads((workdir / "config.json").read_text())
-    config["evals"] = {"../../../outside": {"kind": "bits_per_byte", "split": "validation"}}
+    config["evals"] = {str(outside): {"kind": "bits_per_byte", "split": "validation"}}
     (workdir / "config.json").write_text(json.dumps(config))
     before = set(tmp_path.rglob("*"))
     told = process("-m", "qkvjax.evaluate", f"--workdir={workdir}")
