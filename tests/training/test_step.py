@@ -169,7 +169,7 @@ def test_masters_train_as_float32_parameters_do(train, accumulation, name):
     narrow, found = train(accumulation=accumulation, train__param_dtype="bfloat16", **fields)
     if name == "adamw":
         assert found == expected
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-4)
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-3)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(narrow.model.stack.blocks[0].mlp)}
     assert dtypes == {"bfloat16"} and narrow.model.embedding.dtype == jnp.float32
     for a, b in zip(*map(jax.tree.leaves, (narrow.model, wide.model)), strict=True):
