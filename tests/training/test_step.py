@@ -162,17 +162,18 @@ def test_the_learning_rate_of_each_step_is_reported(train):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_masters_train_as_float32_parameters_do(train, accumulation, name):
-    """Bit for bit where products are in bfloat16, since masters begin unrounded; the products of
-    Muon itself are in float32, and another program may round them otherwise."""
+    """Bit for bit where products are in bfloat16, since masters begin unrounded; but jax 0.12
+    fuses Muon's own products, in float32, otherwise in the one program than in the other."""
+    exact = name == "adamw" or jax.__version_info__ < (0, 12)
     fields = {"train__compute_dtype": "bfloat16", "optimizer__name": name}
     wide, expected = train(accumulation=accumulation, **fields)
     narrow, found = train(accumulation=accumulation, train__param_dtype="bfloat16", **fields)
-    if name == "adamw":
+    if exact:
         assert found == expected
     np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-3)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(narrow.model.stack.blocks[0].mlp)}
     assert dtypes == {"bfloat16"} and narrow.model.embedding.dtype == jnp.float32
     for a, b in zip(*map(jax.tree.leaves, (narrow.model, wide.model)), strict=True):
-        if name == "adamw":
+        if exact:
             np.testing.assert_array_equal(a, b.astype(a.dtype))
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=0.01, atol=1e-3)
