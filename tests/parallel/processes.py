@@ -75,6 +75,12 @@ def once_it_trains(workdir, act):
     return wait
 
 
+def fingerprints(workdir, step=20):
+    """Of every array of a checkpoint: equal only when every bit is."""
+    text = (workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_text()
+    return json.loads(text)["arrays"]
+
+
 def found(folder, program, count=1, devices=8, **more):
     """What `program`, a text of Python run with `count` processes over so many devices, prints
     behind "found: " in the first, from JSON."""

@@ -1,12 +1,11 @@
 """Two processes of which one hangs, is frozen, is killed, or computes something else."""
 
-import json
 import signal
 import time
 
 import numpy as np
 import pytest
-from processes import TINY, finish, once_it_trains, start
+from processes import TINY, fingerprints, finish, once_it_trains, start
 
 from qkvjax.training.metrics import read_lines
 
@@ -107,11 +106,6 @@ def test_a_process_that_is_gone_ends_the_job(begin, tmp_path, way):
             assert "another process of the job is gone" in told[2]
     finally:
         started[1].kill()
-
-
-def fingerprints(workdir):
-    text = (workdir / "checkpoints" / "20" / "manifest" / "metadata").read_text()
-    return json.loads(text)["arrays"]
 
 
 def test_what_is_not_finite_on_one_host_changes_nothing_anywhere(begin, tmp_path):

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import jax
 import pytest
-from processes import ROOT, TINY, environment, finish, free_port, once_it_trains, start
+from processes import (
+    ROOT,
+    TINY,
+    environment,
+    fingerprints,
+    finish,
+    free_port,
+    once_it_trains,
+    start,
+)
 
 from qkvjax.training.metrics import read_lines
 
@@ -46,12 +55,6 @@ def trained(train, tmp_path_factory):
 
 def codes(told):
     return [code for code, _, _ in told]
-
-
-def fingerprints(workdir, step=20):
-    """Of every array of a checkpoint: equal only when every bit is."""
-    text = (workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_text()
-    return json.loads(text)["arrays"]
 
 
 def losses(workdir):
