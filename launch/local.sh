@@ -48,15 +48,16 @@ all_alive() { for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null || return 1
 ) &
 reaper=$!
 
-code=0
+code=0 killed=0
 for pid in "${pids[@]}"; do
     status=0
-    wait "$pid" || status=$?
+    wait -f "$pid" || status=$? # -f: until it ends, not until it stands still
     while kill -0 "$pid" 2>/dev/null; do # a signal came while it was waited for
         status=0
-        wait "$pid" || status=$?
+        wait -f "$pid" || status=$?
     done
-    if ((status > code)); then code=$status; fi
+    # Who was ended by a signal says less about the run than those who ended by themselves.
+    if ((status > 130)); then killed=$status; elif ((status > code)); then code=$status; fi
 done
 kill -s KILL -- "-$reaper" 2>/dev/null || true
-exit "$code"
+exit "$((code ? code : killed))"

@@ -104,10 +104,9 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2, surroundings: Mapping | None = None):
         self.folder = Path(folder).absolute()
         self._surroundings = dict(surroundings or {})
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, create=False
         )
-        self._options = options
         self._open_manager = None
 
     @property
@@ -202,8 +201,7 @@ class Checkpoints:
         differing = [name for name in wanted if found[name] != saved[name]]
         if differing:
             raise Damaged(f"the fingerprint of {', '.join(differing)} differs")
-        leaves = [arrays[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
     def _read_manifest(self, step: int) -> dict[str, dict]:
         folder = Path(self._manager.directory) / str(step)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,11 @@ def told(line: Mapping) -> str:
     return f"step {line['step']}, {line['reason']}: back to step {line['to']}{data}"
 
 
-def data_step(step: int, rollbacks: Iterable[Mapping]) -> int:
+def data_step(step: int, rollbacks: Sequence[Mapping]) -> int:
     """The step whose data a step trains on: later than itself by what rollbacks left out."""
-    return step + sum(line["skip"] for line in rollbacks if line["to"] <= step)
+    for line in reversed(rollbacks):  # each counts in the steps of those before it
+        step += line["skip"] if line["to"] <= step else 0
+    return step
 
 
 @jax.tree_util.register_dataclass

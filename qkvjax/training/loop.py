@@ -185,7 +185,7 @@ def fit(
                 bar(None)
                 raise Rollback(step, f"{window.most_in_a_row} bad steps in a row", skip=True)
             # Within bad steps it would be where a rollback goes to.
-            wants_save &= not window.in_a_row or code > 0 or step == last
+            wants_save &= not window.in_a_row or asked > 0 or step == last
             passed = max(clock.spent - since_seconds, 1e-9)
             speed = (step - since_step) * tokens_per_step / passed if step > since_step else 0.0
             since_step, since_seconds = step, clock.spent

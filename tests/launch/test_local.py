@@ -29,28 +29,57 @@ def checkout(tmp_path):
     return script
 
 
-def test_two_processes_stop_at_a_signal(checkout, tmp_path):
+@pytest.fixture
+def job(checkout, tmp_path):
+    """job(act, *flags) -> (exit code, stdout, stderr) of two processes that train without end,
+    once act(process of local.sh) was called while they did."""
     workdir = tmp_path / "run"
     (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
-    flags = (
+    common = (
         "--config=configs/lm.py:depth=1", "--config.model.d_model=16", f"--workdir={workdir}",
         f"--config.data.source=text:{tmp_path}/corpus.txt", "--config.data.seq_len=16",
         "--config.data.batch_size=4", "--config.train.steps=100000", "--config.train.log_every=1",
         "--config.model.num_heads=2", "--config.mesh.fsdp=-1",
     )  # fmt: skip
     environment = os.environ | {"QKVJAX_DATA_DIR": str(tmp_path / "data"), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(
-        ["bash", str(checkout), "2", *flags], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 120
-        while not read_lines(workdir / "metrics.jsonl"):
-            assert time.monotonic() < until and process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 42, err
+
+    def call(act, *flags):
+        process = subprocess.Popen(
+            ["bash", str(checkout), "2", *common, *flags], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            until = time.monotonic() + 120
+            while not read_lines(workdir / "metrics.jsonl"):
+                assert time.monotonic() < until and process.poll() is None
+                time.sleep(0.1)
+            act(process)
+            out, err = process.communicate(timeout=180)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+
+    return call
+
+
+def test_two_processes_stop_at_a_signal(job):
+    code, out, err = job(lambda process: process.send_signal(signal.SIGTERM))
+    assert code == 42, err
     assert "mesh 1x2x1x1x1" in out and "stopped: saved after step" in err
+
+
+@pytest.mark.slow
+def test_a_frozen_process_is_killed_once_the_other_has_ended(job):
+    frozen = []
+
+    def freeze(process):
+        of_job = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        frozen.extend(
+            int(pid) for pid in of_job
+            if "--process_id=1" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        )  # fmt: skip
+        os.kill(*frozen, signal.SIGSTOP)
+
+    code, _, err = job(freeze, "--stall_seconds=6")
+    assert code == 43 and "stalled: no step, evaluation or save ended" in err, err
+    assert not Path(f"/proc/{frozen[0]}").exists()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qkvjax import config as configs
@@ -123,19 +123,20 @@ events = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.booleans(
 
 
 @given(events)
+@example([(10, 10, True), (5, 10, True)])  # back to before what was left out already
 def test_data_that_were_left_out_never_come_back(events):
     """Along any history of rollbacks: each goes from a step back to one before it."""
-    rollbacks, at = [], 0
+    rollbacks, left_out = [], set()
     for to, length, skip in events:
-        to = min(to, at)
         reached = to + length
-        seen = {guard.data_step(step, rollbacks) for step in range(to, reached)}
-        rollbacks.append({"step": reached, "to": to, "skip": length if skip else 0})
-        at = to
-        ahead = [guard.data_step(step, rollbacks) for step in range(to, to + 100)]
-        assert ahead == sorted(set(ahead))  # each once, in order
         if skip:
-            assert not seen & set(ahead)
+            left_out |= {guard.data_step(step, rollbacks) for step in range(to, reached)}
+        before = [guard.data_step(step, rollbacks) for step in range(to)]
+        rollbacks.append({"step": reached, "to": to, "skip": length if skip else 0})
+        ahead = [guard.data_step(step, rollbacks) for step in range(100)]
+        assert ahead == sorted(set(ahead)) and ahead[:to] == before  # each once, in order
+        assert not left_out & set(ahead)
+        assert set(range(ahead[-1])) - set(ahead) <= left_out  # and no others are left out
 
 
 @pytest.mark.slow
