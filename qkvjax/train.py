@@ -127,9 +127,8 @@ def train(
         checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, now)
         held.callback(checkpoints.close)
         evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))
-        account = workdir / "rollbacks.jsonl"
-        needed = {"step": int, "to": int, "skip": int, "reason": str}
-        rollbacks = first(lambda: read_lines(account, **needed))
+        account, needed = workdir / "rollbacks.jsonl", {"step": int, "to": int, "skip": int}
+        rollbacks = first(lambda: read_lines(account, **needed, reason=str))
 
         def begin():
             """(state, step): of the newest intact checkpoint, or before the first step."""

@@ -58,7 +58,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def several() -> bool:
-    """Whether the job has more than one process."""
+    """Whether the processes of a job, if only one, have found each other."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
@@ -116,7 +116,9 @@ def _start(values: flags.FlagValues) -> None:
 
     from qkvjax.parallel.mesh import find_devices
 
-    if values.num_processes == 1 or several():
+    # One process that has a --coordinator talks by way of it, and so sums in the order of several.
+    alone = values.coordinator is None
+    if alone and values.num_processes == 1 or several():
         return
     given = {
         "coordinator": values.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -129,7 +131,7 @@ def _start(values: flags.FlagValues) -> None:
     found, local_devices = dict(zip(given, found[:3], strict=True)), found[3]
     missing = [name for name, value in found.items() if value is None]
     asked = any(values[name].value is not None for name in given)
-    if found["num_processes"] == 1 or len(missing) == 3 or missing and not asked:
+    if alone and found["num_processes"] == 1 or len(missing) == 3 or missing and not asked:
         return
     if missing:
         raise UserError(

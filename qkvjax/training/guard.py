@@ -57,8 +57,8 @@ class Rollback(Exception):
 
     def line(self, to: int) -> dict:
         """For rollbacks.jsonl, once the state of step `to` is back."""
-        skip = self.step - to if self.skip else 0
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        skip = self.skip * (self.step - to)
         return {"step": self.step, "to": to, "skip": skip, "reason": self.reason, "date": date}
 
 
