@@ -57,7 +57,8 @@ def main() -> None:
     record(
         given.output, bench="save_cost", state_mib=sum(x.nbytes for x in leaves) / 2**20,
         step_seconds=float(np.median(plain)) / STEPS, held_seconds=float(np.median(held)),
-        longest_held_seconds=float(held.max()), all_seconds=more.mean, all_seconds_interval=[more.low, more.high],
+        longest_held_seconds=float(held.max()), all_seconds=more.mean,
+        all_seconds_interval=[more.low, more.high],
     )  # fmt: skip
 
 

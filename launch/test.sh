@@ -17,5 +17,5 @@ if [ "${1:-}" = --all ]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-# Two processes at a time: most tests keep one core busy.
-exec "$python" -m pytest -q -n 2 --dist=loadfile "${select[@]}" "$@"
+# Two processes at a time: most tests keep one core busy. In the order of tests/conftest.py.
+exec "$python" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder "${select[@]}" "$@"

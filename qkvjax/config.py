@@ -106,6 +106,14 @@ def from_dict(values: Mapping) -> ml_collections.ConfigDict:
     return config
 
 
+def changed(config, **groups: Mapping) -> ml_collections.ConfigDict:
+    """A copy without its study, with other values: `changed(config, data={"seq_len": 64})`."""
+    copy = from_dict(to_dict({key: group for key, group in config.items() if key != "study"}))
+    for name, values in groups.items():
+        copy[name].update(values)
+    return copy
+
+
 def set_field(config, name: str, value) -> None:
     """Sets `group.field`, with a message that names near fields when there is no such one."""
     group, _, leaf = name.rpartition(".")

@@ -153,7 +153,6 @@ def train(
         train_step = run.compile_step(state)
         checkpoints.prepare(state)
         compile_seconds = time.perf_counter() - began
-        memory = train_step.memory_analysis()
         log(f"compiled in {compile_seconds:.1f} s")
         facts = {
             "environment": host.environment(),
@@ -167,7 +166,7 @@ def train(
                 "num_validation_tokens": run.dataset.num_validation_tokens,
             },
             "compile_seconds": compile_seconds,
-            "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
+            "peak_bytes": getattr(train_step.memory_analysis(), "peak_memory_in_bytes", None),
         }
         first(lambda: write_json(workdir / "run.json", facts))
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 
+from qkvjax import config as configs
 from qkvjax.analysis import columns, formats
 from qkvjax.analysis.costs import UNITS, train_flops
 from qkvjax.attention.spec import SHARINGS, sharing_name
@@ -37,7 +38,8 @@ def plan(config, name: str, *, memory=None, all_sharings=False, batches=()) -> t
     if all(size == 1 for size in config.mesh.values()) and where.count > 1:
         config.mesh.fsdp = -1
     if memory is None:
-        memory = where.chip.memory if where.chip else _memory_here() // where.count
+        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = where.chip.memory if where.chip else here // where.count
     own = _compiled(config, found)
     record = {"topology": name, "devices": where.count, "device_kind": found[0].device_kind}
     record |= {"memory_bytes_per_device": memory, **own}
@@ -61,7 +63,6 @@ def _compiled(config, devices) -> dict:
     """What the compiler says of a config's train step on these devices."""
     import jax
 
-    from qkvjax import config as configs
     from qkvjax.analysis.measure import peak_bytes
     from qkvjax.analysis.program import Program
     from qkvjax.data.tokenizers import tokenizer_size
@@ -130,43 +131,34 @@ def _local_bytes(leaf) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _memory_here() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _largest(config, devices, own: dict, memory: int) -> dict:
     """The largest micro-batch that fits, on the line through the peaks of the smallest one and of
     the given one (or twice the smallest)."""
     from qkvjax.parallel import rules
 
-    peak = lambda n: _compiled(_changed(config, n), devices)["peak_bytes_per_device"]  # noqa: E731
     ways = rules.ways("batch", sizes=own["mesh"])
     given, parts = config.data.batch_size // config.train.accumulation, config.train.accumulation
-    low = own["peak_bytes_per_device"] if given == ways else peak(ways)
+    low = own["peak_bytes_per_device"] if given == ways else _peak(config, devices, ways)
     if low > memory:
         return {"largest_micro_batch": 0}
     if given == ways or parts > 1:  # accumulation holds gradients of its own
-        given, high = 2 * ways, peak(2 * ways)
+        given, high = 2 * ways, _peak(config, devices, 2 * ways)
     else:
         high = own["peak_bytes_per_device"]
     more = (memory - low) * (given - ways) / max(1, high - low)
     return {"largest_micro_batch": ways * (1 + int(more // ways))}
 
 
-def _changed(config, batch: int | None = None, sharing: str | None = None):
-    from qkvjax import config as configs
-
-    config = configs.from_dict(configs.to_dict({k: v for k, v in config.items() if k != "study"}))
-    if batch is not None:
-        config.data.batch_size, config.train.accumulation = batch, 1
-    if sharing is not None:
-        config.model.sharing = sharing
-    return config
+def _peak(config, devices, batch: int) -> int:
+    """Peak bytes a device for a micro-batch."""
+    config = configs.changed(config, data={"batch_size": batch}, train={"accumulation": 1})
+    return _compiled(config, devices)["peak_bytes_per_device"]
 
 
 def _sharing(config, devices, sharing: str) -> dict:
     try:
-        return {"sharing": sharing, **_compiled(_changed(config, sharing=sharing), devices)}
+        config = configs.changed(config, model={"sharing": sharing})
+        return {"sharing": sharing, **_compiled(config, devices)}
     except UserError as error:  # heads or overrides that forbid it
         return {"sharing": sharing, "refused": str(error)}
 
@@ -179,7 +171,7 @@ def _why_not(row: dict) -> str:
 
 
 def _batch(config, devices, batch: int, memory: int) -> dict:
-    peak = _compiled(_changed(config, batch), devices)["peak_bytes_per_device"]
+    peak = _peak(config, devices, batch)
     return {"micro_batch": batch, "peak_bytes_per_device": peak, "fits": peak <= memory}
 
 

@@ -58,9 +58,8 @@ def _peak(config, sharing: str, mode: str, batch: int, context: int) -> int | No
     from qkvjax.data.tokenizers import tokenizer_size
     from qkvjax.models.spec import model_spec
 
-    config = configs.from_dict(configs.to_dict({k: v for k, v in config.items() if k != "study"}))
-    config.model.sharing = sharing
-    config.data.update(batch_size=batch, seq_len=context)
+    data = {"batch_size": batch, "seq_len": context}
+    config = configs.changed(config, model={"sharing": sharing}, data=data)
     config.train.accumulation = 1
     num_ids = tokenizer_size(config.data.tokenizer)
     spec = model_spec(configs.plain(config.model), num_ids, context)
