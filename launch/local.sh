@@ -51,10 +51,11 @@ reaper=$!
 code=0 killed=0
 for pid in "${pids[@]}"; do
     status=0
-    wait -f "$pid" || status=$? # -f: until it ends, not until it stands still
-    while kill -0 "$pid" 2>/dev/null; do # a signal came while it was waited for
+    wait "$pid" || status=$?
+    while kill -0 "$pid" 2>/dev/null; do # a signal came while it was waited for, or it stands still
+        sleep 0.2
         status=0
-        wait -f "$pid" || status=$?
+        wait "$pid" || status=$?
     done
     # Who was ended by a signal says less about the run than those who ended by themselves.
     if ((status > 130)); then killed=$status; elif ((status > code)); then code=$status; fi

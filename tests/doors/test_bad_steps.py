@@ -1,5 +1,8 @@
 """Training on data of which some are poison: it goes round them, or ends with an account."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -39,6 +42,25 @@ def test_a_few_bad_steps_are_counted_and_gone_past(door, recipe, tmp_path, poiso
     assert bad == [1, 14, 15, 16] and not (tmp_path / "rollbacks.jsonl").exists()
     # Within bad steps none is saved, not even the fifth.
     assert "resumed" not in told.out
+
+
+def test_who_asks_for_a_checkpoint_gets_it_among_bad_steps_too(
+    door, recipe, tmp_path, poison, monkeypatch
+):
+    poison(*range(12, 17))
+    poisoned = Dataset.batch
+
+    def batch(self, seed, step, *rest):
+        if step == 13:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return poisoned(self, seed, step, *rest)
+
+    monkeypatch.setattr(Dataset, "batch", batch)
+    told = door("train", f"--config={recipe}", f"--workdir={tmp_path}", *FLAGS,
+                "--config.train.keep_checkpoints=20")  # fmt: skip
+    assert told.code == 0, told.err
+    saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert 15 not in saved and saved & {13, 14, 16, 17}
 
 
 def test_many_in_a_row_go_back_and_leave_their_data_out(door, recipe, tmp_path, poison, lines):
