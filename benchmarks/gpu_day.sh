@@ -10,7 +10,7 @@
 # ml-collections, grain and tensorflow-datasets; PyTorch is used where it is there. Each stage
 # is meant to stay under 9 minutes and is stopped after 9. Not run on hardware yet.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 results=${1:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD:$PWD/benchmarks
@@ -39,7 +39,7 @@ if [ -n "${MINI:-}" ]; then
     small=tiny large=tiny dtype=float32 lengths="64" batches="2" widths="16"
     bench=(--config=configs/lm.py:depth=1 --config.data.seq_len=16 --config.data.batch_size=2
         --contexts=16 --batches=2)
-    study=(--config=configs/quickstart.py:steps=2,seeds=1 --config.model.d_model=16
+    study=("--config=configs/quickstart.py:steps=2,seeds=1" --config.model.d_model=16
         --config.data.seq_len=16 --config.evals.eval.max_labels=200
         --config.evals.eval_train.max_labels=200
         "--config.study.points=({'model.sharing': 'q-k-v'}, {'model.sharing': 'q-k=v'})")

@@ -33,7 +33,7 @@ for ((i = 0; i < count; i++)); do
         --process_id="$i" "$@" &
     pids+=("$!")
 done
-# shellcheck disable=SC2329  # by the traps
+# shellcheck disable=SC2317,SC2329  # by the traps
 forward() { kill -s "$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'forward TERM' TERM
 trap 'forward INT' INT

@@ -120,12 +120,17 @@ def test_without_the_compiler(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.aot
-def test_a_tpu_slice(tmp_path):
-    pytest.importorskip("libtpu", reason="pip install libtpu compiles for TPUs")
-    small = [*SMALL, "--config.model.d_model=256", "--config.model.num_kv_heads=4"]
-    done = plan(*small, "--config.data.batch_size=16", "--topology=v5e-16", f"--workdir={tmp_path}")
+@pytest.mark.parametrize(
+    ("compiler", "topology", "kind"),
+    [("libtpu", "v5e-16", "TPU v5 lite"), ("jax_plugins.xla_cuda13", "h200-8", "NVIDIA H200")],
+)
+def test_hardware_that_is_not_here(tmp_path, compiler, topology, kind):
+    pytest.importorskip(compiler, reason="its wheels compile for such hardware")
+    small = [*SMALL, "--config.model.d_model=256", "--config.model.num_kv_heads=4",
+             "--config.data.batch_size=16"]  # fmt: skip
+    done = plan(*small, f"--topology={topology}", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "plan.json").read_text())
-    assert record["device_kind"] == "TPU v5 lite" and record["roofline_seconds"] > 0
+    assert record["device_kind"] == kind and record["roofline_seconds"] > 0
     ratio = record["matmul_flops_per_device"] / record["analytic_flops_per_device"]
     assert abs(ratio - 1) < 0.02
