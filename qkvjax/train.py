@@ -118,7 +118,6 @@ def train(
     if workdir is None:
         return {}
     first(lambda: check_workdir(workdir, config, run.dataset.digest))
-    peak = host.peak_flops(run.mesh.size)
 
     with contextlib.ExitStack() as held, requests() as asked, jax.set_mesh(run.mesh):
         first(lambda: held.enter_context(only_one(workdir)))
@@ -154,17 +153,12 @@ def train(
         checkpoints.prepare(state)
         compile_seconds = time.perf_counter() - began
         log(f"compiled in {compile_seconds:.1f} s")
+        counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
+        described = {n: getattr(run.dataset, n) for n in ("description", "digest", *counts)}
         facts = {
             "environment": host.environment(),
             "costs": costs(run),
-            "data": {
-                "source": config.data.source,
-                "description": run.dataset.description,
-                "digest": run.dataset.digest,
-                "num_documents": run.dataset.num_documents,
-                "num_train_tokens": run.dataset.num_train_tokens,
-                "num_validation_tokens": run.dataset.num_validation_tokens,
-            },
+            "data": {"source": config.data.source} | described,
             "compile_seconds": compile_seconds,
             "peak_bytes": getattr(train_step.memory_analysis(), "peak_memory_in_bytes", None),
         }
@@ -182,7 +176,7 @@ def train(
                     steps=steps,
                     tokens_per_step=run.tokens_per_step,
                     flops_per_token=run.train_flops_per_token,
-                    peak_flops=peak,
+                    peak_flops=host.peak_flops(run.mesh.size),
                     log_every=run.durations.log_every,
                     eval_every=run.durations.eval_every,
                     checkpoint_every=run.durations.checkpoint_every,

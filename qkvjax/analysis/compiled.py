@@ -138,13 +138,12 @@ def _largest(config, devices, own: dict, memory: int) -> dict:
 
     ways = rules.ways("batch", sizes=own["mesh"])
     given, parts = config.data.batch_size // config.train.accumulation, config.train.accumulation
-    low = own["peak_bytes_per_device"] if given == ways else _peak(config, devices, ways)
+    high = own["peak_bytes_per_device"]
+    low = high if given == ways else _peak(config, devices, ways)
     if low > memory:
         return {"largest_micro_batch": 0}
     if given == ways or parts > 1:  # accumulation holds gradients of its own
         given, high = 2 * ways, _peak(config, devices, 2 * ways)
-    else:
-        high = own["peak_bytes_per_device"]
     more = (memory - low) * (given - ways) / max(1, high - low)
     return {"largest_micro_batch": ways * (1 + int(more // ways))}
 

@@ -16,6 +16,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -162,15 +163,21 @@ def _start(values: flags.FlagValues) -> None:
     patience = threading.Timer(values.init_seconds, _leave, [late])
     patience.daemon = True
     patience.start()
+    # By default jax listens on every address of the machine, to anybody.
+    listen = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+    host, _, port = listen.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        if index == 0:  # where it cannot listen, jax ends by a segmentation fault
+            with contextlib.suppress(socket.gaierror):  # a name of IPv6, perhaps
+                socket.create_server((host.strip("[]"), int(port)), family=family).close()
         jax.distributed.initialize(
             address, count, index, local_devices,
             initialization_timeout=values.init_seconds + 60,
             heartbeat_timeout_seconds=values.heartbeat_seconds,
-            # By default jax listens on every address of the machine, to anybody.
-            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address),
+            coordinator_bind_address=listen,
         )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise UserError(f"{str(error).strip().splitlines()[0][:200]}; {late}") from None
     finally:
         patience.cancel()

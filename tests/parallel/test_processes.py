@@ -184,6 +184,11 @@ def test_open_mpi_announces_the_others(trained, tmp_path):
         (["--num_processes=2"], "--coordinator and --process_id missing: nothing here announces"),
         (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "is none of the 2"),
         (["--coordinator=here", "--num_processes=2", "--process_id=0"], "has no port"),
+        (
+            ["--coordinator=192.0.2.1:2345", "--num_processes=2", "--process_id=0"],
+            "Cannot assign requested address",
+        ),
+        (["--coordinator=127.0.0.1:99999", "--num_processes=2", "--process_id=0"], "0-65535"),
         (["--num_processes=1", "--config.mesh.fsdp=3"], "needs a multiple of 3 devices"),
     ],
 )
