@@ -75,6 +75,11 @@ def once_it_trains(workdir, act):
     return wait
 
 
+def losses(workdir):
+    """Of training, by the step of their line."""
+    return {line["step"]: line["train/loss"] for line in read_lines(workdir / "metrics.jsonl")}
+
+
 def fingerprints(workdir, step=20):
     """Of every array of a checkpoint: equal only when every bit is."""
     text = (workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_text()

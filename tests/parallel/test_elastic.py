@@ -3,9 +3,7 @@
 import shutil
 
 import pytest
-from processes import TINY, fingerprints, finish, start
-
-from qkvjax.training.metrics import read_lines
+from processes import TINY, fingerprints, finish, losses, start
 
 pytestmark = pytest.mark.slow
 # processes, devices of each, mesh
@@ -50,10 +48,7 @@ def test_a_run_of_two_processes_with_two_devices_goes_on_as(train, trained, tmp_
     shutil.rmtree(workdir / "checkpoints" / "20")
     told = train(workdir, *LAYOUTS[layout])
     assert "resumed after step 10 of 20, equal within rounding" in told
-    found, before = (
-        {line["step"]: line["train/loss"] for line in read_lines(folder / "metrics.jsonl")}
-        for folder in (workdir, trained)
-    )
+    found, before = losses(workdir), losses(trained)
     assert list(found) == list(before) == [5, 10, 15, 20]
     assert list(found.values()) == pytest.approx(list(before.values()), rel=1e-6)
     if LAYOUTS[layout][2] == "fsdp=-1":  # the same mesh

@@ -19,6 +19,7 @@ from processes import (
     fingerprints,
     finish,
     free_port,
+    losses,
     once_it_trains,
     start,
 )
@@ -55,10 +56,6 @@ def trained(train, tmp_path_factory):
 
 def codes(told):
     return [code for code, _, _ in told]
-
-
-def losses(workdir):
-    return {line["step"]: line["train/loss"] for line in read_lines(workdir / "metrics.jsonl")}
 
 
 def test_process_0_alone_writes_and_prints(trained):
