@@ -22,20 +22,17 @@ from absl import flags
 from qkvjax import cli
 from qkvjax.errors import UserError
 
-
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_multi_string("workdir", [], "a trained run; repeat it for several",
-                              flag_values=values)  # fmt: skip
-    flags.DEFINE_list("projections", None, "which, as the sharing has them: q,kv; all if unset",
-                      flag_values=values)  # fmt: skip
-    flags.DEFINE_string("data", None, "another corpus, as data.source names it", flag_values=values)
-    flags.DEFINE_integer("step", None, "which checkpoint; the newest if unset", flag_values=values)
-    flags.DEFINE_integer("num_sequences", 8, "sequences that activations come from",
-                         lower_bound=1, flag_values=values)  # fmt: skip
+FLAGS = {
+    "workdir": (tuple, [], "a trained run; repeat it for several"),
+    "projections": (list, None, "which, as the sharing has them: q,kv; all if unset"),
+    "data": (str, None, "another corpus, as data.source names it"),
+    "step": (int, None, "which checkpoint; the newest if unset"),
+    "num_sequences": (int, 8, "sequences that activations come from", 1),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(argv, __doc__, define, body)
+    return cli.run(argv, __doc__, FLAGS, body)
 
 
 def body(values: flags.FlagValues) -> None:

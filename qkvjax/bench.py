@@ -32,18 +32,19 @@ from qkvjax.parallel import host
 MEASURES = ("memory", "decode", "kernels")
 
 
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "where the figures are kept", flag_values=values)
-    flags.DEFINE_list("batches", None, "sequences of a batch, with commas; unset means a fourth"
-                      " of data.batch_size, all and four times it", flag_values=values)  # fmt: skip
-    flags.DEFINE_list("contexts", None, "tokens of a sequence; unset means half, one and two times"
-                      " data.seq_len", flag_values=values)  # fmt: skip
+FLAGS = {
+    "workdir": (str, None, "where the figures are kept"),
+    "batches": (list, None, "sequences of a batch, with commas; unset means a fourth of"
+                " data.batch_size, all and four times it"),
+    "contexts": (list, None, "tokens of a sequence; unset means half, one and two times"
+                 " data.seq_len"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv if argv is None else argv)
     what = given.pop(1) if len(given) > 1 and not given[1].startswith("-") else None
-    return cli.run(given, __doc__, define, lambda values: body(values, what), config="required")
+    return cli.run(given, __doc__, FLAGS, lambda values: body(values, what), config="required")
 
 
 def body(values: flags.FlagValues, what: str | None) -> None:

@@ -12,7 +12,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -83,7 +83,7 @@ def _main(argv: Sequence[str]) -> int:
 def run(
     argv: Sequence[str] | None,
     doc: str,
-    define: Callable[[flags.FlagValues], None],
+    table: Mapping[str, tuple],
     body: Callable[[flags.FlagValues], int | None],
     *,
     config: str | None = None,
@@ -94,20 +94,32 @@ def run(
       argv: the program's name and its arguments; None means the process's own. A list that
         starts with a flag is taken to lack the name.
       doc: the door's docstring, shown by --help.
-      define: defines the door's own flags on the FlagValues it is given.
+      table: the door's own flags, as `define` takes them.
       body: the door; returns None or 0 when done.
       config: "required" or "optional" where the door takes `--config` and its overrides.
     """
     argv = list(sys.argv if argv is None else argv)
     if not argv or argv[0].startswith("-"):
         argv = ["qkvjax", *argv]
-    return for_a_reader(lambda: _run(argv, doc, define, body, config))
+    return for_a_reader(lambda: _run(argv, doc, table, body, config))
 
 
-def _run(argv: list[str], doc: str, define, body, config: str | None) -> int:
+def define(values: flags.FlagValues, table: Mapping[str, tuple]) -> None:
+    """Defines flags: name -> (type, default, help) or (type, default, help, least[, most]); a list
+    is written with commas, a tuple by repeating the flag."""
+    kinds = {
+        str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float,
+        bool: flags.DEFINE_bool, list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string,
+    }  # fmt: skip
+    for name, (kind, default, text, *bounds) in table.items():
+        bounds = dict(zip(("lower_bound", "upper_bound"), bounds))
+        kinds[kind](name, default, text, flag_values=values, **bounds)
+
+
+def _run(argv: list[str], doc: str, table, body, config: str | None) -> int:
     values = flags.FlagValues()
     try:
-        define(values)
+        define(values, table)
         if {"-h", "--help", "-help", "--helpfull"} & set(argv[1:]):
             print(help_text(doc, values, config is not None))
             return 0

@@ -29,19 +29,19 @@ TASKS = ("import", "tie")
 MOST_TOKENS = 1024
 
 
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("source", None, "import: a .gguf file", flag_values=values)
-    flags.DEFINE_string("workdir", None, "import: where the model is put; tie: the trained run",
-                        flag_values=values)  # fmt: skip
-    flags.DEFINE_string("output", None, "tie: where the tied model is put", flag_values=values)
-    flags.DEFINE_string("sharing", None, "tie: what it shares, such as q-k=v", flag_values=values)
-    flags.DEFINE_string("method", "average", "tie: average", flag_values=values)
+FLAGS = {
+    "source": (str, None, "import: a .gguf file"),
+    "workdir": (str, None, "import: where the model is put; tie: the trained run"),
+    "output": (str, None, "tie: where the tied model is put"),
+    "sharing": (str, None, "tie: what it shares, such as q-k=v"),
+    "method": (str, "average", "tie: average"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv if argv is None else argv)
     task = given.pop(1) if len(given) > 1 and not given[1].startswith("-") else None
-    return cli.run(given, __doc__, define, lambda values: body(values, task))
+    return cli.run(given, __doc__, FLAGS, lambda values: body(values, task))
 
 
 def body(values: flags.FlagValues, task: str | None) -> None:

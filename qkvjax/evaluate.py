@@ -32,20 +32,19 @@ TASKS = {
 }
 
 
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "the trained run", flag_values=values)
-    flags.DEFINE_list("tasks", None, "what to score, with commas: bits_per_byte (text) or accuracy;"
-                      " unset means what the run was evaluated by", flag_values=values)  # fmt: skip
-    flags.DEFINE_string("data", None, "another corpus, as data.source names it", flag_values=values)
-    flags.DEFINE_integer("step", None, "which checkpoint; the newest if unset", flag_values=values)
-    flags.DEFINE_bool("verify", False, "only check that checkpoints are what was saved",
-                      flag_values=values)  # fmt: skip
-    flags.DEFINE_integer("batch_size", None, "rows at a time; does not change the score",
-                         flag_values=values)  # fmt: skip
+FLAGS = {
+    "workdir": (str, None, "the trained run"),
+    "tasks": (list, None, "what to score, with commas: bits_per_byte (text) or accuracy; unset"
+              " means what the run was evaluated by"),
+    "data": (str, None, "another corpus, as data.source names it"),
+    "step": (int, None, "which checkpoint; the newest if unset"),
+    "verify": (bool, False, "only check that checkpoints are what was saved"),
+    "batch_size": (int, None, "rows at a time; does not change the score", 1, 2**20),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(argv, __doc__, define, body)
+    return cli.run(argv, __doc__, FLAGS, body)
 
 
 def body(values: flags.FlagValues) -> None:
@@ -56,8 +55,6 @@ def body(values: flags.FlagValues) -> None:
             )
     if not values.workdir:
         raise UserError("--workdir=DIR is missing: which run should be scored?")
-    if values.batch_size is not None and not 1 <= values.batch_size <= 2**20:
-        raise UserError(f"--batch_size={values.batch_size} must be at least 1 and at most 2^20")
     if values.verify and (values.tasks or values.data):
         raise UserError("--verify scores nothing: leave --tasks and --data out")
     from qkvjax.parallel import host

@@ -21,29 +21,22 @@ from absl import flags
 from qkvjax import cli
 from qkvjax.errors import UserError
 
-
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_multi_string(
-        "workdir", [], "a trained run; repeat it to compare", flag_values=values
-    )
-    flags.DEFINE_string("prompt", "", "text to go on from", flag_values=values)
-    flags.DEFINE_integer("max_tokens", 200, "how many tokens to sample", flag_values=values)
-    flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the samples", flag_values=values)
-    flags.DEFINE_integer("step", None, "which checkpoint; the newest if unset", flag_values=values)
-    flags.DEFINE_string(
-        "cache_layout", None, "kv or shared; the smallest that fits if unset", flag_values=values
-    )
-    flags.DEFINE_integer("cache_length", None, "room in tokens; as much as needed if unset",
-                         flag_values=values)  # fmt: skip
-    flags.DEFINE_string("cache_dtype", None, "float32, bfloat16 or int8; the model's if unset",
-                        flag_values=values)  # fmt: skip
-    flags.DEFINE_integer("page_size", None, "tokens of a page; contiguous if unset",
-                         flag_values=values)  # fmt: skip
+FLAGS = {
+    "workdir": (tuple, [], "a trained run; repeat it to compare"),
+    "prompt": (str, "", "text to go on from"),
+    "max_tokens": (int, 200, "how many tokens to sample"),
+    "temperature": (float, 0.8, "0 takes the likeliest token"),
+    "seed": (int, 0, "of the samples"),
+    "step": (int, None, "which checkpoint; the newest if unset"),
+    "cache_layout": (str, None, "kv or shared; the smallest that fits if unset"),
+    "cache_length": (int, None, "room in tokens; as much as needed if unset"),
+    "cache_dtype": (str, None, "float32, bfloat16 or int8; the model's if unset"),
+    "page_size": (int, None, "tokens of a page; contiguous if unset"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(argv, __doc__, define, body)
+    return cli.run(argv, __doc__, FLAGS, body)
 
 
 def body(values: flags.FlagValues) -> None:

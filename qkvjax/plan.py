@@ -39,36 +39,30 @@ LONGEST_DEFAULT_CONTEXT = 131_072
 FOR_MODEL = ("memory", "bandwidth", "context", "weight_dtype", "cache_dtype")
 
 
+FLAGS = {
+    "model": (str, None, "a Hugging Face config.json, or the folder that holds it"),
+    "memory": (str, MEMORY, f"bytes for weights and cache, as 80GB or 141GiB; of {DEVICE}"),
+    "bandwidth": (str, BANDWIDTH, f"bytes that memory delivers a second; of {DEVICE}"),
+    "weight_dtype": (str, "bfloat16", "of the weights: bfloat16, float16, float32 or int8"),
+    "cache_dtype": (str, "bfloat16", "of the cache: bfloat16, float16, float32 or int8"),
+    "topology": (
+        str, None, "compile for hardware that is not here: v5e-16, v6e-256, h200-8, cpu:8"
+    ),
+    "workdir": (str, None, "where plan.json goes; made when absent"),
+    "context": (
+        int, None, "tokens of each user; unset means the model's maximum, at most 131072", 1, 10**12
+    ),
+    "all_sharings": (bool, False, "with --topology: a row a sharing"),
+    "batches": (list, [], "with --topology: a row for each micro-batch"),
+}  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The door; returns its exit code."""
     words = list(sys.argv if argv is None else argv)
     words = words if words and words[0].startswith("-") else words[1:]
     command = shlex.join(["qkvjax", "plan", *words])
-    return cli.run(argv, __doc__, define, lambda values: plan(values, command), config="optional")
-
-
-def define(values: flags.FlagValues) -> None:
-    """The flags."""
-    text = {
-        "model": (None, "a Hugging Face config.json, or the folder that holds it"),
-        "memory": (MEMORY, f"bytes for weights and cache, as 80GB or 141GiB; of {DEVICE}"),
-        "bandwidth": (BANDWIDTH, f"bytes that memory delivers a second; of {DEVICE}"),
-        "weight_dtype": ("bfloat16", "of the weights: bfloat16, float16, float32 or int8"),
-        "cache_dtype": ("bfloat16", "of the cache: bfloat16, float16, float32 or int8"),
-        "topology": (None, "compile for hardware that is not here: v5e-16, v6e-256, h200-8, cpu:8"),
-        "workdir": (None, "where plan.json goes; made when absent"),
-    }
-    for name, (default, help_text) in text.items():
-        flags.DEFINE_string(name, default, help_text, flag_values=values)
-    flags.DEFINE_integer(
-        "context", None, "tokens of each user; unset means the model's maximum, at most 131072",
-        lower_bound=1, upper_bound=10**12, flag_values=values,
-    )  # fmt: skip
-
-    flags.DEFINE_bool("all_sharings", False, "with --topology: a row a sharing", flag_values=values)
-    flags.DEFINE_list(
-        "batches", [], "with --topology: a row for each micro-batch", flag_values=values
-    )
+    return cli.run(argv, __doc__, FLAGS, lambda values: plan(values, command), config="optional")
 
 
 def plan(values: flags.FlagValues, command: str) -> None:

@@ -25,26 +25,21 @@ from absl import flags
 from qkvjax import cli
 from qkvjax.errors import UserError
 
-
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "where the study is kept", flag_values=values)
-    flags.DEFINE_integer(
-        "jobs", None, "runs at a time; unset means one a core on CPU, else one", flag_values=values
-    )
-    flags.DEFINE_bool("list", False, "print the points and their state", flag_values=values)
-    flags.DEFINE_integer("point", None, "train this one only", flag_values=values)
-    flags.DEFINE_bool(
-        "measure", False, "only measure what each point costs on this machine", flag_values=values
-    )
-    flags.DEFINE_bool("report_only", False, "write the report of what is there", flag_values=values)
-    flags.DEFINE_float("max_seconds", None, "start no run that would not end in time",
-                       flag_values=values)  # fmt: skip
+FLAGS = {
+    "workdir": (str, None, "where the study is kept"),
+    "jobs": (int, None, "runs at a time; unset means one a core on CPU, else one", 1),
+    "list": (bool, False, "print the points and their state"),
+    "point": (int, None, "train this one only"),
+    "measure": (bool, False, "only measure what each point costs on this machine"),
+    "report_only": (bool, False, "write the report of what is there"),
+    "max_seconds": (float, None, "start no run that would not end in time"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv if argv is None else argv)
     arguments = given if given and given[0].startswith("-") else given[1:]
-    return cli.run(argv, __doc__, define, lambda values: body(values, arguments), config="required")
+    return cli.run(argv, __doc__, FLAGS, lambda values: body(values, arguments), config="required")
 
 
 def body(values: flags.FlagValues, arguments: list[str]) -> int:
@@ -53,8 +48,6 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
     from qkvjax.studies.scheduler import measure_here, run_all
     from qkvjax.training.run import only_one, open_workdir
 
-    if values.jobs is not None and values.jobs < 1:
-        raise UserError(f"--jobs={values.jobs} must be at least 1")
     study = Study(values.config, open_workdir(values.workdir))
     if values.list:
         print(study.listing())

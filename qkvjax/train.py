@@ -29,19 +29,18 @@ from absl import flags
 from qkvjax import cli
 from qkvjax.parallel import distributed, host
 
-
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "print the cost table and stop", flag_values=values)
-    flags.DEFINE_integer(
-        "stall_seconds", 1800, "without progress for so long it ends with stack traces; 0: never",
-        lower_bound=0, flag_values=values,
-    )  # fmt: skip
-    distributed.define_flags(values)
+FLAGS = {
+    "workdir": (str, None, "where the run is kept"),
+    "dry_run": (bool, False, "print the cost table and stop"),
+    "stall_seconds": (
+        int, 1800, "without progress for so long it ends with stack traces; 0: never", 0,
+    ),
+    **distributed.FLAGS,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(argv, __doc__, define, body, config="required")
+    return cli.run(argv, __doc__, FLAGS, body, config="required")
 
 
 def body(values: flags.FlagValues) -> int:

@@ -9,7 +9,7 @@ import re
 
 from qkvjax import config as configs
 from qkvjax.analysis import columns, formats
-from qkvjax.analysis.costs import UNITS, train_flops
+from qkvjax.analysis.costs import UNITS
 from qkvjax.attention.spec import SHARINGS, sharing_name
 from qkvjax.errors import UserError
 
@@ -100,11 +100,30 @@ def _compiled(config, devices) -> dict:
         "temporary_bytes_per_device": memory.temp_size_in_bytes,
         "peak_bytes_per_device": peak_bytes(compiled),
         "matmul_flops_per_device": program.matmul_flops(),
-        "analytic_flops_per_device": tokens * train_flops(spec, config.data.seq_len) / mesh.size,
+        "analytic_flops_per_device": _analytic_flops(config, spec, mesh),
         "bytes_accessed_per_device": cost.get("bytes accessed"),
         "tokens_per_step": tokens,
         "collectives": program.collectives(),
     }  # fmt: skip
+
+
+def _analytic_flops(config, spec, mesh) -> float:
+    """FLOPs a device of a step's matrix products: the model's formula, with the pairs of those
+    tiles of attention that are computed, and what train.remat computes again."""
+    from qkvjax.kernels import xla
+
+    length = config.data.seq_len
+    macs = spec.forward_macs(length)
+    for layer in spec.layers:
+        skips = layer.causal and mesh.shape["context"] == 1
+        tiles = xla.tiles_of(length, skips, layer.window)
+        pairs = sum((rows.stop - rows.start) * (seen.stop - seen.start) for rows, seen in tiles)
+        macs += 2 * layer.num_heads * layer.head_dim * (pairs - layer.pairs(length))
+    again = 0
+    if config.train.remat == "block":  # each layer but its last product, whose result is not used
+        last = spec.num_layers * spec.feed_forward.top * spec.d_ff
+        again = macs - length * spec.d_model * (spec.num_outputs + last)
+    return (6 * macs + 2 * again) * config.data.batch_size / mesh.size
 
 
 def _asked_for(error: Exception) -> int:
@@ -266,7 +285,8 @@ def _notes(record: dict, chip) -> list[str]:
         "Peak: arguments, results and temporaries that the compiler plans. Bytes of collectives:"
         " of their results on one device, loops counted as often as they run. The largest"
         " micro-batch lies on a line through two compiled peaks."
-        " Causal attention skips tiles that no query sees; the model's formula counts all pairs.",
+        " FLOPs by the formula: of the tiles of attention that are computed, and of the layers"
+        " once more where train.remat=block computes them again.",
     ]
     if chip is None:
         notes.append("Virtual devices share this machine's memory evenly and have no roofline.")

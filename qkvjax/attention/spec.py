@@ -299,12 +299,14 @@ class AttentionSpec:
         """
         widths = [self.num_role_heads(block[0]) * self.head_dim for block in self.blocks]
         inner = self.num_heads * self.head_dim
-        band = (
-            length
-            if self.window is None
-            else min(length, self.window if self.causal else 2 * self.window - 1)
-        )
-        return length * self.d_model * (sum(widths) + inner) + 2 * length * band * inner
+        return length * self.d_model * (sum(widths) + inner) + 2 * self.pairs(length) * inner
+
+    def pairs(self, length: int) -> int:
+        """The pairs of places that `forward_macs` counts."""
+        band = length
+        if self.window is not None:
+            band = min(length, self.window if self.causal else 2 * self.window - 1)
+        return length * band
 
     def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
         """Bytes the decode cache of this layer holds for each token."""

@@ -30,16 +30,22 @@ def attention(
     # cache is stored so, and its transpositions cancel.
     q_BKGTH = q.transpose(0, 2, 1, 3).reshape(batch, k.shape[2], -1, length, width)
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    size = max(SMALLEST_TILE, -(-length // TILES)) if causal else length
     tiles = []
-    for start in range(0, length, size):
-        first = max(0, start - window + 1) if causal and window else 0
-        rows = slice(start, start + size)
-        seen = slice(first, start + size) if causal else slice(None)
+    for rows, seen in tiles_of(length, causal, window):
         tile = q_BKGTH[..., rows, :], k_BKSH[:, :, seen], v_BKSH[:, :, seen], mask[:, rows, seen]
         tiles.append(_attend(*tile, softcap))
     out = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=3)
     return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
+
+
+def tiles_of(length: int, causal: bool, window: int | None) -> list[tuple[slice, slice]]:
+    """The queries of each tile and the keys it is computed with; none is skipped unless causal."""
+    if not causal:
+        return [(slice(0, length), slice(0, length))]
+    size = max(SMALLEST_TILE, -(-length // TILES))
+    starts, behind = range(0, length, size), window - 1 if window else length
+    ends = [min(length, start + size) for start in starts]
+    return [(slice(a, b), slice(max(0, a - behind), b)) for a, b in zip(starts, ends)]
 
 
 def _attend(q, k, v, mask, softcap):

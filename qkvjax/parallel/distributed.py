@@ -37,25 +37,14 @@ _rounds = itertools.count()
 _index, _count = 0, 1
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    """The flags of a door that may be one process of several."""
-    from absl import flags
-
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where nothing announces it",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_integer(
-        "num_processes", None, "processes of the job; 1 looks for no others", flag_values=values
-    )
-    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
-    flags.DEFINE_integer(
-        "init_seconds", 1800, "how long the processes wait for each other", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "heartbeat_seconds", 100, "after so long without a sign a process counts as dead",
-        flag_values=values,
-    )  # fmt: skip
+# The flags of a door that may be one process of several.
+FLAGS = {
+    "coordinator": (str, None, "HOST:PORT of process 0, where nothing announces it"),
+    "num_processes": (int, None, "processes of the job; 1 looks for no others"),
+    "process_id": (int, None, "which of them this is, from 0"),
+    "init_seconds": (int, 1800, "how long the processes wait for each other"),
+    "heartbeat_seconds": (int, 100, "after so long without a sign a process counts as dead"),
+}
 
 
 def several() -> bool:

@@ -120,7 +120,10 @@ def devices(topology: Topology) -> list:
 
     kind, _, number = topology.name.partition("-")
     grid = topology.chip.slices[int(number)]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    # There is no metadata server to ask for the names of workers.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"} | os.environ
+    # A program for devices that are not here can be kept, but not read again.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         if kind == "h200":
             found = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=grid)

@@ -67,6 +67,26 @@ def test_eight_devices(tmp_path):
         assert words in done.stdout
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["mesh.tensor=2", "train.accumulation=2"],
+        ["mesh.tensor=2", "train.accumulation=2", "train.remat=block"],
+        ["mesh.context=2", "train.remat=block"],
+        ["model.window=100", "model.mlp=gelu", "train.remat=dots"],
+    ],
+    ids=" ".join,
+)
+def test_compiled_flops_are_the_analytic_ones(tmp_path, more):
+    """Where attention is much of the work, in tiles, and where layers are computed again."""
+    more = [f"--config.{field}" for field in ("data.seq_len=512", "mesh.fsdp=-1", *more)]
+    done = plan(*SMALL, *more, "--topology=cpu:4", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "plan.json").read_text())
+    ratio = record["matmul_flops_per_device"] / record["analytic_flops_per_device"]
+    assert abs(ratio - 1) < 0.02
+
+
 def test_a_mesh_of_one_takes_all_devices(tmp_path):
     done = plan(*SMALL, "--topology=cpu:4", "--memory=100kB", f"--workdir={tmp_path}")
     assert done.returncode == 2 and "Traceback" not in done.stderr

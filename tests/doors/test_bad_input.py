@@ -205,7 +205,7 @@ def test_which_checkpoint(door, tied, checksums, name, flags, message):
         (["--tasks=f1"], "no task 'f1': use bits_per_byte, accuracy"),
         (["--tasks=bits_per_bite"], "did you mean 'bits_per_byte'"),
         (["--tasks="], "no task ''"),
-        (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--batch_size=0"], "--batch_size=0: 0 is not an integer in the range"),
         (["--batch_size=x"], "--batch_size=x"),
         (["--data=text:nowhere"], "nothing is at"),
         (["--data="], "data.source='' is unknown: use one of"),

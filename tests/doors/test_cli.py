@@ -18,11 +18,7 @@ DOORS = sorted(cli.DOORS)
 
 def flags_of(door):
     """The flags that a door defines."""
-    from absl import flags
-
-    values = flags.FlagValues()
-    importlib.import_module(f"qkvjax.{door}").define(values)
-    return list(values)
+    return list(importlib.import_module(f"qkvjax.{door}").FLAGS)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -81,7 +77,7 @@ def test_an_unknown_flag(door, recipe, capsys):
 
 
 def run(body, *args, config=None):
-    return cli.run(["door", *args], "Doc.", lambda values: None, body, config=config)
+    return cli.run(["door", *args], "Doc.", {}, body, config=config)
 
 
 def test_what_a_body_raises(capsys):

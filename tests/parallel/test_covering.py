@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from processes import found
 
+from qkvjax import cli
 from qkvjax import config as configs
 from qkvjax.analysis.program import Program
 from qkvjax.parallel import distributed
@@ -96,7 +97,7 @@ def train(folder, model, mesh, accumulation):
 def main(folder, points):
     """What one process of those with 8 devices does; it prints what it found."""
     values = flags.FlagValues()
-    distributed.define_flags(values)
+    cli.define(values, distributed.FLAGS)
     values(sys.argv)
     with distributed.job(values):
         print("found: " + json.dumps([train(folder, *point) for point in points]), flush=True)
