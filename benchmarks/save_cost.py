@@ -25,7 +25,7 @@ from qkvjax.parallel import host
 from qkvjax.training.checkpoint import Checkpoints
 from qkvjax.training.run import prepare_run
 
-STEPS, ROUNDS = 36, 30
+STEPS, ROUNDS = 36, 100
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 

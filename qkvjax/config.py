@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, did_you_mean, read_object
 from qkvjax.fields import DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
 
 # What fixes a run: a workdir with other values is refused.
@@ -150,16 +150,9 @@ def _group(name: str, values: Mapping) -> ml_collections.ConfigDict:
 
 def load(path: str | Path) -> ml_collections.ConfigDict:
     """Reads a `config.json`."""
-    try:
-        values = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is this the workdir of a training run?") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path} is no JSON ({error}): restore it from a copy") from None
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path} is no JSON object: restore it from a copy")
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: is this the workdir of a training run?")
+    values = read_object(Path(path), "restore it from a copy")
     try:
         return from_dict(values)
     except UserError as error:

@@ -13,7 +13,6 @@ trained, so a model that was not made for it loses most of what it knows.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from absl import flags
 
 from qkvjax import cli
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.parallel import host
 
 TASKS = ("import", "tie")
 # Windows that an imported model is scored in, unless it was made for shorter ones.
@@ -76,7 +76,7 @@ def import_(values: flags.FlagValues) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"source": source.name, "sha256": digest, "quantization": found.quantization}
     arrays = {f"model.{name}": array for name, array in found.arrays.items()}
-    spec = save_model(workdir, config, arrays, origin | {"date": _now()})
+    spec = save_model(workdir, config, arrays, origin | {"date": host.now()})
     print(
         f"{workdir}: {spec.num_params:,} parameters of {source.name} ({found.quantization},"
         f" widened to float32); the cache takes {spec.cache_bytes_per_token('bfloat16'):,} bytes a"
@@ -111,17 +111,13 @@ def tie(values: flags.FlagValues) -> None:
     tied = tied_arrays(arrays, names, old, values.sharing)
     origin = {
         "source": str(Path(values.workdir).absolute()), "step": step, "sharing": str(old),
-        "method": values.method, "date": _now(),
+        "method": values.method, "date": host.now(),
     }  # fmt: skip
     spec = save_model(output, config, tied, origin)
     print(
         f"{output}: {sharing_name(old)} became {sharing_name(values.sharing)} by {values.method},"
         f" {spec.num_params:,} parameters; nothing was trained"
     )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Errors that a user can cause and repair."""
 
+import json
+from pathlib import Path
+
 
 class UserError(Exception):
     """Bad input, with a message that names the remedy.
@@ -22,3 +25,22 @@ def did_you_mean(word: str, choices) -> str:
 
     near = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def read_object(path: Path, remedy: str = "restore it from a copy, or delete it") -> dict:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it cannot be read, or holds something else; `remedy` says what helps.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check the path, or {remedy}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        raise UserError(f"{path} is no JSON ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object: {remedy}")
+    return value

@@ -15,7 +15,6 @@ it; a damaged checkpoint is exit code 45.
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from absl import flags
 
 from qkvjax import cli
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.parallel import host
 
 # What each task writes a line about.
 TASKS = {
@@ -57,7 +57,6 @@ def body(values: flags.FlagValues) -> None:
         raise UserError("--workdir=DIR is missing: which run should be scored?")
     if values.verify and (values.tasks or values.data):
         raise UserError("--verify scores nothing: leave --tasks and --data out")
-    from qkvjax.parallel import host
 
     host.keep_freed_memory()
     if values.verify:
@@ -72,8 +71,7 @@ def body(values: flags.FlagValues) -> None:
     for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
         for line in score(task, model, dataset, config, values.batch_size):
             line = {"task": task, **line, "step": step, "data": values.data or config.data.source}
-            date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            append_line(Path(values.workdir) / "evaluation.jsonl", line | {"date": date})
+            append_line(Path(values.workdir) / "evaluation.jsonl", line | {"date": host.now()})
             told = f"{line['metric']} {line['value']:.6f} on {line['num_items']:,} labels"
             if tokenizer:
                 told += f" ({tokenizer.name} tokens, pads {100 * line['pad_fraction']:.1f} %)"

@@ -19,8 +19,6 @@ whether it fits, how each parameter is sharded, what is sent between devices.
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -32,6 +30,7 @@ from qkvjax import cli
 from qkvjax.analysis import columns, costs, formats, roofline
 from qkvjax.attention.spec import itemsize
 from qkvjax.errors import UserError
+from qkvjax.training import metrics
 
 DEVICE = "one H100 SXM"
 MEMORY, BANDWIDTH = "80GB", "3.35TB/s"
@@ -83,29 +82,15 @@ def plan(values: flags.FlagValues, command: str) -> None:
     else:
         lines, record = plan_model(values)
     if values.workdir is not None:
-        path = write_json(Path(values.workdir), {"command": command, **record})
+        path = Path(values.workdir) / "plan.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metrics.write_json(path, {"command": command, **record})
         lines += ["", f"written: {path}"]
     print("\n".join(lines))
     if record.get("fits") is False:
         from qkvjax.analysis import compiled
 
         raise UserError(compiled.too_large(record))
-
-
-def write_json(workdir: Path, record: dict) -> Path:
-    """Writes `plan.json` whole or not at all; returns its path."""
-    path, part = workdir / "plan.json", workdir / f".plan.json.{os.getpid()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        if part.exists():
-            part.unlink()
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror}): give another folder"
-        ) from None
-    return path
 
 
 def plan_recipe(values: flags.FlagValues) -> tuple[list[str], dict]:

@@ -168,18 +168,10 @@ def train(
             metrics = Metrics(workdir, done, configs.to_dict(config)) if is_first else None
             try:
                 state, summary = loop.fit(
+                    run,
                     state,
                     train_step,
-                    mesh=run.mesh,
                     make_batch=lambda step: run.batch(guard.data_step(step, rollbacks)),
-                    steps=steps,
-                    tokens_per_step=run.tokens_per_step,
-                    flops_per_token=run.train_flops_per_token,
-                    peak_flops=host.peak_flops(run.mesh.size),
-                    log_every=run.durations.log_every,
-                    eval_every=run.durations.eval_every,
-                    checkpoint_every=run.durations.checkpoint_every,
-                    max_seconds=config.train.max_seconds,
                     evaluators=evaluators,
                     checkpoints=checkpoints,
                     metrics=metrics,

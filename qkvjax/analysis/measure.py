@@ -6,7 +6,6 @@ once, and what is reported is its time over the baseline's in the same round.
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -62,7 +61,7 @@ def measure(points: Mapping[str, object], log: Callable[[str], None] = print) ->
     baseline = next(iter(points))
     run = runs[baseline]
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": host.now(),
         "device": host.device_name(),
         "environment": host.environment(),
         "rounds": ROUNDS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterator
 
 from qkvjax import config as configs
@@ -31,7 +30,6 @@ def measure(config, batches: list[int], contexts: list[int], log: Callable[[str]
     from qkvjax.parallel import host
 
     facts = {"what": "memory", "device": host.device_name(), "environment": host.environment()}
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     places = [(b, config.data.seq_len) for b in batches]
     places += [(config.data.batch_size, c) for c in contexts]
     records, refused = [], None
@@ -46,7 +44,7 @@ def measure(config, batches: list[int], contexts: list[int], log: Callable[[str]
                 records.append(facts | {
                     "mode": mode, "sharing": sharing, "batch": batch, "context": context,
                     "peak_bytes": peak, "base_batch": config.data.batch_size,
-                    "base_context": config.data.seq_len, "date": date,
+                    "base_context": config.data.seq_len, "date": host.now(),
                 })  # fmt: skip
         log(refused or f"compiled {sharing_name(sharing)}")
         refused = None
@@ -59,8 +57,9 @@ def _peak(config, sharing: str, mode: str, batch: int, context: int) -> int | No
     from qkvjax.models.spec import model_spec
 
     data = {"batch_size": batch, "seq_len": context}
-    config = configs.changed(config, model={"sharing": sharing}, data=data)
-    config.train.accumulation = 1
+    config = configs.changed(
+        config, model={"sharing": sharing}, data=data, train={"accumulation": 1}
+    )
     num_ids = tokenizer_size(config.data.tokenizer)
     spec = model_spec(configs.plain(config.model), num_ids, context)
     program = {"train": _train_step, "decode": _decode_step}[mode]

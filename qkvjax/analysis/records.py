@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from qkvjax.errors import UserError
+from qkvjax.errors import UserError, read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +68,11 @@ def read(workdir: Path) -> Records:
 
 def _read_study(path: Path) -> dict:
     remedy = "run `qkvjax study` in this workdir first, or restore the file from a copy"
+    study = read_object(path, remedy)
     try:
-        study = json.loads(path.read_text(encoding="utf-8"))
         labels = [point["label"] for point in study["points"]]
         found = study["baseline"] in labels
         list(study["seeds"])
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}): {remedy}") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} describes no study (it lacks {error}): {remedy}") from None
     if not found:
@@ -120,11 +116,11 @@ def _read_measurements(path: Path, notes: list[str]) -> dict:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = read_object(path)
+    except UserError as error:
         notes.append(f"measurements.json is unreadable ({error}); its columns say “not measured”.")
         return {}
-    rows = value.get("rows", []) if isinstance(value, dict) else None
+    rows = value.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         notes.append("measurements.json is damaged; its columns say “not measured”.")
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Callable, Iterator
 
@@ -130,7 +129,7 @@ def _facts(what: str, config, batch: int, context: int, variant) -> dict:
         "what": what, "sharing": sharing, "rotary_values": values, "impl": impl, "batch": batch,
         "context": context, "dtype": config.train.compute_dtype, "device": host.device_name(),
         "environment": _environment(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": host.now(),
     }  # fmt: skip
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from qkvjax.data.sources import expanded
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, did_you_mean, read_object
 
 KINDS = ("bytes", "bpe", "gpt2")
 GPT2_SEPARATOR, GPT2_IDS = 50256, 50257
@@ -80,8 +79,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         ) from None
     if kind == "gpt2":
         files = encoder, merges = _gpt2_files(path)
-        vocabulary = _read_json(encoder)
-        if not isinstance(vocabulary, dict) or len(vocabulary) != GPT2_IDS:
+        vocabulary = read_object(encoder)
+        if len(vocabulary) != GPT2_IDS:
             raise UserError(
                 f"{encoder} is no vocabulary of GPT-2's {GPT2_IDS:,} ids: save another tokenizer as"
                 " a tokenizer.json and use bpe:PATH"
@@ -200,19 +199,10 @@ def _gpt2_files(path):
     return found
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}): copy it again") from None
-
-
 def _read_tokenizer_json(path):
     """(table, separator) of a tokenizer.json; the separator is one more id where it names none."""
-    content = _read_json(path)
-    model = content.get("model") if isinstance(content, dict) else None
+    content = read_object(path)
+    model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict):
         raise UserError(

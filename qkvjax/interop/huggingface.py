@@ -10,12 +10,11 @@ V vocabulary, L layers, E experts.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from qkvjax.attention.spec import AttentionSpec
-from qkvjax.errors import UserError
+from qkvjax.errors import UserError, read_object
 from qkvjax.interop.shapes import Layer, Model
 
 MOST, MOST_LAYERS = 10**9, 10_000
@@ -138,20 +137,12 @@ def read(path: str | Path) -> Model:
     path = Path(path)
     if path.is_dir():
         path = path / "config.json"
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file: --model takes a local config.json or its folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.is_file():
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): --model takes a local config.json or the"
-            " folder that holds it, for example after `hf download ORG/NAME config.json`"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}): download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object: a config.json is {{...}}")
-    return from_values(values, path)
+            f"{path} is no file: --model takes a local config.json or the folder that holds it, for"
+            " example after `hf download ORG/NAME config.json`"
+        )
+    return from_values(read_object(path, "download it again"), path)
 
 
 def from_values(values: Mapping, path: Path = Path("config.json")) -> Model:

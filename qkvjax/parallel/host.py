@@ -87,7 +87,7 @@ def environment() -> dict[str, object]:
     }
     device = jax.devices()[0]
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "python": platform.python_version(),
         **versions,
         "qkvjax": version(),
@@ -99,6 +99,11 @@ def environment() -> dict[str, object]:
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def now() -> str:
+    """The time as records write it: to the second, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def version() -> str:

@@ -115,6 +115,14 @@ def matrix_sharding(mesh: jax.sharding.Mesh, path: tuple[str, ...], shape) -> Na
     return NamedSharding(mesh, matrix_spec(path, shape, mesh.shape))
 
 
+def stacked(leaf: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+    """So many arrays like this one, on a new first axis that is not sharded."""
+    place = leaf.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+    return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=place)
+
+
 def host_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
     """Which of `count` rows over "batch" this process's devices hold: one range, or all rows where
     they hold several.

@@ -1,8 +1,9 @@
 """Checkpoints: the only importer of Orbax, plus fingerprints of every array.
 
 A checkpoint is `checkpoints/STEP/` with the arrays of the train state under the names of
-their tree paths, and a manifest with each array's shape, dtype and fingerprint. Orbax does
-not notice flipped bits in array data; the fingerprints, checked on restore, do.
+their tree paths, small ones in stacks, and a manifest with each array's shape, dtype and
+fingerprint. Orbax does not notice flipped bits in array data; the fingerprints, checked on
+restore, do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import orbax.checkpoint as ocp
 from qkvjax.errors import UserError
 from qkvjax.parallel.distributed import first, together
 from qkvjax.parallel.replicas import came_apart
-from qkvjax.training import quiet
+from qkvjax.training import quiet, stacks
 from qkvjax.training.guard import Rollback
 
 NO_INTACT_CHECKPOINT = 45
@@ -150,15 +151,19 @@ class Checkpoints:
 
     def prepare(self, state) -> None:
         """Compiles what the first save would be held up by."""
-        manifest(named_arrays(state))
+        arrays = named_arrays(state)
+        manifest(arrays)
+        stacks.joined(arrays, stacks.groups(arrays))
         check_copies(state)
 
     def save(self, step: int, state) -> None:
         """Starts saving; the state may be donated as soon as this returns."""
         arrays = named_arrays(state)
+        groups = stacks.groups(arrays)
+        told = {"arrays": manifest(arrays), "surroundings": self._surroundings, "stacks": groups}
         items = ocp.args.Composite(**{
-            _STATE: ocp.args.PyTreeSave(arrays),
-            _MANIFEST: ocp.args.JsonSave(_signed(manifest(arrays), self._surroundings)),
+            _STATE: ocp.args.PyTreeSave(stacks.joined(arrays, groups)),
+            _MANIFEST: ocp.args.JsonSave(_signed(told)),
         })  # fmt: skip
         with self._writing():
             self._manager.save(step, args=items)
@@ -195,9 +200,11 @@ class Checkpoints:
 
     def _restore(self, abstract, step: int):
         wanted = named_arrays(abstract)
-        saved = together(lambda: self._read_manifest(step))["arrays"]
+        manifested = together(lambda: self._read_manifest(step))
+        saved, groups = manifested["arrays"], manifested.get("stacks", {})  # older ones have none
         _check_names(wanted, saved, self.folder)
-        arrays = together(lambda: self._read_arrays(step, wanted))
+        read = together(lambda: self._read_arrays(step, stacks.abstract(wanted, groups)))
+        arrays = stacks.parted(read, groups, wanted)
         found = manifest(arrays)
         differing = [name for name in wanted if found[name] != saved[name]]
         if differing:
@@ -214,9 +221,7 @@ class Checkpoints:
             if getattr(error, "errno", None) in _PASSING:
                 raise
             raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
-        if not isinstance(saved, dict) or saved != _signed(
-            saved.get("arrays"), saved.get("surroundings")
-        ):
+        if not isinstance(saved, dict) or saved != _signed(saved):
             raise Damaged("its manifest is not what was saved")
         return saved
 
@@ -353,9 +358,9 @@ def check_copies(state) -> None:
         raise Rollback(int(state.step), reason, skip=False)
 
 
-def _signed(arrays: dict, surroundings: dict) -> dict:
+def _signed(told: dict) -> dict:
     """A manifest with a digest of itself, so that damage to it is not taken for another model."""
-    body = {"arrays": arrays, "surroundings": surroundings}
+    body = {key: value for key, value in told.items() if key != "digest"}
     text = json.dumps(body, sort_keys=True)
     return body | {"digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
 

@@ -10,13 +10,13 @@ kept in WORKDIR/rollbacks.jsonl: the data of a step stay a function of (seed, st
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError
+from qkvjax.parallel import host
 
 DIVERGED = 44  # exit code
 IN_A_ROW = 8  # bad steps
@@ -57,9 +57,9 @@ class Rollback(Exception):
 
     def line(self, to: int) -> dict:
         """For rollbacks.jsonl, once the state of step `to` is back."""
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         skip = self.skip * (self.step - to)
-        return {"step": self.step, "to": to, "skip": skip, "reason": self.reason, "date": date}
+        return {"step": self.step, "to": to, "skip": skip, "reason": self.reason,
+                "date": host.now()}  # fmt: skip
 
 
 def told(line: Mapping) -> str:

@@ -11,8 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
+from qkvjax.parallel import host
 from qkvjax.parallel.distributed import Loudest, is_first
+from qkvjax.training.checkpoint import Checkpoints
 from qkvjax.training.guard import IN_A_ROW, Rollback
+from qkvjax.training.metrics import Metrics
+from qkvjax.training.run import Run
 from qkvjax.training.signals import SAVE, TIME_IS_UP, Stopped
 
 Evaluator = Callable[[object], Mapping[str, float]]
@@ -100,29 +104,21 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def fit(
+    run: Run,
     state,
     train_step: Callable,
     *,
-    mesh,
     make_batch: Callable[[int], dict],
-    steps: int,
-    tokens_per_step: int,
-    flops_per_token: float,
-    peak_flops: float | None,
-    log_every: int,
-    eval_every: int,
-    checkpoint_every: int,
-    max_seconds: float | None,
     evaluators: Mapping[str, Evaluator],
-    checkpoints,
-    metrics,
-    seconds: float = 0.0,
-    requests: Callable[[], int] = lambda: 0,
-    alive: Callable[[], None] = lambda: None,
-    check: Callable[[object], None] = lambda state: None,
-    log: Callable[[str], None] = print,
+    checkpoints: Checkpoints,
+    metrics: Metrics | None,
+    seconds: float,
+    requests: Callable[[], int],
+    alive: Callable[[], None],
+    check: Callable[[object], None],
+    log: Callable[[str], None],
 ):
-    """Trains from `state.step` to `steps`.
+    """Trains from `state.step` to the run's last step.
 
     Args:
       train_step: compiled (leaves of a state, batch) -> (leaves, metrics).
@@ -144,12 +140,15 @@ def fit(
       save held up training, and the last evaluation's metrics.
     """
     start, spent, longest_save = int(state.step), collections.Counter(), 0.0
+    durations, max_seconds = run.durations, run.config.train.max_seconds
+    steps = durations.steps
+    peak_flops = host.peak_flops(run.mesh.size)
     leaves, tree = jax.tree.flatten(state)
     clock, began, window = Clock(seconds), time.perf_counter(), Window()
     summary: dict[str, float] = {}
     since_step, since_seconds = start, seconds
     bar, log = _progress_bar(start, steps, log)
-    loudest = Loudest(mesh)
+    loudest = Loudest(run.mesh)
 
     step = start
     for batch in prefetch(make_batch, start, steps):
@@ -163,10 +162,10 @@ def fit(
         last = step if out_of_time or code else steps
         bar(step)
         # Who asks to stop does not wait for an evaluation.
-        wants_eval = bool(evaluators) and due(step, eval_every, steps if code else last)
-        wants_save = asked == SAVE or due(step, checkpoint_every, last)
+        wants_eval = bool(evaluators) and due(step, durations.eval_every, steps if code else last)
+        wants_save = asked == SAVE or due(step, durations.checkpoint_every, last)
         # A save closes the window of means, so that a resumed run writes the same lines.
-        wants_log = wants_save or due(step, log_every, last)
+        wants_log = wants_save or due(step, durations.log_every, last)
         if step == start + 1 and not wants_log:
             # The first step touches everything once; it would spoil the first line's speed.
             jax.block_until_ready(leaves)
@@ -178,7 +177,7 @@ def fit(
 
         state = jax.tree.unflatten(tree, jax.block_until_ready(leaves))
         clock.pause()
-        line: dict[str, float] = {"seconds": clock.spent, "tokens": step * tokens_per_step}
+        line: dict[str, float] = {"seconds": clock.spent, "tokens": step * run.tokens_per_step}
         if wants_log:
             line |= window.mean()
             if window.most_in_a_row >= min(IN_A_ROW, max(1, steps // 2)):
@@ -187,11 +186,11 @@ def fit(
             # Within bad steps it would be where a rollback goes to.
             wants_save &= not window.in_a_row or asked > 0 or step == last
             passed = max(clock.spent - since_seconds, 1e-9)
-            speed = (step - since_step) * tokens_per_step / passed if step > since_step else 0.0
+            speed = (step - since_step) * run.tokens_per_step / passed if step > since_step else 0.0
             since_step, since_seconds = step, clock.spent
             line["tokens_per_second"] = speed
             if peak_flops:
-                line["mfu"] = speed * flops_per_token / peak_flops
+                line["mfu"] = speed * run.train_flops_per_token / peak_flops
         evaluating = time.perf_counter()
         if wants_eval:
             for name, evaluate in evaluators.items():
@@ -203,7 +202,9 @@ def fit(
         if metrics is not None:
             metrics.write(step, line)
         if wants_log or wants_eval:
-            left = (steps - step) * tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
+            left = (
+                (steps - step) * run.tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
+            )
             log(_log_line(step, steps, line, left if wants_log and not out_of_time else None))
         if wants_save:
             check(state)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qkvjax.errors import UserError
+from qkvjax.errors import UserError, read_object
 from qkvjax.training.tensorboard import Events
 
 
@@ -124,15 +124,7 @@ def read_json(path: Path) -> dict:
     Raises:
       UserError: it holds something else.
     """
-    try:
-        record = _record(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    if record is None:
-        raise UserError(f"{path} is no JSON object: restore it from a copy, or delete it")
-    return record
+    return read_object(path) if path.exists() else {}
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
