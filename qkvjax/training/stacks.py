@@ -25,7 +25,8 @@ def groups(arrays: Mapping[str, jax.Array]) -> Groups:
     for name, x in arrays.items():
         if x.nbytes < SMALL:
             alike.setdefault((x.shape, x.dtype, x.sharding), []).append(name)
-    return {f"stacks.{i}": names for i, names in enumerate(alike.values()) if len(names) > 1}
+    several = [names for names in alike.values() if len(names) > 1]
+    return {f"stacks.{i}": names for i, names in enumerate(several)}
 
 
 def joined(arrays: Mapping[str, jax.Array], groups: Groups) -> dict[str, jax.Array]:

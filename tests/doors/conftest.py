@@ -180,13 +180,14 @@ def lines():
 
 @pytest.fixture(scope="session")
 def damage():
-    """Flips a bit in the middle of every larger array file of a checkpoint."""
+    """Flips a bit in every KiB of the larger array files of a checkpoint."""
 
     def flip(checkpoint):
         files = [f for f in (checkpoint / "state").rglob("d/*") if f.stat().st_size > 4096]
         for file in files:
             content = bytearray(file.read_bytes())
-            content[len(content) // 2] ^= 16
+            for i in range(512, len(content), 1024):
+                content[i] ^= 16
             file.write_bytes(content)
         assert files
 

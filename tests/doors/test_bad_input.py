@@ -157,7 +157,7 @@ def test_a_corrupt_config(door, tied, copy, checksums, name, content, message):
     ("file", "content", "message"),
     [
         ("config.json", b"{", "config.json is no JSON .*: restore it from a copy"),
-        ("run.json", b"{", "run.json is no JSON object: restore it from a copy, or delete it"),
+        ("run.json", b"{", "run.json is no JSON .*: restore it from a copy, or delete it"),
         ("run.json", b"[]", "run.json is no JSON object"),
         ("metrics.jsonl", b'{"step": 5}\nno\n{"step": 9}\n', "metrics.jsonl, line 2, is no JSON"),
         ("metrics.jsonl", b"\xff\xff\n3\n", "metrics.jsonl, line 1, is no JSON"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qkvjax.errors import UserError
+from qkvjax.training import stacks
 from qkvjax.training.checkpoint import (
     Checkpoints,
     Damaged,
@@ -132,7 +133,10 @@ def state(seed):
     rng = np.random.default_rng(seed)
     return {
         "model": {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32), "g": jnp.ones(3)},
-        "optimizer": {"mu": jnp.asarray(rng.normal(size=(64, 64)), jnp.bfloat16)},
+        "optimizer": {
+            "mu": jnp.asarray(rng.normal(size=(64, 64)), jnp.bfloat16),
+            "nu": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32),  # alike model.w
+        },
         "step": jnp.int32(seed),
     }
 
@@ -344,7 +348,7 @@ def test_a_folder_that_may_not_be_written_is_told_and_left_alone(saved):
 def test_verify_reads_every_array(saved):
     checkpoints = Checkpoints(saved, surroundings={"mesh": "1"})
     try:
-        assert checkpoints.verify(2) == 4 and checkpoints.surroundings(2) == {}
+        assert checkpoints.verify(2) == 5 and checkpoints.surroundings(2) == {}
         checkpoints.save(3, state(3))
         checkpoints.wait()
         assert checkpoints.surroundings(3) == {"mesh": "1"}
@@ -414,6 +418,23 @@ def test_a_step_that_is_not_there(saved, tmp_path, step, message):
 
 
 def test_names_are_those_of_the_tree(saved):
-    assert sorted(named_arrays(state(0))) == ["model.g", "model.w", "optimizer.mu", "step"]
+    names = ["model.g", "model.w", "optimizer.mu", "optimizer.nu", "step"]
+    assert sorted(named_arrays(state(0))) == names
     kept = json.loads((saved / "2" / "manifest" / "metadata").read_text())
-    assert sorted(kept["arrays"]) == ["model.g", "model.w", "optimizer.mu", "step"]
+    assert sorted(kept["arrays"]) == names
+
+
+def test_small_arrays_that_are_alike_lie_in_one(saved):
+    kept = json.loads((saved / "2" / "manifest" / "metadata").read_text())
+    assert kept["stacks"] == {"stacks.0": ["model.w", "optimizer.nu"]}
+    lying = json.loads((saved / "2" / "state" / "_METADATA").read_text())["tree_metadata"]
+    assert len(lying) == 4 and any("stacks.0" in name for name in lying)
+    for part in ("model", "optimizer"):
+        found, _, told = restored(saved, tree={part: state(0)[part]})
+        assert digest(found) == digest({part: state(2)[part]}) and not told
+
+
+def test_large_arrays_lie_alone():
+    small, large = jnp.zeros(2**18 - 1), jnp.zeros(2**18)  # a MiB
+    found = stacks.groups({"a": small, "b": large, "c": small, "d": large})
+    assert found == {"stacks.0": ["a", "c"]}
