@@ -4,7 +4,7 @@
 #
 #   bash benchmarks/gpu_day.sh [RESULTS]         RESULTS: a folder, benchmarks/results if unset
 #   MINI=1 bash benchmarks/gpu_day.sh RESULTS    the same stages in miniature, on a CPU
-#   STAGES="correctness train_124m" ...          only these
+#   STAGES="correctness train_124m_triton" ...          only these
 #
 # Needs no network. Uses $PYTHON (python3) with jax, flax, optax, orbax-checkpoint,
 # ml-collections, grain and tensorflow-datasets; PyTorch is used where it is there. Each stage
@@ -36,7 +36,7 @@ fi
 
 if [ -n "${MINI:-}" ]; then
     export JAX_PLATFORMS=cpu
-    small=tiny large=tiny dtype=float32 lengths="64" batches="2" widths="16"
+    small=tiny large=tiny ours=reference dtype=float32 lengths="64" batches="2" widths="16"
     bench=(--config=configs/lm.py:depth=1 --config.data.seq_len=16 --config.data.batch_size=2
         --contexts=16 --batches=2)
     study=("--config=configs/quickstart.py:steps=2,seeds=1" --config.model.d_model=16
@@ -44,8 +44,8 @@ if [ -n "${MINI:-}" ]; then
         --config.evals.eval_train.max_labels=200
         "--config.study.points=({'model.sharing': 'q-k-v'}, {'model.sharing': 'q-k=v'})")
 else
-    small=124m large=350m dtype=bfloat16 lengths="2048 32768" batches="1 32"
-    widths="64 128"
+    small=124m large=350m ours=triton dtype=bfloat16 lengths="2048 32768" batches="1 32"
+    widths="64 128 256"
     bench=(--config=configs/lm.py:depth=12 --config.model.num_heads=32 --config.model.num_kv_heads=8
         --config.train.compute_dtype=bfloat16 --config.data.seq_len=4096 --contexts=16384
         --config.data.batch_size=1 --batches=8)
@@ -81,8 +81,10 @@ print(json.dumps(host.environment()))
 open('$results/environment.jsonl', 'a').write(json.dumps(host.environment()) + '\n')"
 stage correctness "$python" benchmarks/correctness.py --output="$results/correctness.jsonl"
 for size in $small $large; do
-    stage "train_$size" "$python" benchmarks/train_speed.py --size="$size" --dtype=$dtype \
-        --output="$results/train_speed.jsonl"
+    for attention in xla $ours; do
+        stage "train_${size}_$attention" "$python" benchmarks/train_speed.py --size="$size" \
+            --dtype=$dtype --attention="$attention" --output="$results/train_speed.jsonl"
+    done
     if "$python" -c 'import torch' 2>/dev/null; then
         stage "twin_$size" "$python" benchmarks/torch_twin.py --size="$size" --dtype=$dtype \
             --compile="$compile" --output="$results/torch_twin.jsonl"

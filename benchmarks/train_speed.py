@@ -14,13 +14,16 @@ import numpy as np
 from ours import arguments, record, spec_of, train_call
 from sizes import SIZES
 
+from qkvjax import kernels
 from qkvjax.analysis.measure import interleaved, ratio, repeat
 from qkvjax.attention.spec import SHARINGS
 from qkvjax.parallel import host
 
 
 def main() -> None:
-    given = arguments(__doc__, size="shakespeare", dtype="float32", sharings=list(SHARINGS))
+    given = arguments(__doc__, size="shakespeare", dtype="float32", attention="auto",
+                      sharings=list(SHARINGS))  # fmt: skip
+    kernels.preferred = given.attention
     host.keep_freed_memory()
     size = SIZES[given.size]
     while True:
@@ -49,6 +52,7 @@ def main() -> None:
             length=size.length,
             dtype=given.dtype,
             sharing=sharing,
+            attention=given.attention,
             step_seconds=step,
             tokens_per_second=tokens / step,
             mfu=None if peak is None else tokens / step * flops / peak,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
+from qkvjax import kernels
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.parallel.distributed import is_first
 from qkvjax.parallel.host import keep_programs
@@ -33,6 +34,10 @@ DOORS = {
 }
 INTERRUPTED = 130
 READER_LEFT = 141  # what the shell says of a program that SIGPIPE ended
+# For doors that compute attention.
+ATTENTION = {
+    "attention": (("auto", *kernels.IMPLEMENTATIONS), "auto", "what computes it; auto: xla"),
+}
 STUDY_FIELDS = ("points", "settings", "seeds", "reference", "prompt", "title")
 
 
@@ -106,12 +111,15 @@ def run(
 
 def define(values: flags.FlagValues, table: Mapping[str, tuple]) -> None:
     """Defines flags: name -> (type, default, help) or (type, default, help, least[, most]); a list
-    is written with commas, a tuple by repeating the flag."""
+    is written with commas, a tuple by repeating the flag. Words for a type are the choice."""
     kinds = {
         str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float,
         bool: flags.DEFINE_bool, list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string,
     }  # fmt: skip
     for name, (kind, default, text, *bounds) in table.items():
+        if isinstance(kind, tuple):
+            flags.DEFINE_enum(name, default, kind, text, flag_values=values)
+            continue
         bounds = dict(zip(("lower_bound", "upper_bound"), bounds))
         kinds[kind](name, default, text, flag_values=values, **bounds)
 
@@ -125,6 +133,7 @@ def _run(argv: list[str], doc: str, table, body, config: str | None) -> int:
             return 0
         _parse(values, argv, config)
         keep_programs()
+        kernels.preferred = values.attention if "attention" in values else "auto"
         return body(values) or 0
     except UserError as error:
         if is_first() or not error.agreed:

@@ -40,6 +40,7 @@ FLAGS = {
     "step": (int, None, "which checkpoint; the newest if unset"),
     "verify": (bool, False, "only check that checkpoints are what was saved"),
     "batch_size": (int, None, "rows at a time; does not change the score", 1, 2**20),
+    **cli.ATTENTION,
 }  # fmt: skip
 
 

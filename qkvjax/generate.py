@@ -32,6 +32,7 @@ FLAGS = {
     "cache_length": (int, None, "room in tokens; as much as needed if unset"),
     "cache_dtype": (str, None, "float32, bfloat16 or int8; the model's if unset"),
     "page_size": (int, None, "tokens of a page; contiguous if unset"),
+    **cli.ATTENTION,
 }
 
 

@@ -33,6 +33,7 @@ FLAGS = {
     "measure": (bool, False, "only measure what each point costs on this machine"),
     "report_only": (bool, False, "write the report of what is there"),
     "max_seconds": (float, None, "start no run that would not end in time"),
+    **cli.ATTENTION,
 }
 
 

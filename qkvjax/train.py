@@ -35,6 +35,7 @@ FLAGS = {
     "stall_seconds": (
         int, 1800, "without progress for so long it ends with stack traces; 0: never", 0,
     ),
+    **cli.ATTENTION,
     **distributed.FLAGS,
 }  # fmt: skip
 

@@ -7,8 +7,9 @@
     triton     our kernels for NVIDIA GPUs from Ampere on; one tile for K = V
     tpu        the same for TPUs, through Mosaic
 
-"auto" takes xla: the kernels compile for such devices but have not run on hardware yet, and a
-guess is no reason to prefer them. A named implementation that cannot run raises.
+"auto" takes what a door's --attention names, else xla: the kernels compile for such devices but
+have not run on hardware yet, and a guess is no reason to prefer them. A named implementation that
+cannot run raises.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from qkvjax import kernels
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.kernels import (
+    IMPLEMENTATIONS,
     reference,
     tpu,
     tpu_decode,
@@ -36,7 +39,6 @@ from qkvjax.parallel import local, rules
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
 # Our kernels: of whole sequences, and of a cache.
 KERNELS = {"triton": (triton, triton_decode), "tpu": (tpu, tpu_decode)}
-IMPLEMENTATIONS = (*PLAIN, *KERNELS)
 
 
 def missing(impl: str) -> str | None:
@@ -54,6 +56,7 @@ def missing(impl: str) -> str | None:
 
 def choose(impl: str = "auto") -> str:
     """The implementation that `impl` stands for; raises UserError for one that is not here."""
+    impl = kernels.preferred if impl == "auto" else impl
     if impl == "auto":
         _tell()
         return "xla"
@@ -78,7 +81,7 @@ def _tell() -> None:
         if name in KERNELS and missing(name) is None:
             print(
                 f"attention: xla; {name} could run here but was not measured against it, so it is"
-                f" taken only when it is named (impl={name!r})",
+                f" taken only when it is named (--attention={name})",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 
@@ -99,9 +102,7 @@ def check(impl: str, q: jax.Array, v: jax.Array | None, softcap: float | None = 
     if why is None and rules.shards_sequence():
         why = "it wants whole sequences (mesh.context=1)"
     if why:
-        raise UserError(
-            f"attention implementation {impl!r} cannot compute this: {why}; use impl='auto'"
-        )
+        raise UserError(f"attention implementation {impl!r} cannot compute this: {why}; use auto")
 
 
 def attention(

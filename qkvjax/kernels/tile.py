@@ -6,6 +6,7 @@ log2(e), since exp2 is what the hardware computes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -13,6 +14,29 @@ import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
 HIDDEN = -1e30  # finite: the difference of two hidden scores is a number
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fixed when a kernel of whole sequences is compiled; `length` is without padding,
+    `forward` and `backward` are its backend's tile sizes."""
+
+    causal: bool
+    window: int | None
+    scale: float
+    length: int
+    forward: object
+    backward: object
+    interpret: object
+
+    @property
+    def limits(self) -> dict:
+        return {"causal": self.causal, "window": self.window, "length": self.length}
+
+
+def specs(*pairs) -> list:
+    """Block specs of trees of arrays, each with the function that makes them."""
+    return [jax.tree.map(make, tree) for tree, make in pairs]
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:

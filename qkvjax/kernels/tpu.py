@@ -29,7 +29,6 @@ from qkvjax.kernels.tpu_grid import (
     pallas,
     queries_walk,
     segment_specs,
-    specs,
 )
 
 WIDEST = 512
@@ -118,7 +117,7 @@ def _forward(options, qs, ks, v, segments):
     call = pallas(
         functools.partial(_forward_kernel, options), "attention_forward", options.interpret,
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
-        in_specs=specs((qs, rows.tile), (ks, columns.tile), (v, columns.tile))
+        in_specs=tile.specs((qs, rows.tile), (ks, columns.tile), (v, columns.tile))
         + segment_specs(segments, rows, columns),
         out_specs=[rows.tile(out), rows.numbers(normaliser)],
         out_shape=[out, normaliser],
@@ -179,22 +178,22 @@ def _backward(options, residuals, slope):
         functools.partial(_keys_kernel, options), "attention_keys", options.interpret,
         grid=(batch, num_kv_heads, length // blocks.keys, group,
               options.steps(blocks.keys, blocks.queries)),
-        in_specs=specs(
+        in_specs=tile.specs(
             (qs, rows.tile), (ks, columns.tile), (v, columns.tile), (slope, rows.tile),
             (normaliser, rows.numbers), (delta, rows.numbers),
         ) + segment_specs(segments, columns, rows)[::-1],
-        out_specs=specs((ks, columns.tile), (v, columns.tile)), out_shape=[same(ks), same(v)],
+        out_specs=tile.specs((ks, columns.tile), (v, columns.tile)), out_shape=[same(ks), same(v)],
         scratch_shapes=[sums(ks, blocks.keys), sums(v, blocks.keys)],
     )(*arrays[:6], *arrays[:5:-1])  # fmt: skip
     rows, columns = queries_walk(options, blocks, group)
     [dqs] = pallas(
         functools.partial(_queries_kernel, options), "attention_queries", options.interpret,
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
-        in_specs=specs(
+        in_specs=tile.specs(
             (qs, rows.tile), (ks, columns.tile), (v, columns.tile), (slope, rows.tile),
             (normaliser, rows.numbers), (delta, rows.numbers),
         ) + segment_specs(segments, rows, columns),
-        out_specs=specs((qs, rows.tile)), out_shape=[same(qs)],
+        out_specs=tile.specs((qs, rows.tile)), out_shape=[same(qs)],
         scratch_shapes=[
             sums(qs, blocks.queries),
             *(lowering.VMEM((blocks.queries, 1), jnp.float32) for _ in "ld"),

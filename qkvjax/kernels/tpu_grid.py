@@ -29,21 +29,8 @@ class Blocks:
     keys: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is fixed when a kernel is compiled; `length` is without padding."""
-
-    causal: bool
-    window: int | None
-    scale: float
-    length: int
-    forward: Blocks
-    backward: Blocks
-    interpret: bool | lowering.InterpretParams
-
-    @property
-    def limits(self) -> dict:
-        return {"causal": self.causal, "window": self.window, "length": self.length}
+class Options(tile.Options):
+    """With tile sizes as `Blocks`, and where they meet."""
 
     def keys_of(self, i, blocks: Blocks):
         """(begin, end) of the tiles of keys that tile i of queries sees."""
@@ -131,11 +118,6 @@ def keys_walk(options: Options, blocks: Blocks, group: int) -> tuple[Walk, Walk]
 def segment_specs(segments, down: Walk, along: Walk) -> list:
     """Block specs of segments as they lie down and along a tile."""
     return [None, None] if segments is None else [down.down(), along.along()]
-
-
-def specs(*pairs) -> list:
-    """Block specs of trees of arrays, each with the function that makes them."""
-    return [jax.tree.map(make, tree) for tree, make in pairs]
 
 
 def pallas(kernel, name: str, interpret, **shapes):

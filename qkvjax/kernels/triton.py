@@ -52,21 +52,8 @@ def refusal(q, v=None, *, softcap=None) -> str | None:
     return None if softcap is None else "it has no softcap"
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is fixed when a kernel is compiled."""
-
-    causal: bool
-    window: int | None
-    scale: float
-    length: int
-    forward: Blocks
-    backward: Blocks
-    interpret: bool
-
-    @property
-    def limits(self) -> dict:
-        return {"causal": self.causal, "window": self.window, "length": self.length}
+class Options(tile.Options):
+    """With tile sizes as `Blocks`."""
 
     def padded(self, tree):
         """Arrays [B, T, ...] of a tree with zeros behind them, so that every tile is whole."""
@@ -153,7 +140,7 @@ def forward_pass(options, qs, ks, v, segments):
     call = pallas(
         functools.partial(_forward_kernel, options), "attention_forward", options.interpret, blocks,
         grid=(length // blocks.queries, batch, heads),
-        in_specs=specs((qs, rows), (ks, columns), (v, columns), (segments, all_places)),
+        in_specs=tile.specs((qs, rows), (ks, columns), (v, columns), (segments, all_places)),
         out_specs=[rows(out), _numbers(blocks.queries)(normaliser)],
         out_shape=[out, normaliser],
     )  # fmt: skip
@@ -199,7 +186,7 @@ def _backward(options, residuals, slope):
         functools.partial(_keys_kernel, options, group), "attention_keys", options.interpret,
         blocks,
         grid=(length // blocks.keys, batch, num_kv_heads),
-        in_specs=specs(
+        in_specs=tile.specs(
             (qs, grouped), (ks, by_key), (v, by_key), (slope, grouped),
             (normaliser, group_numbers), (delta, group_numbers), (segments, all_places),
         ),
@@ -209,7 +196,7 @@ def _backward(options, residuals, slope):
     call = pallas(
         functools.partial(_queries_kernel, options), "attention_queries", options.interpret, blocks,
         grid=(length // blocks.queries, batch, heads),
-        in_specs=specs(
+        in_specs=tile.specs(
             (qs, by_query), (ks, whole), (v, whole), (slope, by_query),
             (normaliser, row_numbers), (delta, row_numbers), (segments, all_places),
         ),
@@ -344,11 +331,6 @@ def _group_numbers(group: int, length: int):
 
 def all_places(segments):
     return pl.BlockSpec((None, segments.shape[1]), lambda i, b, n: (b, 0))
-
-
-def specs(*pairs):
-    """Block specs of trees of arrays, each with the function that makes them."""
-    return [jax.tree.map(make, tree) for tree, make in pairs]
 
 
 def pallas(kernel, name: str, interpret: bool, blocks: Blocks, **shapes):

@@ -52,7 +52,7 @@ def _backward(options, residuals, slope):
     call = triton.pallas(
         functools.partial(_kernel, options), "attention_symmetric", options.interpret, blocks,
         grid=(length // blocks.queries, batch, heads),
-        in_specs=triton.specs(
+        in_specs=tile.specs(
             (x, by_head), (v, by_head), (slope, by_head), (normaliser, numbers), (delta, numbers),
             (segments, triton.all_places),
         ),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
+from qkvjax.kernels import dispatch
 from qkvjax.parallel import host
 from qkvjax.parallel.distributed import program
 
@@ -15,6 +16,7 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 def surroundings(mesh: jax.sharding.Mesh) -> dict[str, object]:
     """What a step's last bits depend on beside the state: equal means bitwise the same."""
     return program() | {
+        "attention": dispatch.choose("auto"),
         "device": host.device_name(),
         "mesh": "x".join(str(size) for size in mesh.shape.values()),
         "processes": jax.process_count(),
@@ -23,6 +25,7 @@ def surroundings(mesh: jax.sharding.Mesh) -> dict[str, object]:
 
 def continuation(then: Mapping, now: Mapping) -> str:
     """Whether a run saved in the surroundings `then` goes on bitwise in those of `now`, and why."""
+    then = {"attention": "xla"} | dict(then)  # which older checkpoints did not tell
     changed = [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(then | now)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -143,6 +144,18 @@ def test_another_environment_is_told_not_to_be_bitwise(door, tied, tied_flags, c
     told = door("train", *tied_flags, f"--workdir={workdir}")
     assert told.code == 0 and "resumed after step 10 of 20, equal within rounding" in told.out
     assert "XLA_FLAGS was " in told.out
+
+
+def test_what_computes_attention_can_be_named(door, tied, tied_flags, copy, lines):
+    workdir = copy(tied)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    told = door("train", *tied_flags, "--attention=reference", f"--workdir={workdir}")
+    assert told.code == 0 and "attention was 'xla', is 'reference'" in told.out
+    assert re.search(r"attention +reference\n", told.out)
+    losses = [lines(run / "metrics.jsonl")[-1]["train/loss"] for run in (tied, workdir)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    told = door("generate", "--max_tokens=3", "--attention=tpu", f"--workdir={workdir}")
+    assert told.code == 2 and "'tpu' needs a TPU: this machine has xla, reference" in told.err
 
 
 def test_a_finished_run_does_nothing_and_says_so(door, tied, tied_flags, copy, checksums):
