@@ -29,6 +29,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
+# What is held against a reference, to a tolerance, need not be compiled well: a third of the time.
+QUICKLY_COMPILED = ("attention", "evaluation", "generation", "interop", "kernels", "models")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request):
+    """How this module's programs are, in the test's own process."""
+    quickly = request.path.parent.name in QUICKLY_COMPILED
+    jax.config.update("jax_disable_most_optimizations", quickly)
+
+
 @pytest.fixture(scope="session")
 def recipe():
     """Runs a recipe: ("configs/lm.py", "depth=2") -> its configuration."""

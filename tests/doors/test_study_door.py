@@ -337,7 +337,7 @@ def test_another_base_is_refused(study, by_points, checksums):
         ("numbers", [], "is no grid: make it with qkvjax.sweep"),
         ("none", [], "has no grid.*configs/quickstart.py"),
         ("sharing", ["--point=4"], "--point=4 is none of 0 to 3: see --list"),
-        ("sharing", ["--jobs=0"], "--jobs=0 must be at least 1"),
+        ("sharing", ["--jobs=0"], "--jobs=0: 0 is not a positive integer"),
         ("sharing", ["--config.study.seeds=0"], "study.seeds=0 must be at least 1"),
         ("sharing", ["--config.study.sedes=3"], "did you mean 'study.seeds'"),
         ("sharing", ["--config.evals.eval.kind=f1"], "'f1' is none of bits_per_byte"),
