@@ -29,14 +29,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
-# What is held against a reference, to a tolerance, need not be compiled well: a third of the time.
-QUICKLY_COMPILED = ("attention", "evaluation", "generation", "interop", "kernels", "models")
+# Folders and files of what is held against a reference, to a tolerance, or not at all: it need not
+# be compiled well, which takes a third of the time.
+QUICKLY_COMPILED = {
+    "attention", "evaluation", "generation", "interop", "kernels", "models", "test_bench_door.py",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
     """How this module's programs are, in the test's own process."""
-    quickly = request.path.parent.name in QUICKLY_COMPILED
+    quickly = bool({request.path.parent.name, request.path.name} & QUICKLY_COMPILED)
     jax.config.update("jax_disable_most_optimizations", quickly)
 
 
