@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 
 
 # Folders and files of what is held against a reference, to a tolerance, or not at all: it need not
-# be compiled well, which takes a third of the time.
+# be compiled well, which takes a quarter of the time.
 QUICKLY_COMPILED = {
     "attention", "evaluation", "generation", "interop", "kernels", "models", "test_bench_door.py",
 }  # fmt: skip
