@@ -7,6 +7,7 @@ log2(e), since exp2 is what the hardware computes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -86,6 +87,65 @@ def query_tiles(first, last, size: int, *, causal, window, length):
     return _tiles(first if causal else begin, end, size)
 
 
+def spans(
+    queries: int, keys: int, places: int, *, causal, window, length, segments=None, turned=False
+) -> jax.Array:
+    """Which tiles of keys each tile of queries needs: int32 [B, tiles of queries, 4].
+
+    (begin, whole, rest, end): tiles begin, ..., end - 1 hold all that is seen, and of tiles
+    whole, ..., rest - 1 every pair is seen, so that they need no mask. `walk` goes along them.
+
+    Args:
+      queries, keys: sizes of the tiles, which divide `places`.
+      segments: int [B, places]; without any, B is 1.
+      turned: which tiles of queries each tile of keys needs instead.
+    """
+
+    def edges(size):
+        first = jnp.arange(0, places, size)
+        of = (None, None)
+        if segments is not None:
+            parts = segments.reshape(segments.shape[0], -1, size)
+            of = jnp.min(parts, axis=2), jnp.max(parts, axis=2)
+        return first, first + size - 1, *of
+
+    first, last, low, high = (None if x is None else x[..., :, None] for x in edges(queries))
+    begin, end, least, most = (None if x is None else x[..., None, :] for x in edges(keys))
+    some = (begin < length) & (first < length)
+    every = jnp.broadcast_to(end < length, some.shape)
+    if causal:
+        some, every = some & (begin <= last), every & (end <= first)
+    if window is not None:
+        some &= (first - end < window) & (begin - last < window)
+        every &= (last - begin < window) & (end - first < window)
+    some, every = some[None], every[None]
+    if segments is not None:
+        some = some & (low <= most) & (least <= high)
+        every = every & (low == high) & (least == most) & (low == least)
+    every &= some
+    if turned:
+        some, every = jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2)
+    behind = jnp.arange(1, some.shape[2] + 1)
+    reach = lambda x: jnp.max(jnp.where(x, behind, 0), axis=2)  # noqa: E731
+    end, rest = reach(some), reach(every)
+    begin = jnp.min(jnp.where(some, behind - 1, end[..., None]), axis=2)
+    whole = reach(~every & (behind < rest[..., None]))  # of several runs, the last
+    none = rest == 0
+    whole, rest = jnp.where(none, begin, whole), jnp.where(none, begin, rest)
+    return jnp.stack([begin, whole, rest, end], axis=2).astype(jnp.int32)
+
+
+def walk(span, step, state, edges: tuple[bool, bool] = (True, True)):
+    """step(tile, state, masked) along one row of `spans`; `edges` says whether there may be tiles
+    in need of a mask before the whole ones and behind them."""
+    parts = (0, edges[0], True), (1, True, False), (2, edges[1], True)
+    for i, there, masked in parts:
+        if there:
+            body = functools.partial(lambda masked, j, state: step(j, state, masked), masked)
+            state = jax.lax.fori_loop(span[i], span[i + 1], body, state)
+    return state
+
+
 def _reach(first, last, window, length):
     """(begin, end) of the places that a window leaves to those at first..last, either way."""
     if window is None:
@@ -111,13 +171,13 @@ def absorb(state, scores, seen, values):
     Args:
       state: (largest score [r], sum of weights [r], weighted values [r, H] in pieces), float32.
       scores: [r, c] in base 2.
-      seen: bool [r, c].
+      seen: bool [r, c]; None means all.
       values: [c, H] in the same pieces.
     """
     top, total, mixed = state
-    scores = jnp.where(seen, scores, HIDDEN)
+    scores = scores if seen is None else jnp.where(seen, scores, HIDDEN)
     new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-    weights = jnp.where(seen, jnp.exp2(scores - new_top[:, None]), 0.0)
+    weights = _hide(jnp.exp2(scores - new_top[:, None]), seen)
     shrink = jnp.exp2(top - new_top)
     mixed = [
         old * shrink[:, None] + dot(weights.astype(piece.dtype), piece)
@@ -140,7 +200,11 @@ def weights_and_slopes(scores, seen, normaliser, value_slopes, delta):
     """Softmax's weights P of a tile, and the loss's slopes dS of its unscaled scores.
 
     dS = P * (dP - delta) with dP = dO V^T and delta = rowsum(O * dO) (Dao et al. 2022, algorithm
-    4). All arguments broadcast to the tile, which may lie either way round.
+    4). All arguments broadcast to the tile, which may lie either way round; `seen` may be None.
     """
-    weights = jnp.where(seen, jnp.exp2(scores - normaliser), 0.0)
+    weights = _hide(jnp.exp2(scores - normaliser), seen)
     return weights, weights * (value_slopes - delta)
+
+
+def _hide(weights, seen):
+    return weights if seen is None else jnp.where(seen, weights, 0.0)

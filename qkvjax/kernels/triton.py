@@ -36,9 +36,23 @@ class Blocks:
     stages: int
 
 
-# Sizes that compile for an H200 without spilling; neither tuned nor timed on hardware.
-FORWARD = {256: Blocks(64, 32, 8, 2), 0: Blocks(128, 64, 8, 3)}
-BACKWARD = {256: Blocks(32, 32, 4, 1), 0: Blocks(64, 64, 4, 2)}
+# By (head width, whether the keys are the values): the fastest on an H200 of those that fit it
+# (benchmarks/results/h200/tuned.jsonl, by benchmarks/tune.py). Narrower heads take those of 64.
+FORWARD = {
+    (64, False): Blocks(64, 64, 4, 3), (64, True): Blocks(64, 64, 4, 3),
+    (128, False): Blocks(128, 64, 8, 3), (128, True): Blocks(64, 64, 4, 3),
+    (256, False): Blocks(128, 64, 8, 2), (256, True): Blocks(64, 64, 4, 2),
+}  # fmt: skip
+KEYS = {
+    (64, False): Blocks(64, 64, 4, 3), (64, True): Blocks(64, 128, 4, 3),
+    (128, False): Blocks(64, 64, 4, 2), (128, True): Blocks(64, 64, 4, 3),
+    (256, False): Blocks(64, 64, 8, 2), (256, True): Blocks(64, 128, 8, 2),
+}  # fmt: skip
+QUERIES = {
+    (64, False): Blocks(128, 64, 4, 3), (64, True): Blocks(64, 128, 4, 3),
+    (128, False): Blocks(128, 64, 8, 3), (128, True): Blocks(64, 64, 4, 2),
+    (256, False): Blocks(128, 32, 8, 3), (256, True): Blocks(64, 64, 4, 3),
+}  # fmt: skip
 
 
 def refusal(q, v=None, *, softcap=None) -> str | None:
@@ -53,18 +67,30 @@ def refusal(q, v=None, *, softcap=None) -> str | None:
 
 
 class Options(tile.Options):
-    """With tile sizes as `Blocks`."""
+    """With `forward` as Blocks and `backward` as those of keys and those of queries."""
 
     def padded(self, tree):
         """Arrays [B, T, ...] of a tree with zeros behind them, so that every tile is whole."""
-        step = max(getattr(b, side) for b in (self.forward, self.backward)
-                   for side in ("queries", "keys"))  # fmt: skip
+        step = max(max(b.queries, b.keys) for b in (self.forward, *self.backward))
         fill = -self.length % step
 
         def pad(x):
             return jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) if fill else x
 
         return jax.tree.map(pad, tree)
+
+    def spans(self, blocks: Blocks, x, segments, turned: bool = False) -> jax.Array:
+        """`tile.spans` of sequences like x [B, T, ...]."""
+        return tile.spans(
+            blocks.queries, blocks.keys, x.shape[1], segments=segments, turned=turned, **self.limits
+        )
+
+    def edges(self, places: int, segments, turned: bool = False) -> tuple[bool, bool]:
+        """Whether a tile of queries (`turned`: of keys) meets tiles in need of a mask before those
+        that it sees whole, and behind them."""
+        if segments is not None or self.window is not None or places > self.length:
+            return True, True
+        return self.causal and turned, self.causal and not turned
 
 
 def attention(
@@ -98,7 +124,7 @@ def settings(q, v, *, causal, window, scale, forward, backward, interpret) -> Op
     smallest = max(NARROWEST, pl.next_power_of_2(length))
 
     def fit(blocks, defaults):
-        blocks = blocks or defaults.get(width, defaults[0])
+        blocks = blocks or defaults[max(width, 64), v is None]
         for size in (blocks.queries, blocks.keys):
             if size < NARROWEST or size & (size - 1):
                 raise UserError(
@@ -110,7 +136,7 @@ def settings(q, v, *, causal, window, scale, forward, backward, interpret) -> Op
 
     return Options(
         causal, window, width**-0.5 if scale is None else float(scale), length,
-        fit(forward, FORWARD), fit(backward, BACKWARD), interpret,
+        fit(forward, FORWARD), (fit(backward, KEYS), fit(backward, QUERIES)), interpret,
     )  # fmt: skip
 
 
@@ -134,36 +160,40 @@ def forward_pass(options, qs, ks, v, segments):
     batch, length, heads, _ = qs[0].shape
     group, blocks = heads // ks[0].shape[2], options.forward
     value = ks[0] if v is None else v
-    rows, columns = by_tile(blocks.queries), by_head(length, group)
+    tiles = length // blocks.queries
+    rows, columns = by_tile(blocks.queries, tiles), by_head(length, group)
+    spans = options.spans(blocks, qs[0], segments)
     out = jax.ShapeDtypeStruct((*qs[0].shape[:3], value.shape[-1]), qs[0].dtype)
     normaliser = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     call = pallas(
-        functools.partial(_forward_kernel, options), "attention_forward", options.interpret, blocks,
-        grid=(length // blocks.queries, batch, heads),
-        in_specs=tile.specs((qs, rows), (ks, columns), (v, columns), (segments, all_places)),
-        out_specs=[rows(out), _numbers(blocks.queries)(normaliser)],
+        functools.partial(_forward_kernel, options, options.edges(length, segments)),
+        "attention_forward", options.interpret, blocks,
+        grid=(tiles, batch, heads),
+        in_specs=tile.specs(
+            (spans, of_tile(tiles)), (qs, rows), (ks, columns), (v, columns), (segments, all_places)
+        ),
+        out_specs=[rows(out), _numbers(blocks.queries, tiles)(normaliser)],
         out_shape=[out, normaliser],
     )  # fmt: skip
-    out, normaliser = call(qs, ks, v, segments)
+    out, normaliser = call(spans, qs, ks, v, segments)
     return out, (qs, ks, v, segments, out, normaliser)
 
 
-def _forward_kernel(options, qs, ks, v, segments, out, normaliser):
+def _forward_kernel(options, edges, span, qs, ks, v, segments, out, normaliser):
     blocks = options.forward
     q = [ref[...] for ref in qs]
-    first = pl.program_id(0) * blocks.queries
-    rows = places_of(first, blocks.queries, segments)
+    rows = places_of(_backwards() * blocks.queries, blocks.queries, segments)
 
-    def step(j, state):
+    def step(j, state, masked):
         at = pl.ds(j * blocks.keys, blocks.keys)
         k = [ref[at, :] for ref in ks]
-        scores = tile.scores(q, k, options.scale)
-        seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
+        scores, seen = tile.scores(q, k, options.scale), None
+        if masked:
+            seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
         return tile.absorb(state, scores, seen, [k[0] if v is None else v[at, :]])
 
-    tiles = tile.key_tiles(first, first + blocks.queries - 1, blocks.keys, **options.limits)
     start = tile.nothing(blocks.queries, [out.shape[-1]])
-    top, total, [mixed] = jax.lax.fori_loop(*tiles, step, start)
+    top, total, [mixed] = tile.walk(span, step, start, edges)
     total = jnp.maximum(total, 1e-30)  # of rows that pad the sequence
     out[...] = (mixed / total[:, None]).astype(out.dtype)
     normaliser[...] = top + jnp.log2(total)
@@ -174,59 +204,62 @@ def _backward(options, residuals, slope):
     wide = lambda x: x.astype(jnp.float32)  # noqa: E731
     delta = jnp.einsum("btnh,btnh->bnt", wide(out), wide(slope))
     batch, length, heads, _ = qs[0].shape
-    num_kv_heads, blocks = ks[0].shape[2], options.backward
+    num_kv_heads, (of_keys, of_queries) = ks[0].shape[2], options.backward
     group = heads // num_kv_heads
     rest = slope, normaliser, delta, segments
 
     same = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
-    by_query, by_key = by_tile(blocks.queries), by_tile(blocks.keys)
-    whole, grouped = by_head(length, group), _group(length, group)
-    row_numbers, group_numbers = _numbers(blocks.queries), _group_numbers(group, length)
+    by_key, grouped = by_tile(of_keys.keys), _group(length, group)
+    group_numbers = _group_numbers(group, length)
+    spans = options.spans(of_keys, qs[0], segments, turned=True)
+    edges = options.edges(length, segments, turned=True)
     call = pallas(
-        functools.partial(_keys_kernel, options, group), "attention_keys", options.interpret,
-        blocks,
-        grid=(length // blocks.keys, batch, num_kv_heads),
+        functools.partial(_keys_kernel, options, edges, group), "attention_keys", options.interpret,
+        of_keys,
+        grid=(length // of_keys.keys, batch, num_kv_heads),
         in_specs=tile.specs(
-            (qs, grouped), (ks, by_key), (v, by_key), (slope, grouped),
+            (spans, of_tile()), (qs, grouped), (ks, by_key), (v, by_key), (slope, grouped),
             (normaliser, group_numbers), (delta, group_numbers), (segments, all_places),
         ),
         out_specs=jax.tree.map(by_key, (ks, v)), out_shape=same((ks, v)),
     )  # fmt: skip
-    dks, dv = call(qs, ks, v, *rest)
+    dks, dv = call(spans, qs, ks, v, *rest)
+    tiles = length // of_queries.queries
+    by_query, row_numbers = by_tile(of_queries.queries, tiles), _numbers(of_queries.queries, tiles)
+    whole, spans = by_head(length, group), options.spans(of_queries, qs[0], segments)
     call = pallas(
-        functools.partial(_queries_kernel, options), "attention_queries", options.interpret, blocks,
-        grid=(length // blocks.queries, batch, heads),
+        functools.partial(_queries_kernel, options, options.edges(length, segments)),
+        "attention_queries", options.interpret, of_queries,
+        grid=(tiles, batch, heads),
         in_specs=tile.specs(
-            (qs, by_query), (ks, whole), (v, whole), (slope, by_query),
+            (spans, of_tile(tiles)), (qs, by_query), (ks, whole), (v, whole), (slope, by_query),
             (normaliser, row_numbers), (delta, row_numbers), (segments, all_places),
         ),
         out_specs=[jax.tree.map(by_query, qs)], out_shape=[same(qs)],
     )  # fmt: skip
-    [dqs] = call(qs, ks, v, *rest)
+    [dqs] = call(spans, qs, ks, v, *rest)
     return dqs, dks, dv, None
 
 
 _attend.defvjp(forward_pass, _backward)
 
 
-def _keys_kernel(options, group, qs, ks, v, slope, normaliser, delta, segments, dks, dv):
+def _keys_kernel(
+    options, edges, group, span, qs, ks, v, slope, normaliser, delta, segments, dks, dv
+):
     """Gradients of one tile of keys (and values): all queries of its group of heads pass by."""
-    blocks = options.backward
+    blocks, _ = options.backward
     k = [ref[...] for ref in ks]
     value = k[0] if v is None else v[...]
-    first = pl.program_id(0) * blocks.keys
-    columns = places_of(first, blocks.keys, segments)
+    columns = places_of(pl.program_id(0) * blocks.keys, blocks.keys, segments)
 
     def head(n, sums):
-        def step(i, sums):
+        def step(i, sums, masked):
             at = pl.ds(i * blocks.queries, blocks.queries)
-            q, do = [ref[at, n, :] for ref in qs], slope[at, n, :]
-            seen = pairs_seen(
-                options,
-                places_of(i * blocks.queries, blocks.queries, segments),
-                columns,
-                turned=True,
-            )
+            q, do, seen = [ref[at, n, :] for ref in qs], slope[at, n, :], None
+            if masked:
+                rows = places_of(i * blocks.queries, blocks.queries, segments)
+                seen = pairs_seen(options, rows, columns, turned=True)
             weights, slopes = tile.weights_and_slopes(
                 tile.scores(k, q, options.scale), seen, normaliser[n, at][None, :],
                 tile.dot(value, do, (1, 1)), delta[n, at][None, :],
@@ -239,9 +272,8 @@ def _keys_kernel(options, group, qs, ks, v, slope, normaliser, delta, segments, 
                 return [of_keys[0] + from_values, *of_keys[1:]], None
             return of_keys, of_values + from_values
 
-        return jax.lax.fori_loop(*tiles, step, sums)
+        return tile.walk(span, step, sums, edges)
 
-    tiles = tile.query_tiles(first, first + blocks.keys - 1, blocks.queries, **options.limits)
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
     sums = [zeros(part) for part in k], None if v is None else zeros(value)
     of_keys, of_values = jax.lax.fori_loop(0, group, head, sums)
@@ -251,19 +283,19 @@ def _keys_kernel(options, group, qs, ks, v, slope, normaliser, delta, segments, 
         dv[...] = of_values.astype(dv.dtype)
 
 
-def _queries_kernel(options, qs, ks, v, slope, normaliser, delta, segments, dqs):
+def _queries_kernel(options, edges, span, qs, ks, v, slope, normaliser, delta, segments, dqs):
     """Gradient of one tile of queries."""
-    blocks = options.backward
+    _, blocks = options.backward
     q, do = [ref[...] for ref in qs], slope[...]
     of_row, delta_of_row = normaliser[...][:, None], delta[...][:, None]
-    first = pl.program_id(0) * blocks.queries
-    rows = places_of(first, blocks.queries, segments)
+    rows = places_of(_backwards() * blocks.queries, blocks.queries, segments)
 
-    def step(j, sums):
+    def step(j, sums, masked):
         at = pl.ds(j * blocks.keys, blocks.keys)
         k = [ref[at, :] for ref in ks]
-        value = k[0] if v is None else v[at, :]
-        seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
+        value, seen = k[0] if v is None else v[at, :], None
+        if masked:
+            seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
         _, slopes = tile.weights_and_slopes(
             tile.scores(q, k, options.scale),
             seen,
@@ -274,9 +306,8 @@ def _queries_kernel(options, qs, ks, v, slope, normaliser, delta, segments, dqs)
         slopes = (slopes * options.scale).astype(k[0].dtype)
         return [add + tile.dot(slopes, part) for add, part in zip(sums, k)]
 
-    tiles = tile.key_tiles(first, first + blocks.queries - 1, blocks.keys, **options.limits)
     start = [jnp.zeros(part.shape, jnp.float32) for part in q]
-    for ref, total in zip(dqs, jax.lax.fori_loop(*tiles, step, start)):
+    for ref, total in zip(dqs, tile.walk(span, step, start, edges)):
         ref[...] = total.astype(ref.dtype)
 
 
@@ -300,11 +331,31 @@ def pairs_seen(options, rows, columns, turned: bool = False):
 
 
 # Where a grid point (tile i, sequence b, head n) finds its part of an array: functions of it.
+# Given how many `tiles` there are, the last one is the first to be computed: of a causal sequence
+# it has the most to do, and what starts last should be short.
 
 
-def by_tile(size: int):
+def _backwards():
+    """The number of the tile that this program of such a grid computes."""
+    return pl.num_programs(0) - 1 - pl.program_id(0)
+
+
+def _turn(tiles: int | None):
+    return (lambda i: i) if tiles is None else (lambda i: tiles - 1 - i)
+
+
+def by_tile(size: int, tiles: int | None = None):
     """Tile i of one head of [B, T, N, H]."""
-    return lambda x: pl.BlockSpec((None, size, None, x.shape[3]), lambda i, b, n: (b, i, n, 0))
+    at = _turn(tiles)
+    return lambda x: pl.BlockSpec((None, size, None, x.shape[3]), lambda i, b, n: (b, at(i), n, 0))
+
+
+def of_tile(tiles: int | None = None):
+    """Tile i's row of `tile.spans` [B or 1, tiles, 4]."""
+    at = _turn(tiles)
+    return lambda x: pl.BlockSpec(
+        (None, None, 4), lambda i, b, n: (b if x.shape[0] > 1 else 0, at(i), 0)
+    )
 
 
 def by_head(length: int, group: int):
@@ -319,9 +370,9 @@ def _group(length: int, group: int):
     return lambda x: pl.BlockSpec((None, length, group, x.shape[3]), lambda i, b, n: (b, 0, n, 0))
 
 
-def _numbers(size: int):
+def _numbers(size: int, tiles: int):
     """Tile i of one head of [B, N, T]."""
-    return lambda x: pl.BlockSpec((None, None, size), lambda i, b, n: (b, n, i))
+    return lambda x: pl.BlockSpec((None, None, size), lambda i, b, n: (b, n, tiles - 1 - i))
 
 
 def _group_numbers(group: int, length: int):

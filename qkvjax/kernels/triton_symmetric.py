@@ -9,6 +9,7 @@ Where every pair is seen both ways (not causal), one product X_i X_j^T serves bo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,9 @@ from jax.experimental import pallas as pl
 from qkvjax.kernels import tile, triton
 from qkvjax.kernels.triton import Blocks
 
+# By head width, of the backward pass.
+BACKWARD = {256: Blocks(32, 32, 4, 1), 0: Blocks(64, 64, 4, 2)}
+
 
 def attention(
     x, v=None, *, causal=True, segment_ids=None, window=None, scale=None,
@@ -25,8 +29,8 @@ def attention(
 ) -> jax.Array:  # fmt: skip
     """As `kernels.triton.attention` with q = k = x [B, T, N, H]; `v=None` is Q = K = V."""
     options = triton.settings(
-        x, v, causal=causal, window=window, scale=scale, forward=forward, backward=backward,
-        interpret=interpret,
+        x, v, causal=causal, window=window, scale=scale, forward=forward,
+        backward=backward or BACKWARD.get(x.shape[-1], BACKWARD[0]), interpret=interpret,
     )  # fmt: skip
     return _attend(options, *options.padded((x, v, segment_ids)))[:, : x.shape[1]]
 
@@ -45,28 +49,34 @@ def _backward(options, residuals, slope):
     x, v, segments, out, normaliser = residuals
     delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), slope.astype(jnp.float32))
     batch, length, heads, _ = x.shape
-    blocks = options.backward
+    blocks, _ = options.backward
     by_tile, by_head = triton.by_tile(blocks.queries), triton.by_head(length, 1)
     numbers = lambda x: pl.BlockSpec((None, None, length), lambda i, b, n: (b, n, 0))  # noqa: E731
     same = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
+    # What the tile sees as queries, and where the two differ what sees it as keys.
+    passing = dataclasses.replace(blocks, queries=blocks.keys, keys=blocks.queries)
+    roles = [(blocks, False), (passing, True)][: 2 if options.causal else 1]
+    spans = [options.spans(sizes, x, segments, turned) for sizes, turned in roles]
+    edges = [options.edges(length, segments, turned) for _, turned in roles]
     call = triton.pallas(
-        functools.partial(_kernel, options), "attention_symmetric", options.interpret, blocks,
+        functools.partial(_kernel, options, edges), "attention_symmetric", options.interpret,
+        blocks,
         grid=(length // blocks.queries, batch, heads),
         in_specs=tile.specs(
-            (x, by_head), (v, by_head), (slope, by_head), (normaliser, numbers), (delta, numbers),
-            (segments, triton.all_places),
+            (spans, triton.of_tile()), (x, by_head), (v, by_head), (slope, by_head),
+            (normaliser, numbers), (delta, numbers), (segments, triton.all_places),
         ),
         out_specs=jax.tree.map(by_tile, (x, v)), out_shape=same((x, v)),
     )  # fmt: skip
-    return *call(x, v, slope, normaliser, delta, segments), None
+    return *call(spans, x, v, slope, normaliser, delta, segments), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _kernel(options, x, v, slope, normaliser, delta, segments, dx, dv):
+def _kernel(options, edges, spans, x, v, slope, normaliser, delta, segments, dx, dv):
     """Gradients of one tile of X, as queries and as keys, and of its values."""
-    blocks = options.backward
+    blocks, _ = options.backward
     first = pl.program_id(0) * blocks.queries
     here = pl.ds(first, blocks.queries)
     values = x if v is None else v
@@ -74,21 +84,23 @@ def _kernel(options, x, v, slope, normaliser, delta, segments, dx, dv):
     my_normaliser, my_delta = normaliser[here][:, None], delta[here][:, None]
     rows = triton.places_of(first, blocks.queries, segments)
 
-    def step(j, sums, as_queries: bool, as_keys: bool):
+    def step(as_queries, as_keys, j, sums, masked):
         of_x, of_values = sums
         at = pl.ds(j * blocks.keys, blocks.keys)
         other, other_slope = x[at, :], slope[at, :]
         scores = tile.scores([mine], [other], options.scale)
         columns = triton.places_of(j * blocks.keys, blocks.keys, segments)
         if as_queries:
+            seen = triton.pairs_seen(options, rows, columns) if masked else None
             _, slopes = tile.weights_and_slopes(
-                scores, triton.pairs_seen(options, rows, columns), my_normaliser,
+                scores, seen, my_normaliser,
                 tile.dot(my_slope, values[at, :], (1, 1)), my_delta,
             )  # fmt: skip
             of_x += tile.dot((slopes * options.scale).astype(other.dtype), other)
         if as_keys:  # rows are keys here
+            seen = triton.pairs_seen(options, columns, rows, turned=True) if masked else None
             weights, slopes = tile.weights_and_slopes(
-                scores, triton.pairs_seen(options, columns, rows, turned=True),
+                scores, seen,
                 normaliser[at][None, :], tile.dot(my_values, other_slope, (1, 1)),
                 delta[at][None, :],
             )  # fmt: skip
@@ -100,18 +112,11 @@ def _kernel(options, x, v, slope, normaliser, delta, segments, dx, dv):
                 of_values += from_values
         return of_x, of_values
 
-    span = first, first + blocks.queries - 1, blocks.keys
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
     sums = zeros(mine), None if v is None else zeros(my_values)
-    scan = lambda tiles, sums, *roles: jax.lax.fori_loop(  # noqa: E731
-        *tiles, lambda j, sums: step(j, sums, *roles), sums
-    )
-    keys = tile.key_tiles(*span, **options.limits)
-    if options.causal:
-        sums = scan(keys, sums, True, False)
-        sums = scan(tile.query_tiles(*span, **options.limits), sums, False, True)
-    else:
-        sums = scan(keys, sums, True, True)
+    roles = [(True, False), (False, True)] if options.causal else [(True, True)]
+    for role, span, edge in zip(roles, spans, edges):
+        sums = tile.walk(span, functools.partial(step, *role), sums, edge)
     dx[...] = sums[0].astype(dx.dtype)
     if v is not None:
         dv[...] = sums[1].astype(dv.dtype)
