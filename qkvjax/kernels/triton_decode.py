@@ -109,7 +109,7 @@ def decode(
 
     packed = functools.partial(rows_of.packed, kv_heads=num_kv_heads, rows=rows)
     places = rows_of.places(positions, group, rows)
-    begins, ends = rows_of.reach(positions, window)
+    spans = _spans(positions, window, per_split // size, splits, size)
     turns = gains = None
     if key is not None:
         turns = key.at(slots, jnp.float32)
@@ -119,14 +119,14 @@ def decode(
         second = packed(widened(q_pe.astype(q.dtype))), widened(k_pe.astype(k.dtype))
 
     value_pieces = options.pieces if v is None else (v.shape[3],)
-    inputs = packed(q), k, v, table, second, turns, gains, places, begins, ends
+    inputs = spans, packed(q), k, v, table, second, turns, gains, places
     held = functools.partial(_slots, paged=table is not None)
     specs = (
-        _rows(inputs[0], tall, splits), *(jax.tree.map(held, x) for x in (k, v)),
+        pl.BlockSpec((None, None, 4), lambda b, n, i: (b, i % splits, 0)),
+        _rows(inputs[1], tall, splits), *(jax.tree.map(held, x) for x in (k, v)),
         None if table is None else _pages(table),
         None if second is None else (_rows(second[0], tall, splits), _slots(second[1])),
         *(jax.tree.map(_table, x) for x in (turns, gains)), _places(tall, splits),
-        *map(_number, (begins, ends)),
     )  # fmt: skip
     lead = batch, num_kv_heads, splits, rows
     state = functools.partial(_state, tall, splits)
@@ -139,6 +139,20 @@ def decode(
     )(*inputs)  # fmt: skip
     out = tile.merge(top, total, jnp.concatenate(mixed, axis=-1), axis=2)
     return rows_of.unpacked(out, length, heads).astype(q.dtype)
+
+
+def _spans(positions, window, per_split: int, splits: int, size: int):
+    """As `tile.spans`, of each split's `per_split` tiles of `size` slots: int32 [B, splits, 4]."""
+    first, last = jnp.min(positions, axis=1), jnp.max(positions, axis=1)
+    up = lambda slots: -(-slots // size)  # noqa: E731
+    end, rest = up(last + 1), (first + 1) // size
+    begin = whole = jnp.zeros_like(end)
+    if window is not None:
+        begin = jnp.maximum(first - window + 1, 0) // size
+        whole = up(jnp.maximum(last - window + 1, 0))
+    whole = jnp.clip(whole, begin, end)
+    tiles = jnp.stack([begin, whole, jnp.clip(rest, whole, end), end], axis=1).astype(jnp.int32)
+    return jnp.clip(tiles[:, None] - per_split * jnp.arange(splits)[:, None], 0, per_split)
 
 
 # Where program (sequence b, key-value head n, i) finds its part of an array; i counts the splits
@@ -172,11 +186,6 @@ def _places(tall: int, splits: int):
     return pl.BlockSpec((None, tall), lambda b, n, i: (b, i // splits))
 
 
-def _number(x):
-    """A number of [B]."""
-    return pl.BlockSpec((None,), lambda b, n, i: (b,))
-
-
 def _state(tall: int, splits: int, *last: int):
     """What a split leaves of a tile of rows in [B, K, splits, R, ...]."""
     zeros = (0,) * len(last)
@@ -185,9 +194,7 @@ def _state(tall: int, splits: int, *last: int):
     )
 
 
-def _kernel(
-    options, splits, q, k, v, table, second, turns, gains, places, begin, end, top, total, mixed
-):
+def _kernel(options, splits, span, q, k, v, table, second, turns, gains, places, top, total, mixed):
     """One split of one sequence's cache for the rows of one key-value head."""
     size = options.tile
     edges = [sum(options.pieces[:i]) for i in range(len(options.pieces) + 1)]
@@ -197,7 +204,7 @@ def _kernel(
     lowest = jax.lax.rem(pl.program_id(2), splits) * options.per_split
     gain = None if gains is None else [gains[span] for span in spans]
 
-    def step(j, state):
+    def step(j, state, masked):
         # The last tile is moved back into the cache; what it then sees twice counts once.
         wanted = lowest + j * size
         first = jnp.minimum(wanted, options.slots - size)
@@ -211,21 +218,19 @@ def _kernel(
         products = [tile.dot(a, b, (1, 1)) for a, b in zip(queries, keys)]
         if second is not None:
             products.append(tile.dot(second[0][...], second[1][at, :], (1, 1)))
-        columns = (first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0))[None, :]
-        seen = tile.visible(rows, columns, causal=True, window=options.window, length=options.slots)
-        seen &= columns >= wanted
+        seen = None
+        if masked:
+            columns = (first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0))[None, :]
+            limits = {"causal": True, "window": options.window, "length": options.slots}
+            seen = tile.visible(rows, columns, **limits) & (columns >= wanted)
         scores = sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
         return tile.absorb(
             state, scores, seen, held if v is None else [_load(v, within, slice(None), q.dtype)]
         )
 
-    of_split = lambda slot: jnp.clip(slot - lowest, 0, options.per_split)  # noqa: E731
-    tiles = (
-        jax.lax.div(of_split(begin[...]), size),
-        jax.lax.div(of_split(end[...]) + size - 1, size),
-    )
     start = tile.nothing(rows.shape[0], [ref.shape[-1] for ref in mixed])
-    top[...], total[...], sums = jax.lax.fori_loop(*tiles, step, start)
+    edges = options.window is not None, True
+    top[...], total[...], sums = tile.walk(span, step, start, edges)
     for ref, found in zip(mixed, sums):
         ref[...] = found
 
