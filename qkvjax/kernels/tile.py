@@ -1,6 +1,6 @@
 """The mathematics of one tile, in plain jnp: every kernel imports it, whatever its backend.
 
-A tile has r rows (queries) and c columns (keys). Scores are in base 2, that is multiplied by
+A tile has r rows (queries) and c columns (keys). Softmax is in base 2, its scores multiplied by
 log2(e), since exp2 is what the hardware computes.
 """
 
@@ -34,6 +34,13 @@ class Options:
     def limits(self) -> dict:
         return {"causal": self.causal, "window": self.window, "length": self.length}
 
+    def edges(self, places: int, segments, turned: bool = False) -> tuple[bool, bool]:
+        """Whether a tile of queries (`turned`: of keys) meets tiles in need of a mask before those
+        that it sees whole, and behind them."""
+        if segments is not None or self.window is not None or places > self.length:
+            return True, True
+        return self.causal and turned, self.causal and not turned
+
 
 def specs(*pairs) -> list:
     """Block specs of trees of arrays, each with the function that makes them."""
@@ -50,10 +57,10 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array
     )
 
 
-def scores(rows, columns, scale: float) -> jax.Array:
-    """Base-2 scores [r, c] of queries [r, P] and keys [c, P] in parts, which are summed."""
-    products = [dot(a, b, (1, 1)) for a, b in zip(rows, columns)]
-    return sum(products[1:], products[0]) * (scale * LOG2E)
+def products(rows, columns) -> jax.Array:
+    """Unscaled scores [r, c] of queries [r, P] and keys [c, P] in parts, which are summed."""
+    parts = [dot(a, b, (1, 1)) for a, b in zip(rows, columns)]
+    return sum(parts[1:], parts[0])
 
 
 def visible(rows, columns, *, causal, window, length, row_segments=None, column_segments=None):
@@ -165,25 +172,43 @@ def nothing(rows: int, widths: list[int]):
     return top, zeros(rows), [zeros(rows, width) for width in widths]
 
 
-def absorb(state, scores, seen, values):
-    """One step of the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1).
+def weigh(top, products, seen, scale: float):
+    """(largest score, by what sums so far shrink, both [r]; weights [r, c]) after a tile.
+
+    One step of the online softmax (Milakov & Gimelshein 2018). The scale is a positive number and
+    costs no operation per element: exp2(scale s - top) is one multiply-add and one exp2.
+
+    Args:
+      top: largest score so far [r], in base 2.
+      products: unscaled scores [r, c].
+      seen: bool [r, c]; None means all.
+    """
+    assert scale > 0, scale
+    products = products if seen is None else jnp.where(seen, products, HIDDEN)
+    new_top = jnp.maximum(top, jnp.max(products, axis=1) * (scale * LOG2E))
+    weights = jnp.exp2(products * (scale * LOG2E) - down(new_top, products))
+    return new_top, jnp.exp2(top - new_top), _hide(weights, seen)
+
+
+def absorb(state, products, seen, values, scale: float):
+    """The state after a tile (Dao et al. 2022, algorithm 1).
 
     Args:
       state: (largest score [r], sum of weights [r], weighted values [r, H] in pieces), float32.
-      scores: [r, c] in base 2.
-      seen: bool [r, c]; None means all.
       values: [c, H] in the same pieces.
     """
     top, total, mixed = state
-    scores = scores if seen is None else jnp.where(seen, scores, HIDDEN)
-    new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-    weights = _hide(jnp.exp2(scores - new_top[:, None]), seen)
-    shrink = jnp.exp2(top - new_top)
+    top, shrink, weights = weigh(top, products, seen, scale)
     mixed = [
-        old * shrink[:, None] + dot(weights.astype(piece.dtype), piece)
+        old * down(shrink, old) + dot(weights.astype(piece.dtype), piece)
         for old, piece in zip(mixed, values)
     ]
-    return new_top, total * shrink + jnp.sum(weights, axis=1), mixed
+    return top, total * shrink + jnp.sum(weights, axis=1), mixed
+
+
+def down(x: jax.Array, like: jax.Array) -> jax.Array:
+    """[r] -> [r, c], the shape of `like`."""
+    return jax.lax.broadcast_in_dim(x, like.shape, (0,))
 
 
 def merge(top, total, mixed, axis: int):
@@ -196,14 +221,15 @@ def merge(top, total, mixed, axis: int):
     return jnp.sum(mixed * share[..., None], axis=axis) / total[..., None]
 
 
-def weights_and_slopes(scores, seen, normaliser, value_slopes, delta):
-    """Softmax's weights P of a tile, and the loss's slopes dS of its unscaled scores.
+def weights_and_slopes(products, seen, normaliser, value_products, delta, scale: float):
+    """Softmax's weights P of a tile, and the loss's slopes of its unscaled scores.
 
-    dS = P * (dP - delta) with dP = dO V^T and delta = rowsum(O * dO) (Dao et al. 2022, algorithm
-    4). All arguments broadcast to the tile, which may lie either way round; `seen` may be None.
+    scale P * (dP - rowsum(O * dO)) with dP = dO V^T (Dao et al. 2022, algorithm 4). All arguments
+    broadcast to the tile, which may lie either way round; `seen` may be None, and `delta` is
+    scale rowsum(O * dO).
     """
-    weights = _hide(jnp.exp2(scores - normaliser), seen)
-    return weights, weights * (value_slopes - delta)
+    weights = _hide(jnp.exp2(products * (scale * LOG2E) - normaliser), seen)
+    return weights, weights * (value_products * scale - delta)
 
 
 def _hide(weights, seen):

@@ -147,10 +147,10 @@ def _forward_kernel(
     @pl.when(j < end)
     def _():
         k = [ref[...] for ref in ks]
-        scores = tile.scores([ref[...] for ref in qs], k, options.scale)
+        products = tile.products([ref[...] for ref in qs], k)
         seen = _seen(options, i, j, blocks, row_segments, column_segments)
         state = top[:, 0], total[:, 0], [mixed[...]]
-        state = tile.absorb(state, scores, seen, [k[0] if v is None else v[...]])
+        state = tile.absorb(state, products, seen, [k[0] if v is None else v[...]], options.scale)
         top[...], total[...], mixed[...] = state[0][:, None], state[1][:, None], state[2][0]
 
     @pl.when(step == pl.num_programs(3) - 1)
@@ -163,7 +163,7 @@ def _forward_kernel(
 def _backward(options, residuals, slope):
     qs, ks, v, segments, out, normaliser = residuals
     wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-    delta = jnp.sum(wide(out) * wide(slope), axis=-1)[:, :, None]
+    delta = options.scale * jnp.sum(wide(out) * wide(slope), axis=-1)[:, :, None]
     batch, heads, length, _ = qs[0].shape
     num_kv_heads, blocks = ks[0].shape[1], options.backward
     group = heads // num_kv_heads
@@ -228,10 +228,10 @@ def _keys_kernel(
         # A tile lies with its keys down: neither product below turns it.
         seen = _seen(options, i, j, blocks, row_segments, column_segments, keys_down=True)
         weights, slopes = tile.weights_and_slopes(
-            tile.scores(k, q, options.scale), seen, normaliser[...],
-            tile.dot(k[0] if v is None else v[...], do, (1, 1)), delta[...],
+            tile.products(k, q), seen, normaliser[...],
+            tile.dot(k[0] if v is None else v[...], do, (1, 1)), delta[...], options.scale,
         )  # fmt: skip
-        slopes = (slopes * options.scale).astype(do.dtype)
+        slopes = slopes.astype(do.dtype)
         from_values = tile.dot(weights.astype(do.dtype), do)
         added = [tile.dot(slopes, part) for part in q]
         if v is None:  # one accumulator: dKV = dS^T Q + P^T dO
@@ -268,10 +268,11 @@ def _queries_kernel(
         k, do = [ref[...] for ref in ks], slope[...]
         seen = _seen(options, i, j, blocks, row_segments, column_segments)
         _, slopes = tile.weights_and_slopes(
-            tile.scores([ref[...] for ref in qs], k, options.scale), seen, of_row[...],
+            tile.products([ref[...] for ref in qs], k), seen, of_row[...],
             tile.dot(do, k[0] if v is None else v[...], (1, 1)), delta_of_row[...],
+            options.scale,
         )  # fmt: skip
-        slopes = (slopes * options.scale).astype(do.dtype)
+        slopes = slopes.astype(do.dtype)
         for ref, part in zip(sums, k):
             ref[...] += tile.dot(slopes, part)
 

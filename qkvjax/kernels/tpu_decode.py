@@ -224,13 +224,12 @@ def _kernel(options, num_scalars, begins, ends, *refs):
                 q = q.astype(qs[0].dtype)
                 keys = _rotate(options, _normed(options, held, gain), cos[...], sin[...])
                 keys = keys.astype(held.dtype)
-            scores = tile.dot(q, keys.astype(q.dtype), (1, 1))
+            products = tile.dot(q, keys.astype(q.dtype), (1, 1))
             if k_pe is not None:
                 second = _within(options, first, k_pe[n]).astype(q.dtype)
-                scores += tile.dot(qs[1][n], second, (1, 1))
+                products += tile.dot(qs[1][n], second, (1, 1))
             state = top[n][:, 0], total[n][:, 0], [mixed[n]]
-            scores *= options.scale * tile.LOG2E
-            state = tile.absorb(state, scores, seen, [values.astype(q.dtype)])
+            state = tile.absorb(state, products, seen, [values.astype(q.dtype)], options.scale)
             top[n], total[n], mixed[n] = state[0][:, None], state[1][:, None], state[2][0]
 
     @pl.when(step == pl.num_programs(3) - 1)

@@ -85,13 +85,6 @@ class Options(tile.Options):
             blocks.queries, blocks.keys, x.shape[1], segments=segments, turned=turned, **self.limits
         )
 
-    def edges(self, places: int, segments, turned: bool = False) -> tuple[bool, bool]:
-        """Whether a tile of queries (`turned`: of keys) meets tiles in need of a mask before those
-        that it sees whole, and behind them."""
-        if segments is not None or self.window is not None or places > self.length:
-            return True, True
-        return self.causal and turned, self.causal and not turned
-
 
 def attention(
     q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None,
@@ -187,10 +180,11 @@ def _forward_kernel(options, edges, span, qs, ks, v, segments, out, normaliser):
     def step(j, state, masked):
         at = pl.ds(j * blocks.keys, blocks.keys)
         k = [ref[at, :] for ref in ks]
-        scores, seen = tile.scores(q, k, options.scale), None
+        seen = None
         if masked:
             seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
-        return tile.absorb(state, scores, seen, [k[0] if v is None else v[at, :]])
+        values = k[0] if v is None else v[at, :]
+        return tile.absorb(state, tile.products(q, k), seen, [values], options.scale)
 
     start = tile.nothing(blocks.queries, [out.shape[-1]])
     top, total, [mixed] = tile.walk(span, step, start, edges)
@@ -202,7 +196,7 @@ def _forward_kernel(options, edges, span, qs, ks, v, segments, out, normaliser):
 def _backward(options, residuals, slope):
     qs, ks, v, segments, out, normaliser = residuals
     wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-    delta = jnp.einsum("btnh,btnh->bnt", wide(out), wide(slope))
+    delta = options.scale * jnp.einsum("btnh,btnh->bnt", wide(out), wide(slope))
     batch, length, heads, _ = qs[0].shape
     num_kv_heads, (of_keys, of_queries) = ks[0].shape[2], options.backward
     group = heads // num_kv_heads
@@ -261,11 +255,12 @@ def _keys_kernel(
                 rows = places_of(i * blocks.queries, blocks.queries, segments)
                 seen = pairs_seen(options, rows, columns, turned=True)
             weights, slopes = tile.weights_and_slopes(
-                tile.scores(k, q, options.scale), seen, normaliser[n, at][None, :],
+                tile.products(k, q), seen, normaliser[n, at][None, :],
                 tile.dot(value, do, (1, 1)), delta[n, at][None, :],
+                options.scale,
             )  # fmt: skip
             of_keys, of_values = sums
-            slopes = (slopes * options.scale).astype(q[0].dtype)
+            slopes = slopes.astype(q[0].dtype)
             of_keys = [add + tile.dot(slopes, part) for add, part in zip(of_keys, q)]
             from_values = tile.dot(weights.astype(do.dtype), do)
             if v is None:  # one accumulator: dKV = dS^T Q + P^T dO
@@ -297,13 +292,14 @@ def _queries_kernel(options, edges, span, qs, ks, v, slope, normaliser, delta, s
         if masked:
             seen = pairs_seen(options, rows, places_of(j * blocks.keys, blocks.keys, segments))
         _, slopes = tile.weights_and_slopes(
-            tile.scores(q, k, options.scale),
+            tile.products(q, k),
             seen,
             of_row,
             tile.dot(do, value, (1, 1)),
             delta_of_row,
+            options.scale,
         )
-        slopes = (slopes * options.scale).astype(k[0].dtype)
+        slopes = slopes.astype(k[0].dtype)
         return [add + tile.dot(slopes, part) for add, part in zip(sums, k)]
 
     start = [jnp.zeros(part.shape, jnp.float32) for part in q]

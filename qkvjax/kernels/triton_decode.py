@@ -223,10 +223,9 @@ def _kernel(options, splits, span, q, k, v, table, second, turns, gains, places,
             columns = (first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0))[None, :]
             limits = {"causal": True, "window": options.window, "length": options.slots}
             seen = tile.visible(rows, columns, **limits) & (columns >= wanted)
-        scores = sum(products[1:], products[0]) * (options.scale * tile.LOG2E)
-        return tile.absorb(
-            state, scores, seen, held if v is None else [_load(v, within, slice(None), q.dtype)]
-        )
+        values = held if v is None else [_load(v, within, slice(None), q.dtype)]
+        products = sum(products[1:], products[0])
+        return tile.absorb(state, products, seen, values, options.scale)
 
     start = tile.nothing(rows.shape[0], [ref.shape[-1] for ref in mixed])
     edges = options.window is not None, True

@@ -47,7 +47,8 @@ def _forward(options, x, v, segments):
 
 def _backward(options, residuals, slope):
     x, v, segments, out, normaliser = residuals
-    delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), slope.astype(jnp.float32))
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    delta = options.scale * jnp.einsum("btnh,btnh->bnt", wide(out), wide(slope))
     batch, length, heads, _ = x.shape
     blocks, _ = options.backward
     by_tile, by_head = triton.by_tile(blocks.queries), triton.by_head(length, 1)
@@ -88,23 +89,23 @@ def _kernel(options, edges, spans, x, v, slope, normaliser, delta, segments, dx,
         of_x, of_values = sums
         at = pl.ds(j * blocks.keys, blocks.keys)
         other, other_slope = x[at, :], slope[at, :]
-        scores = tile.scores([mine], [other], options.scale)
+        products = tile.dot(mine, other, (1, 1))
         columns = triton.places_of(j * blocks.keys, blocks.keys, segments)
         if as_queries:
             seen = triton.pairs_seen(options, rows, columns) if masked else None
             _, slopes = tile.weights_and_slopes(
-                scores, seen, my_normaliser,
-                tile.dot(my_slope, values[at, :], (1, 1)), my_delta,
+                products, seen, my_normaliser,
+                tile.dot(my_slope, values[at, :], (1, 1)), my_delta, options.scale,
             )  # fmt: skip
-            of_x += tile.dot((slopes * options.scale).astype(other.dtype), other)
+            of_x += tile.dot(slopes.astype(other.dtype), other)
         if as_keys:  # rows are keys here
             seen = triton.pairs_seen(options, columns, rows, turned=True) if masked else None
             weights, slopes = tile.weights_and_slopes(
-                scores, seen,
+                products, seen,
                 normaliser[at][None, :], tile.dot(my_values, other_slope, (1, 1)),
-                delta[at][None, :],
+                delta[at][None, :], options.scale,
             )  # fmt: skip
-            of_x += tile.dot((slopes * options.scale).astype(other.dtype), other)
+            of_x += tile.dot(slopes.astype(other.dtype), other)
             from_values = tile.dot(weights.astype(other_slope.dtype), other_slope)
             if v is None:
                 of_x += from_values

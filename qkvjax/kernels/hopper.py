@@ -1,0 +1,163 @@
+"""Attention in Pallas for NVIDIA's Hopper GPUs, through Mosaic: the forward pass.
+
+A block has three warpgroups. Two compute, a tile of queries each; the third copies the tiles of
+keys and values that both need into a ring of slots in shared memory, and fills a slot anew once
+both are done with it. The two take turns: while one has the tensor cores, the other computes its
+softmax (FlashAttention-3, Shah et al. 2024). With `v=None` a slot holds one tile, for two products,
+so that twice as many slots fit.
+
+Letters: B sequences, T places, N query heads, K key-value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as lowering
+
+from qkvjax.kernels import hopper_block, tile
+from qkvjax.kernels.hopper_block import Warpgroup, barriers, slot_of
+
+WIDTHS = (64, 128, 256)
+DTYPES = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tile sizes, multiples of 64 (of the queries, those of a warpgroup), and slots of the ring."""
+
+    queries: int
+    keys: int
+    slots: int
+
+
+# By (head width, whether the keys are the values).
+FORWARD = {
+    (64, False): Blocks(64, 128, 3), (64, True): Blocks(64, 128, 4),
+    (128, False): Blocks(64, 128, 2), (128, True): Blocks(64, 128, 4),
+    (256, False): Blocks(64, 64, 2), (256, True): Blocks(64, 64, 3),
+}  # fmt: skip
+
+
+def refusal(q, v=None, *, softcap=None, q_pe=None) -> str | None:
+    """Why this kernel does not take such arguments; None where it does."""
+    width = q.shape[-1]
+    if width not in WIDTHS or (v is not None and v.shape[-1] != width):
+        return f"its head width is one of {', '.join(map(str, WIDTHS))}, for keys and values"
+    if str(q.dtype) not in DTYPES:
+        return f"its dtype is one of {', '.join(DTYPES)}, not {q.dtype}"
+    if q_pe is not None:
+        return "it has no second part of the scores"
+    return None if softcap is None else "it has no softcap"
+
+
+def forward_pass(options: tile.Options, q, k, v, segments) -> tuple[jax.Array, jax.Array]:
+    """(attention [B, T, N, H], its normalisers [B, N, T] in base 2) of padded sequences.
+
+    `options.forward` are `Blocks`; T is a multiple of two tiles of queries and of a tile of keys.
+    """
+    batch, length, heads, width = q.shape
+    blocks, interpret = options.forward, options.interpret
+    rows = 2 * blocks.queries
+    spans = tile.spans(rows, blocks.keys, length, segments=segments, **options.limits)
+    held = functools.partial(hopper_block.tiles, width=width, dtype=q.dtype)
+    scratch = {
+        "own": held(2, blocks.queries),
+        "numbers": lowering.SMEM((2, blocks.queries), jnp.float32),
+        "keys": held(blocks.slots, blocks.keys),
+        "values": None if v is None else held(blocks.slots, blocks.keys),
+        "arrived": barriers(2),
+        "full": [barriers(blocks.slots) for _ in range(1 if v is None else 2)],
+        "free": [barriers(blocks.slots, arrivals=2) for _ in range(1 if v is None else 2)],
+        "turn": barriers(1, arrivals=2),
+    }
+    out = [q, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)]
+    edges = options.edges(length, segments)
+    return hopper_block.launch(
+        functools.partial(_kernel, options, edges, heads // k.shape[2]), "attention_hopper_forward",
+        (spans, q, k, v, segments), out, scratch,
+        {"head": heads, "sequence": batch, "tile": length // rows}, interpret,
+    )  # fmt: skip
+
+
+def _kernel(
+    options, edges, group, inputs, outputs, *, own, numbers, keys, values, arrived, full, free, turn
+):
+    spans, q, k, v, segments = inputs
+    out, normaliser = outputs
+    blocks = options.forward
+    head, sequence, me = (jax.lax.axis_index(n) for n in ("head", "sequence", "warpgroup"))
+    # The last tiles come first: of a causal sequence they have the most to do.
+    i = jax.lax.axis_size("tile") - 1 - jax.lax.axis_index("tile")
+    span = [spans[jnp.minimum(sequence, spans.shape[0] - 1), i, edge] for edge in range(4)]
+    begin, end = span[0], span[3]
+    warps = Warpgroup(options.interpret)
+
+    def take_turns():
+        lowering.barrier_arrive(turn)
+        lowering.barrier_wait(turn)
+
+    @pl.when(me < 2)
+    def _compute():
+        lowering.set_max_registers(hopper_block.COMPUTE, action="increase")
+        first = (2 * i + me) * blocks.queries
+        here = sequence, pl.ds(first, blocks.queries), head
+        mine = own.at[me]
+        lowering.copy_gmem_to_smem(q.at[here], mine, arrived.at[me])
+        lowering.barrier_wait(arrived.at[me])
+
+        def step(j, state, masked):
+            top, total, mixed = state
+            slot = slot_of(j - begin, blocks.slots)
+            lowering.barrier_wait(full[0].at[slot])
+            products = warps.products(mine, keys.at[slot], then=take_turns)
+            if v is not None:
+                warps.release(free[0].at[slot])
+            seen = None
+            if masked:
+                seen = warps.seen(
+                    options, (first, j * blocks.keys), products.shape,
+                    None if segments is None else segments.at[sequence],
+                )  # fmt: skip
+            top, shrink, weights = tile.weigh(top, products, seen, options.scale)
+            mixed, narrow = mixed * tile.down(shrink, mixed), weights.astype(q.dtype)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            top, total, mixed, narrow = warps.settled(top, total, mixed, narrow)
+            lowering.barrier_arrive(turn)  # done with the softmax
+            if v is not None:
+                lowering.barrier_wait(full[1].at[slot])
+            lowering.barrier_wait(turn)
+            mixed = warps.add(mixed, (narrow, (keys if v is None else values).at[slot]))
+            warps.release(free[-1].at[slot])
+            return top, total, mixed
+
+        pl.when(me == 1)(take_turns)
+        top = warps.zeros(blocks.queries)
+        start = top + tile.HIDDEN, top, warps.zeros(blocks.queries, q.shape[-1])
+        top, total, mixed = tile.walk(span, step, start, edges)
+        pl.when(me == 0)(take_turns)
+        total = jnp.maximum(total, 1e-30)  # of rows that pad the sequence
+        mine[...] = (mixed / tile.down(total, mixed)).astype(q.dtype)
+        numbers.at[me][...] = top + jnp.log(total) * tile.LOG2E
+        lowering.commit_smem()
+        lowering.copy_smem_to_gmem(mine, out.at[here])
+        there = sequence, head, pl.ds(first, blocks.queries)
+        lowering.copy_smem_to_gmem(numbers.at[me], normaliser.at[there])
+        lowering.wait_smem_to_gmem(0)
+
+    @pl.when(me == 2)
+    def _feed():
+        lowering.set_max_registers(hopper_block.FEED, action="decrease")
+        kv_head = jax.lax.div(head, jnp.array(group, head.dtype))
+
+        def copy(step, slot):
+            at = sequence, pl.ds((begin + step) * blocks.keys, blocks.keys), kv_head
+            lowering.copy_gmem_to_smem(k.at[at], keys.at[slot], full[0].at[slot])
+            if v is not None:
+                lowering.copy_gmem_to_smem(v.at[at], values.at[slot], full[1].at[slot])
+
+        hopper_block.feed(end - begin, blocks.slots, free, copy)

@@ -1,0 +1,161 @@
+"""What a block of a Hopper kernel is made of: warpgroups, tiles in shared memory, barriers.
+
+A block has three warpgroups. Two compute; the third feeds them through rings of slots in shared
+memory: `feed` fills a slot, the others wait until it is full, and `release` it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as lowering
+
+from qkvjax.kernels import tile
+
+COMPUTE, FEED = 232, 40  # registers of a thread: all that two and one warpgroups can have
+LAYOUT = lowering.Layout.WGMMA  # how a tile lies in the registers of a warpgroup
+
+
+def launch(kernel, name: str, inputs, outputs, scratch, grid: dict, interpret) -> list[jax.Array]:
+    """kernel(inputs, outputs, **scratch), trees of references, on every point of a grid."""
+    flat, tree = jax.tree.flatten(inputs)
+
+    def body(*refs, **scratch):
+        kernel(jax.tree.unflatten(tree, refs[: len(flat)]), refs[len(flat) :], **scratch)
+
+    body.__name__ = name
+    return lowering.kernel(
+        body, out_type=outputs, scratch_types=scratch, grid=tuple(grid.values()),
+        grid_names=tuple(grid), num_threads=3, thread_name="warpgroup",
+        compiler_params=lowering.CompilerParams(approx_math=True), interpret=interpret,
+    )(*flat)  # fmt: skip
+
+
+def tiles(count: int, rows: int, width: int, dtype):
+    """Tiles [rows, width] in shared memory, as the tensor cores want them."""
+    layout = lowering.TilingTransform((8, 64)), lowering.SwizzleTransform(128)
+    return lowering.SMEM((count, rows, width), dtype, transforms=layout)
+
+
+def barriers(count: int, arrivals: int = 1):
+    return lowering.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def turned(ref):
+    """The transpose of a tile in shared memory."""
+    if hasattr(lowering, "transpose_ref") and jax.__version_info__ < (0, 11):
+        return lowering.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
+
+
+def slot_of(step, slots: int):
+    return jax.lax.rem(step, jnp.array(slots, step.dtype))
+
+
+def feed(steps, slots: int, free: list, copy) -> None:
+    """copy(step, slot) for every step, as soon as its slot is free."""
+
+    def fill(step, _):
+        slot = slot_of(step, slots)
+
+        @pl.when(step >= slots)
+        def _wait():
+            for barrier in free:
+                lowering.barrier_wait(barrier.at[slot])
+
+        copy(step, slot)
+
+    def drain(step, _):  # what is left, so that no barrier is left behind
+        for barrier in free:
+            lowering.barrier_wait(barrier.at[slot_of(step, slots)])
+
+    jax.lax.fori_loop(0, steps, fill, None)
+    jax.lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warpgroup:
+    """What a computing warpgroup does with tiles. `interpret`ed, its products are plain ones: the
+    interpreter knows neither the tensor cores nor how tiles lie in registers."""
+
+    interpret: object = None
+
+    def zeros(self, *shape: int) -> jax.Array:
+        """float32 [r, c], or [r] of a tile's rows."""
+        return self.laid(jnp.zeros(shape, jnp.float32))
+
+    def laid(self, x: jax.Array) -> jax.Array:
+        if self.interpret:
+            return x
+        return lowering.layout_cast(x, LAYOUT if x.ndim == 2 else LAYOUT.reduce(1))
+
+    def products(self, rows, columns, then=lambda: None) -> jax.Array:
+        """rows columns^T, float32 [r, c], of tiles in shared memory; then() while they run."""
+        if self.interpret:
+            found = tile.dot(rows[...], columns[...], (1, 1))
+            then()
+            return found
+
+        def run(sums):
+            lowering.wgmma(sums, rows, turned(columns))
+            then()
+            return sums[...]
+
+        shape = rows.shape[0], columns.shape[0]
+        return pl.run_scoped(run, lowering.ACC(shape, jnp.float32))
+
+    def add(self, sums: jax.Array, *pairs) -> jax.Array:
+        """sums + a b for each pair of a tile in registers and one in shared memory."""
+        if self.interpret:
+            return sums + sum(tile.dot(a, b[...]) for a, b in pairs)
+
+        def run(ref):
+            for a, b in pairs:
+                lowering.wgmma(ref, a, b)
+
+        return pl.run_state(run)(lowering.ACC.init(sums))
+
+    def settled(self, *values):
+        """Keeps the compiler from computing these later."""
+        return values if self.interpret else jax.lax.optimization_barrier(values)
+
+    def release(self, barrier) -> None:
+        """Says that this warpgroup is done with a slot."""
+        if self.interpret:
+            lowering.commit_smem()  # the interpreter's reads are not the tensor cores'
+        lowering.barrier_arrive(barrier)
+
+    def numbers(self, ref, shape, along: bool = False) -> jax.Array:
+        """A reference's numbers down the rows of a tile (or along its columns) as [r, c]."""
+        axis = 1 if along else 0
+        if self.interpret:
+            found = ref[...]
+        else:
+            layout = LAYOUT.reduce(1 - axis)
+            old = jax.__version_info__ < (0, 11)
+            found = lowering.load(ref, *[()] * old, layout=layout, optimized=False)
+        return jax.lax.broadcast_in_dim(found, shape, (axis,))
+
+    def seen(self, options: tile.Options, first: tuple, shape, segments, turned: bool = False):
+        """The mask of a tile whose queries and keys begin at places `first`, [queries, keys] or
+        `turned`; segments is a reference to a sequence's."""
+        axes = (1, 0) if turned else (0, 1)
+
+        def iota(axis):
+            if self.interpret:
+                return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            return lowering.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT)
+
+        rows, columns = (iota(axis) + at for axis, at in zip(axes, first))
+        if segments is None:
+            return tile.visible(rows, columns, **options.limits)
+        of = [
+            self.numbers(segments.at[pl.ds(at, shape[axis])], shape, along=axis == 1)
+            for axis, at in zip(axes, first)
+        ]
+        return tile.visible(
+            rows, columns, **options.limits, row_segments=of[0], column_segments=of[1]
+        )
