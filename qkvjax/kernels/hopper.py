@@ -11,7 +11,6 @@ Letters: B sequences, T places, N query heads, K key-value heads, H head width.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -20,19 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as lowering
 
 from qkvjax.kernels import hopper_block, tile
-from qkvjax.kernels.hopper_block import Warpgroup, barriers, slot_of
+from qkvjax.kernels.hopper_block import Blocks, Warpgroup, barriers, slot_of
 
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Tile sizes, multiples of 64 (of the queries, those of a warpgroup), and slots of the ring."""
-
-    queries: int
-    keys: int
-    slots: int
 
 
 # By (head width, whether the keys are the values).
@@ -91,9 +81,8 @@ def _kernel(
     out, normaliser = outputs
     blocks = options.forward
     head, sequence, me = (jax.lax.axis_index(n) for n in ("head", "sequence", "warpgroup"))
-    # The last tiles come first: of a causal sequence they have the most to do.
-    i = jax.lax.axis_size("tile") - 1 - jax.lax.axis_index("tile")
-    span = [spans[jnp.minimum(sequence, spans.shape[0] - 1), i, edge] for edge in range(4)]
+    i = hopper_block.last_first("tile")
+    span = hopper_block.span_of(spans, sequence, i)
     begin, end = span[0], span[3]
     warps = Warpgroup(options.interpret)
 
@@ -114,7 +103,7 @@ def _kernel(
             top, total, mixed = state
             slot = slot_of(j - begin, blocks.slots)
             lowering.barrier_wait(full[0].at[slot])
-            products = warps.products(mine, keys.at[slot], then=take_turns)
+            [products] = warps.products((mine, keys.at[slot]), then=take_turns)
             if v is not None:
                 warps.release(free[0].at[slot])
             seen = None
@@ -131,7 +120,8 @@ def _kernel(
             if v is not None:
                 lowering.barrier_wait(full[1].at[slot])
             lowering.barrier_wait(turn)
-            mixed = warps.add(mixed, (narrow, (keys if v is None else values).at[slot]))
+            value = (keys if v is None else values).at[slot]
+            [mixed] = warps.add((mixed, (narrow, value)))
             warps.release(free[-1].at[slot])
             return top, total, mixed
 

@@ -15,6 +15,16 @@ from jax.experimental.pallas import mosaic_gpu as lowering
 
 from qkvjax.kernels import tile
 
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tile sizes, multiples of 64 (of what a block holds, those of a warpgroup), and slots."""
+
+    queries: int
+    keys: int
+    slots: int
+
+
 COMPUTE, FEED = 232, 40  # registers of a thread: all that two and one warpgroups can have
 LAYOUT = lowering.Layout.WGMMA  # how a tile lies in the registers of a warpgroup
 
@@ -42,6 +52,28 @@ def tiles(count: int, rows: int, width: int, dtype):
 
 def barriers(count: int, arrivals: int = 1):
     return lowering.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def span_of(spans, sequence, i) -> list:
+    """A tile's row of `tile.spans`."""
+    return [spans[jnp.minimum(sequence, spans.shape[0] - 1), i, edge] for edge in range(4)]
+
+
+def last_first(axis: str):
+    """This block's number along an axis whose last tiles are the first to be computed: of a causal
+    sequence they have the most to do."""
+    return jax.lax.axis_size(axis) - 1 - jax.lax.axis_index(axis)
+
+
+def write(results, here) -> None:
+    """Each (tile in shared memory, its new content, array): to places `here` of the array."""
+    results = list(results)
+    for ref, found, _ in results:
+        ref[...] = found.astype(ref.dtype)
+    lowering.commit_smem()
+    for ref, _, array in results:
+        lowering.copy_smem_to_gmem(ref, array.at[here])
+    lowering.wait_smem_to_gmem(0)
 
 
 def turned(ref):
@@ -92,31 +124,34 @@ class Warpgroup:
             return x
         return lowering.layout_cast(x, LAYOUT if x.ndim == 2 else LAYOUT.reduce(1))
 
-    def products(self, rows, columns, then=lambda: None) -> jax.Array:
-        """rows columns^T, float32 [r, c], of tiles in shared memory; then() while they run."""
+    def products(self, *pairs, then=lambda: None) -> list[jax.Array]:
+        """a b^T, float32 [r, c], of each pair of tiles in shared memory; then() as they run."""
         if self.interpret:
-            found = tile.dot(rows[...], columns[...], (1, 1))
+            found = [tile.dot(a[...], b[...], (1, 1)) for a, b in pairs]
             then()
             return found
 
-        def run(sums):
-            lowering.wgmma(sums, rows, turned(columns))
+        def run(*sums):
+            for ref, (a, b) in zip(sums, pairs):
+                lowering.wgmma(ref, a, turned(b))
             then()
-            return sums[...]
+            return [ref[...] for ref in sums]
 
-        shape = rows.shape[0], columns.shape[0]
-        return pl.run_scoped(run, lowering.ACC(shape, jnp.float32))
+        shapes = [(a.shape[0], b.shape[0]) for a, b in pairs]
+        return pl.run_scoped(run, *(lowering.ACC(shape, jnp.float32) for shape in shapes))
 
-    def add(self, sums: jax.Array, *pairs) -> jax.Array:
-        """sums + a b for each pair of a tile in registers and one in shared memory."""
+    def add(self, *totals) -> list[jax.Array]:
+        """Of each (sum, (a, b), ...): the sum and each a b, of tiles in registers and in shared
+        memory."""
         if self.interpret:
-            return sums + sum(tile.dot(a, b[...]) for a, b in pairs)
+            return [s + sum(tile.dot(a, b[...]) for a, b in pairs) for s, *pairs in totals]
 
-        def run(ref):
-            for a, b in pairs:
-                lowering.wgmma(ref, a, b)
+        def run(refs):
+            for ref, (_, *pairs) in zip(refs, totals):
+                for a, b in pairs:
+                    lowering.wgmma(ref, a, b)
 
-        return pl.run_state(run)(lowering.ACC.init(sums))
+        return pl.run_state(run)([lowering.ACC.init(total) for total, *_ in totals])
 
     def settled(self, *values):
         """Keeps the compiler from computing these later."""
@@ -128,16 +163,13 @@ class Warpgroup:
             lowering.commit_smem()  # the interpreter's reads are not the tensor cores'
         lowering.barrier_arrive(barrier)
 
-    def numbers(self, ref, shape, along: bool = False) -> jax.Array:
-        """A reference's numbers down the rows of a tile (or along its columns) as [r, c]."""
-        axis = 1 if along else 0
+    def numbers(self, ref, along: bool = False) -> jax.Array:
+        """A reference's numbers, as they lie down the rows of a tile, or along its columns."""
         if self.interpret:
-            found = ref[...]
-        else:
-            layout = LAYOUT.reduce(1 - axis)
-            old = jax.__version_info__ < (0, 11)
-            found = lowering.load(ref, *[()] * old, layout=layout, optimized=False)
-        return jax.lax.broadcast_in_dim(found, shape, (axis,))
+            return ref[...]
+        layout = LAYOUT.reduce(0 if along else 1)
+        index = [()] if jax.__version_info__ < (0, 11) else []
+        return lowering.load(ref, *index, layout=layout, optimized=False)
 
     def seen(self, options: tile.Options, first: tuple, shape, segments, turned: bool = False):
         """The mask of a tile whose queries and keys begin at places `first`, [queries, keys] or
@@ -152,10 +184,10 @@ class Warpgroup:
         rows, columns = (iota(axis) + at for axis, at in zip(axes, first))
         if segments is None:
             return tile.visible(rows, columns, **options.limits)
-        of = [
-            self.numbers(segments.at[pl.ds(at, shape[axis])], shape, along=axis == 1)
-            for axis, at in zip(axes, first)
-        ]
+        of = []
+        for axis, at in zip(axes, first):
+            found = self.numbers(segments.at[pl.ds(at, shape[axis])], along=axis == 1)
+            of.append(jax.lax.broadcast_in_dim(found, shape, (axis,)))
         return tile.visible(
             rows, columns, **options.limits, row_segments=of[0], column_segments=of[1]
         )

@@ -137,8 +137,9 @@ def spans(
     end, rest = reach(some), reach(every)
     begin = jnp.min(jnp.where(some, behind - 1, end[..., None]), axis=2)
     whole = reach(~every & (behind < rest[..., None]))  # of several runs, the last
-    none = rest == 0
-    whole, rest = jnp.where(none, begin, whole), jnp.where(none, begin, rest)
+    # Without a whole tile, all are on the side where a causal mask cuts tiles (`Options.edges`).
+    none, edge = rest == 0, end if turned else begin
+    whole, rest = jnp.where(none, edge, whole), jnp.where(none, edge, rest)
     return jnp.stack([begin, whole, rest, end], axis=2).astype(jnp.int32)
 
 
