@@ -36,7 +36,11 @@ INTERRUPTED = 130
 READER_LEFT = 141  # what the shell says of a program that SIGPIPE ended
 # For doors that compute attention.
 ATTENTION = {
-    "attention": (("auto", *kernels.IMPLEMENTATIONS), "auto", "what computes it; auto: xla"),
+    "attention": (
+        ("auto", *kernels.IMPLEMENTATIONS),
+        "auto",
+        "what computes it; auto: the fastest measured",
+    ),
 }
 STUDY_FIELDS = ("points", "settings", "seeds", "reference", "prompt", "title")
 

@@ -4,12 +4,13 @@
 
     xla        plain operations that XLA fuses; every machine
     reference  the 20-line truth, in float32; every machine
-    triton     our kernels for NVIDIA GPUs from Ampere on; one tile for K = V
+    hopper     our kernels for NVIDIA's Hopper GPUs, through Mosaic; one tile for K = V
+    triton     the same for NVIDIA GPUs from Ampere on
     tpu        the same for TPUs, through Mosaic
 
-"auto" takes what a door's --attention names, else xla: the kernels compile for such devices but
-have not run on hardware yet, and a guess is no reason to prefer them. A named implementation that
-cannot run raises.
+"auto" takes what a door's --attention names, else the first of MEASURED for this device that takes
+the arguments. A device that was not measured takes xla: a guess is no reason to prefer a kernel. A
+named implementation that cannot run raises.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qkvjax import kernels
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.kernels import (
     IMPLEMENTATIONS,
+    hopper,
     reference,
     tpu,
     tpu_decode,
@@ -38,7 +40,12 @@ from qkvjax.parallel import local, rules
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
 # Our kernels: of whole sequences, and of a cache.
-KERNELS = {"triton": (triton, triton_decode), "tpu": (tpu, tpu_decode)}
+KERNELS = {
+    "hopper": (hopper, triton_decode), "triton": (triton, triton_decode), "tpu": (tpu, tpu_decode)
+}  # fmt: skip
+# What "auto" tries, the fastest first, by compute capability (platform where there is none):
+# benchmarks/results/h200. Whatever is missing here takes xla.
+MEASURED = {"9.0": ("hopper", "triton", "xla")}
 
 
 def missing(impl: str) -> str | None:
@@ -49,17 +56,18 @@ def missing(impl: str) -> str | None:
     if impl == "tpu":
         return None if device.platform == "tpu" else "a TPU"
     capability = float(getattr(device, "compute_capability", None) or 0)
-    if device.platform == "gpu" and capability >= 8:
+    wanted, until = ("9.0", 10) if impl == "hopper" else ("8.0 or newer", 1000)
+    if device.platform == "gpu" and float(wanted[:3]) <= capability < until:
         return None
-    return "an NVIDIA GPU of compute capability 8.0 or newer"
+    return f"an NVIDIA GPU of compute capability {wanted}"
 
 
-def choose(impl: str = "auto") -> str:
-    """The implementation that `impl` stands for; raises UserError for one that is not here."""
+def candidates(impl: str = "auto") -> tuple[str, ...]:
+    """What to try for `impl`, the best first; raises UserError for one that is not here."""
     impl = kernels.preferred if impl == "auto" else impl
     if impl == "auto":
-        _tell()
-        return "xla"
+        device = jax.devices()[0]
+        return MEASURED.get(getattr(device, "compute_capability", device.platform), ("xla",))
     here = [name for name in IMPLEMENTATIONS if not missing(name)]
     if impl not in IMPLEMENTATIONS:
         raise UserError(
@@ -71,38 +79,51 @@ def choose(impl: str = "auto") -> str:
             f"attention implementation {impl!r} needs {missing(impl)}: this machine has"
             f" {', '.join(here)}"
         )
-    return impl
+    return (impl,)
+
+
+def choose(impl: str, q: jax.Array, v: jax.Array | None, **others) -> str:
+    """The first of `candidates` that takes such arguments; says once why not one before it.
+
+    Raises:
+      UserError: none does.
+    """
+    refused = {}
+    for name in candidates(impl):
+        why = KERNELS[name][0].refusal(q, v, **others) if name in KERNELS else None
+        if why is None and name in KERNELS and rules.shards_sequence():
+            why = "it wants whole sequences (mesh.context=1)"
+        if why is None:
+            _tell(name, tuple(refused.items()))
+            return name
+        refused[name] = why
+    [(name, why)] = refused.items()
+    raise UserError(f"attention implementation {name!r} cannot compute this: {why}; use auto")
 
 
 @functools.cache
-def _tell() -> None:
+def _tell(chosen: str, refused: tuple) -> None:
     """Says once, where there is a choice, what was chosen and why."""
-    for name in IMPLEMENTATIONS:
-        if name in KERNELS and missing(name) is None:
-            print(
-                f"attention: xla; {name} could run here but was not measured against it, so it is"
-                f" taken only when it is named (--attention={name})",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+    others = [name for name in KERNELS if missing(name) is None]
+    if not others or kernels.preferred != "auto":
+        return
+    why = [f"not {name}: {reason}" for name, reason in refused]
+    why += [
+        f"{name} could run here but was not measured against it, so it is taken only when it is"
+        f" named (--attention={name})"
+        for name in others if chosen == "xla" and not refused
+    ]  # fmt: skip
+    print("; ".join([f"attention: {chosen}", *why]), file=sys.stderr, flush=True)
 
 
 def makes_keys(impl: str, key: KeyOfState, head_width: int) -> bool:
     """Whether decoding by `impl` makes keys of stored states as it reads them."""
-    name = choose(impl)
+    name = candidates(impl)[0]
     if name in KERNELS and not key.width:  # a norm alone
         return False
-    if name == "triton":
+    if name in ("hopper", "triton"):
         return not triton_decode.cannot_make(key, head_width)
     return name != "reference"
-
-
-def check(impl: str, q: jax.Array, v: jax.Array | None, softcap: float | None = None) -> None:
-    """Raises UserError where a kernel does not take such arguments, and says what does."""
-    why = KERNELS[impl][0].refusal(q, v, softcap=softcap)
-    if why is None and rules.shards_sequence():
-        why = "it wants whole sequences (mesh.context=1)"
-    if why:
-        raise UserError(f"attention implementation {impl!r} cannot compute this: {why}; use auto")
 
 
 def attention(
@@ -138,10 +159,9 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    name = choose(impl)
+    name = choose(impl, q, v, softcap=softcap, q_pe=q_pe)
     k, v, k_pe = (None if x is None else rules.spread_heads(x, q.shape[2]) for x in (k, v, k_pe))
     if name in KERNELS:
-        check(name, q, v, softcap)
         options = {"causal": causal, "window": window, "scale": scale}
         if name == "triton" and k is None and q_pe is None:
             run = functools.partial(triton_symmetric.attention, **options)
@@ -197,9 +217,8 @@ def decode_attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    name = choose(impl)
+    name = choose(impl, q, v)
     if name in KERNELS:
-        check(name, q, v)
         options = {"window": window, "scale": scale}
         arrays = {
             "k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key,

@@ -1,4 +1,4 @@
-"""Attention in Pallas for NVIDIA's Hopper GPUs, through Mosaic: the forward pass.
+"""Attention in Pallas for NVIDIA's Hopper GPUs, through Mosaic.
 
 A block has three warpgroups. Two compute, a tile of queries each; the third copies the tiles of
 keys and values that both need into a ring of slots in shared memory, and fills a slot anew once
@@ -18,31 +18,105 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as lowering
 
-from qkvjax.kernels import hopper_block, tile
+from qkvjax.errors import UserError
+from qkvjax.kernels import hopper_backward, hopper_block, tile, triton
 from qkvjax.kernels.hopper_block import Blocks, Warpgroup, barriers, slot_of
 
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
 
 
-# By (head width, whether the keys are the values).
+# By (head width, whether the keys are the values): the fastest on an H200
+# (benchmarks/results/h200/tuned.jsonl). What is missing here goes by Triton, which is faster there.
 FORWARD = {
-    (64, False): Blocks(64, 128, 3), (64, True): Blocks(64, 128, 4),
-    (128, False): Blocks(64, 128, 2), (128, True): Blocks(64, 128, 4),
-    (256, False): Blocks(64, 64, 2), (256, True): Blocks(64, 64, 3),
+    (64, False): Blocks(64, 128, 2), (64, True): Blocks(64, 128, 3),
+    (128, False): Blocks(64, 128, 2), (128, True): Blocks(64, 128, 2),
+    (256, False): Blocks(64, 64, 2), (256, True): Blocks(64, 128, 2),
+}  # fmt: skip
+KEYS = {
+    (64, False): Blocks(128, 64, 3), (64, True): Blocks(128, 64, 2),
+    (128, False): Blocks(64, 64, 2), (128, True): Blocks(128, 64, 2),
+    (256, True): Blocks(64, 64, 2),
+}  # fmt: skip
+QUERIES = {
+    (64, False): Blocks(64, 128, 2), (64, True): Blocks(64, 128, 4),
+    (128, False): Blocks(64, 64, 4), (128, True): Blocks(64, 64, 2),
 }  # fmt: skip
 
 
 def refusal(q, v=None, *, softcap=None, q_pe=None) -> str | None:
     """Why this kernel does not take such arguments; None where it does."""
     width = q.shape[-1]
-    if width not in WIDTHS or (v is not None and v.shape[-1] != width):
-        return f"its head width is one of {', '.join(map(str, WIDTHS))}, for keys and values"
+    widths = {width, width if v is None else v.shape[-1]}
+    if len(widths) == 2 or width not in WIDTHS:
+        wrong = " and ".join(map(str, sorted(widths)))
+        return f"its head width is one of {', '.join(map(str, WIDTHS))}, not {wrong}"
     if str(q.dtype) not in DTYPES:
         return f"its dtype is one of {', '.join(DTYPES)}, not {q.dtype}"
     if q_pe is not None:
         return "it has no second part of the scores"
     return None if softcap is None else "it has no softcap"
+
+
+def attention(
+    q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None,
+    forward: Blocks | None = None, backward: Blocks | None = None, interpret: object = None,
+) -> jax.Array:  # fmt: skip
+    """As `kernels.dispatch.attention`, whose arguments these are.
+
+    Args:
+      forward, backward: tile sizes; None takes this file's.
+      interpret: `InterpretGPUParams`, to run on any machine from jax 0.11 on, slowly.
+
+    Raises:
+      UserError: `refusal` has an answer.
+    """
+    why = refusal(q, v, q_pe=q_pe)
+    if why:
+        raise UserError(f"the hopper kernel takes no such attention: {why}")
+    length, width = q.shape[1], q.shape[-1]
+    which = width, v is None
+    sizes = (
+        forward or FORWARD[which],
+        *(
+            backward or ours.get(which, triton_s[which])
+            for ours, triton_s in ((KEYS, triton.KEYS), (QUERIES, triton.QUERIES))
+        ),
+    )
+    scale = width**-0.5 if scale is None else float(scale)
+    options = triton.Options(causal, window, scale, length, sizes[0], sizes[1:], interpret)
+    # A block holds two tiles of queries, or of keys.
+    step = 2 * max(max(blocks.queries, blocks.keys) for blocks in sizes)
+    arrays = tile.padded((q, k, v, segment_ids), length, step)
+    return _attend(options, *arrays)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, q, k, v, segments):
+    return _forward(options, q, k, v, segments)[0]
+
+
+def _forward(options, q, k, v, segments):
+    out, normaliser = forward_pass(options, q, k, v, segments)
+    return out, (q, k, v, segments, out, normaliser)
+
+
+def _backward(options, residuals, slope):
+    q, k, v, segments, out, normaliser = residuals
+    rest = v, segments, slope, normaliser, tile.delta(out, slope, options.scale)
+    of_keys, of_queries = options.backward
+    if isinstance(of_keys, Blocks):
+        dk, dv = hopper_backward.keys_pass(options, q, k, *rest)
+    else:
+        [dk], dv = triton.keys_pass(options, (q,), (k,), *rest)
+    if isinstance(of_queries, Blocks):
+        dq = hopper_backward.queries_pass(options, q, k, *rest)
+    else:
+        [dq] = triton.queries_pass(options, (q,), (k,), *rest)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_forward, _backward)
 
 
 def forward_pass(options: tile.Options, q, k, v, segments) -> tuple[jax.Array, jax.Array]:

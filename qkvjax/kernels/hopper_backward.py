@@ -17,19 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as lowering
 
 from qkvjax.kernels import hopper_block, tile
-from qkvjax.kernels.hopper_block import Blocks, Warpgroup, barriers, slot_of
-
-# By (head width, whether the keys are the values).
-KEYS = {
-    (64, False): Blocks(64, 64, 3), (64, True): Blocks(64, 64, 3),
-    (128, False): Blocks(64, 64, 2), (128, True): Blocks(64, 64, 3),
-    (256, True): Blocks(64, 64, 2),
-}  # fmt: skip
-QUERIES = {
-    (64, False): Blocks(64, 64, 3), (64, True): Blocks(64, 64, 4),
-    (128, False): Blocks(64, 64, 2), (128, True): Blocks(64, 64, 4),
-    (256, True): Blocks(64, 64, 2),
-}  # fmt: skip
+from qkvjax.kernels.hopper_block import Warpgroup, barriers, slot_of
 
 
 def keys_pass(options: tile.Options, q, k, v, segments, slope, normaliser, delta):

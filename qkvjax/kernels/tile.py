@@ -42,6 +42,16 @@ class Options:
         return self.causal and turned, self.causal and not turned
 
 
+def padded(tree, length: int, step: int):
+    """Arrays [B, T, ...] of a tree with zeros behind them, up to a multiple of `step` places."""
+    fill = -length % step
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) if fill else x
+
+    return jax.tree.map(pad, tree)
+
+
 def specs(*pairs) -> list:
     """Block specs of trees of arrays, each with the function that makes them."""
     return [jax.tree.map(make, tree) for tree, make in pairs]
@@ -231,6 +241,12 @@ def weights_and_slopes(products, seen, normaliser, value_products, delta, scale:
     """
     weights = _hide(jnp.exp2(products * (scale * LOG2E) - normaliser), seen)
     return weights, weights * (value_products * scale - delta)
+
+
+def delta(out: jax.Array, slope: jax.Array, scale: float) -> jax.Array:
+    """scale rowsum(O * dO) [B, N, T] of [B, T, N, H]."""
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    return scale * jnp.einsum("btnh,btnh->bnt", wide(out), wide(slope))
 
 
 def _hide(weights, seen):

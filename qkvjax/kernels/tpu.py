@@ -41,7 +41,7 @@ FORWARD = {512: Blocks(1024, 512), 2048: Blocks(512, 512)}
 BACKWARD = {256: Blocks(512, 1024), 1024: Blocks(512, 512), 2048: Blocks(256, 256)}
 
 
-def refusal(q, v=None, *, softcap=None) -> str | None:
+def refusal(q, v=None, *, softcap=None, q_pe=None) -> str | None:
     """Why these kernels do not take such arguments; None where they do."""
     for width in (q.shape[-1], q.shape[-1] if v is None else v.shape[-1]):
         if width % 8 or not 0 < width <= WIDEST:

@@ -40,8 +40,8 @@ class Blocks:
 # (benchmarks/results/h200/tuned.jsonl, by benchmarks/tune.py). Narrower heads take those of 64.
 FORWARD = {
     (64, False): Blocks(64, 64, 4, 3), (64, True): Blocks(64, 64, 4, 3),
-    (128, False): Blocks(128, 64, 8, 3), (128, True): Blocks(64, 64, 4, 3),
-    (256, False): Blocks(128, 64, 8, 2), (256, True): Blocks(64, 64, 4, 2),
+    (128, False): Blocks(128, 64, 4, 2), (128, True): Blocks(64, 64, 4, 2),
+    (256, False): Blocks(64, 64, 4, 3), (256, True): Blocks(128, 64, 8, 4),
 }  # fmt: skip
 KEYS = {
     (64, False): Blocks(64, 64, 4, 3), (64, True): Blocks(64, 128, 4, 3),
@@ -49,13 +49,13 @@ KEYS = {
     (256, False): Blocks(64, 64, 8, 2), (256, True): Blocks(64, 128, 8, 2),
 }  # fmt: skip
 QUERIES = {
-    (64, False): Blocks(128, 64, 4, 3), (64, True): Blocks(64, 128, 4, 3),
+    (64, False): Blocks(64, 128, 4, 3), (64, True): Blocks(128, 64, 4, 3),
     (128, False): Blocks(128, 64, 8, 3), (128, True): Blocks(64, 64, 4, 2),
     (256, False): Blocks(128, 32, 8, 3), (256, True): Blocks(64, 64, 4, 3),
 }  # fmt: skip
 
 
-def refusal(q, v=None, *, softcap=None) -> str | None:
+def refusal(q, v=None, *, softcap=None, q_pe=None) -> str | None:
     """Why these kernels do not take such arguments; None where they do."""
     widths = {q.shape[-1], q.shape[-1] if v is None else v.shape[-1]}
     if not widths <= set(WIDTHS):
@@ -71,13 +71,8 @@ class Options(tile.Options):
 
     def padded(self, tree):
         """Arrays [B, T, ...] of a tree with zeros behind them, so that every tile is whole."""
-        step = max(max(b.queries, b.keys) for b in (self.forward, *self.backward))
-        fill = -self.length % step
-
-        def pad(x):
-            return jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) if fill else x
-
-        return jax.tree.map(pad, tree)
+        sizes = (self.forward, *self.backward)
+        return tile.padded(tree, self.length, max(max(b.queries, b.keys) for b in sizes))
 
     def spans(self, blocks: Blocks, x, segments, turned: bool = False) -> jax.Array:
         """`tile.spans` of sequences like x [B, T, ...]."""
@@ -195,44 +190,55 @@ def _forward_kernel(options, edges, span, qs, ks, v, segments, out, normaliser):
 
 def _backward(options, residuals, slope):
     qs, ks, v, segments, out, normaliser = residuals
-    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-    delta = options.scale * jnp.einsum("btnh,btnh->bnt", wide(out), wide(slope))
-    batch, length, heads, _ = qs[0].shape
-    num_kv_heads, (of_keys, of_queries) = ks[0].shape[2], options.backward
-    group = heads // num_kv_heads
-    rest = slope, normaliser, delta, segments
+    rest = segments, slope, normaliser, tile.delta(out, slope, options.scale)
+    return queries_pass(options, qs, ks, v, *rest), *keys_pass(options, qs, ks, v, *rest), None
 
-    same = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
-    by_key, grouped = by_tile(of_keys.keys), _group(length, group)
-    group_numbers = _group_numbers(group, length)
-    spans = options.spans(of_keys, qs[0], segments, turned=True)
+
+def keys_pass(options, qs, ks, v, segments, slope, normaliser, delta):
+    """Gradients of the keys and of the values."""
+    batch, length, heads, _ = qs[0].shape
+    num_kv_heads, blocks = ks[0].shape[2], options.backward[0]
+    group = heads // num_kv_heads
+    by_key, grouped = by_tile(blocks.keys), _group(length, group)
+    numbers = _group_numbers(group, length)
+    spans = options.spans(blocks, qs[0], segments, turned=True)
     edges = options.edges(length, segments, turned=True)
     call = pallas(
         functools.partial(_keys_kernel, options, edges, group), "attention_keys", options.interpret,
-        of_keys,
-        grid=(length // of_keys.keys, batch, num_kv_heads),
+        blocks,
+        grid=(length // blocks.keys, batch, num_kv_heads),
         in_specs=tile.specs(
             (spans, of_tile()), (qs, grouped), (ks, by_key), (v, by_key), (slope, grouped),
-            (normaliser, group_numbers), (delta, group_numbers), (segments, all_places),
+            (normaliser, numbers), (delta, numbers), (segments, all_places),
         ),
-        out_specs=jax.tree.map(by_key, (ks, v)), out_shape=same((ks, v)),
+        out_specs=jax.tree.map(by_key, (ks, v)), out_shape=jax.tree.map(like, (ks, v)),
     )  # fmt: skip
-    dks, dv = call(spans, qs, ks, v, *rest)
-    tiles = length // of_queries.queries
-    by_query, row_numbers = by_tile(of_queries.queries, tiles), _numbers(of_queries.queries, tiles)
-    whole, spans = by_head(length, group), options.spans(of_queries, qs[0], segments)
+    return call(spans, qs, ks, v, slope, normaliser, delta, segments)
+
+
+def queries_pass(options, qs, ks, v, segments, slope, normaliser, delta):
+    """Gradient of the queries."""
+    batch, length, heads, _ = qs[0].shape
+    blocks = options.backward[1]
+    tiles = length // blocks.queries
+    by_query, numbers = by_tile(blocks.queries, tiles), _numbers(blocks.queries, tiles)
+    whole = by_head(length, heads // ks[0].shape[2])
+    spans = options.spans(blocks, qs[0], segments)
     call = pallas(
         functools.partial(_queries_kernel, options, options.edges(length, segments)),
-        "attention_queries", options.interpret, of_queries,
+        "attention_queries", options.interpret, blocks,
         grid=(tiles, batch, heads),
         in_specs=tile.specs(
             (spans, of_tile(tiles)), (qs, by_query), (ks, whole), (v, whole), (slope, by_query),
-            (normaliser, row_numbers), (delta, row_numbers), (segments, all_places),
+            (normaliser, numbers), (delta, numbers), (segments, all_places),
         ),
-        out_specs=[jax.tree.map(by_query, qs)], out_shape=[same(qs)],
+        out_specs=[jax.tree.map(by_query, qs)], out_shape=[jax.tree.map(like, qs)],
     )  # fmt: skip
-    [dqs] = call(spans, qs, ks, v, *rest)
-    return dqs, dks, dv, None
+    return call(spans, qs, ks, v, slope, normaliser, delta, segments)[0]
+
+
+def like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 _attend.defvjp(forward_pass, _backward)
@@ -383,4 +389,6 @@ def all_places(segments):
 def pallas(kernel, name: str, interpret: bool, blocks: Blocks, **shapes):
     """`pallas_call` that goes by Triton whatever the version's default is."""
     params = lowering.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
-    return pl.pallas_call(kernel, name=name, interpret=interpret, compiler_params=params, **shapes)
+    return pl.pallas_call(
+        kernel, name=name, interpret=bool(interpret), compiler_params=params, **shapes
+    )

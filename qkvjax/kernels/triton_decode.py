@@ -23,10 +23,19 @@ from qkvjax.kernels import tile
 from qkvjax.kernels.stored import Int8, KeyOfState
 from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
 
-# Sizes by head width that compile for an H200 without spilling; neither tuned nor timed.
-BLOCK = {256: Blocks(64, 32, 4, 3), 0: Blocks(64, 64, 4, 3)}
-# Programs that fill the 132 processors of a Hopper GPU twice, of at least so many slots each.
+# Two programs fit each of the 132 processors of a Hopper GPU where a tile of all that is cached
+# has so many bytes and three stages; larger tiles where there are more programs than that. Timed
+# on an H200 (benchmarks/results/h200/tuned.jsonl).
 PROGRAMS, FEWEST_SLOTS = 264, 256
+TILE_BYTES = 32 * 1024
+
+
+def block_of(width: int, itemsize: int, tied: bool, programs: int, makes_keys: bool) -> Blocks:
+    """Tile sizes for so many programs (or splits of them)."""
+    if makes_keys:  # in registers
+        return Blocks(64, 64 if width <= 128 else 32, 4, 3)
+    size = TILE_BYTES * (1 if programs <= PROGRAMS else 2) // (width * itemsize)
+    return Blocks(64, min(256, size if tied else size // 2), 4, 3)
 
 
 def cannot_make(key: KeyOfState | None, head_width: int) -> str | None:
@@ -81,8 +90,10 @@ def decode(
     if why:
         raise UserError(f"the triton kernel takes no such attention: {why}")
     batch, length, heads, width = q.shape
-    block = block or BLOCK.get(width, BLOCK[0])
     num_kv_heads, group = k.shape[2], heads // k.shape[2]
+    block = block or block_of(
+        width, q.dtype.itemsize, v is None, batch * num_kv_heads, key is not None
+    )
     fill = NARROWEST - k.shape[1]
     if fill > 0:  # of a cache shorter than the smallest tile
         k, v, k_pe = jax.tree.map(
@@ -94,7 +105,7 @@ def decode(
     # As a cache is stored; these transpositions and those of its views cancel.
     k, v, k_pe = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (k, v, k_pe))
     if splits is None:
-        splits = min(-(-PROGRAMS // (batch * num_kv_heads)), max(1, slots // FEWEST_SLOTS))
+        splits = max(1, min(PROGRAMS // (batch * num_kv_heads), slots // FEWEST_SLOTS))
     per_split = -(-slots // splits // size) * size if slots // splits >= size else size
     splits = -(-slots // per_split)
     pieces = (width,) if key is None else (key.width // 2, key.width // 2, width - key.width)

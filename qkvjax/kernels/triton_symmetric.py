@@ -19,8 +19,10 @@ from jax.experimental import pallas as pl
 from qkvjax.kernels import tile, triton
 from qkvjax.kernels.triton import Blocks
 
-# By head width, of the backward pass.
-BACKWARD = {256: Blocks(32, 32, 4, 1), 0: Blocks(64, 64, 4, 2)}
+# Of the backward pass, by (head width, whether the queries are the values); 0 is any other.
+BACKWARD = {
+    (256, True): Blocks(128, 64, 8, 2), (256, False): Blocks(64, 64, 8, 2), 0: Blocks(64, 64, 4, 2)
+}  # fmt: skip
 
 
 def attention(
@@ -30,7 +32,8 @@ def attention(
     """As `kernels.triton.attention` with q = k = x [B, T, N, H]; `v=None` is Q = K = V."""
     options = triton.settings(
         x, v, causal=causal, window=window, scale=scale, forward=forward,
-        backward=backward or BACKWARD.get(x.shape[-1], BACKWARD[0]), interpret=interpret,
+        backward=backward or BACKWARD.get((x.shape[-1], v is None), BACKWARD[0]),
+        interpret=interpret,
     )  # fmt: skip
     return _attend(options, *options.padded((x, v, segment_ids)))[:, : x.shape[1]]
 
@@ -47,13 +50,11 @@ def _forward(options, x, v, segments):
 
 def _backward(options, residuals, slope):
     x, v, segments, out, normaliser = residuals
-    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-    delta = options.scale * jnp.einsum("btnh,btnh->bnt", wide(out), wide(slope))
+    delta = tile.delta(out, slope, options.scale)
     batch, length, heads, _ = x.shape
     blocks, _ = options.backward
     by_tile, by_head = triton.by_tile(blocks.queries), triton.by_head(length, 1)
     numbers = lambda x: pl.BlockSpec((None, None, length), lambda i, b, n: (b, n, 0))  # noqa: E731
-    same = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
     # What the tile sees as queries, and where the two differ what sees it as keys.
     passing = dataclasses.replace(blocks, queries=blocks.keys, keys=blocks.queries)
     roles = [(blocks, False), (passing, True)][: 2 if options.causal else 1]
@@ -67,7 +68,7 @@ def _backward(options, residuals, slope):
             (spans, triton.of_tile()), (x, by_head), (v, by_head), (slope, by_head),
             (normaliser, numbers), (delta, numbers), (segments, triton.all_places),
         ),
-        out_specs=jax.tree.map(by_tile, (x, v)), out_shape=same((x, v)),
+        out_specs=jax.tree.map(by_tile, (x, v)), out_shape=jax.tree.map(triton.like, (x, v)),
     )  # fmt: skip
     return *call(spans, x, v, slope, normaliser, delta, segments), None
 

@@ -40,7 +40,7 @@ def cost_table(run) -> str:
             f"{steps:,} steps of {per_step:,} tokens: {steps * per_step:,} tokens,"
             f" {steps * per_step * flops:.3g} FLOPs",
         ),
-        ("attention", dispatch.choose("auto")),
+        ("attention", dispatch.candidates()[0]),
         ("device", f"{host.device_name()}; mesh {shape} ({', '.join(run.mesh.shape)})"),
         ("precision", f"{config.train.compute_dtype}, matrices {config.train.param_dtype}"),
     ]

@@ -16,7 +16,7 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 def surroundings(mesh: jax.sharding.Mesh) -> dict[str, object]:
     """What a step's last bits depend on beside the state: equal means bitwise the same."""
     return program() | {
-        "attention": dispatch.choose("auto"),
+        "attention": dispatch.candidates()[0],
         "device": host.device_name(),
         "mesh": "x".join(str(size) for size in mesh.shape.values()),
         "processes": jax.process_count(),

@@ -183,8 +183,26 @@ def test_unknown_implementation_lists_what_is_here():
     with pytest.raises(UserError, match="'flash'.*xla, reference"):
         dispatch.attention(q, k, v, impl="flash")
     with pytest.raises(UserError, match="did you mean 'reference'"):
-        dispatch.choose("refrence")
-    assert dispatch.choose("auto") in dispatch.PLAIN
+        dispatch.candidates("refrence")
+    assert all(dispatch.missing(name) is None for name in dispatch.candidates())
+
+
+def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypatch, capsys):
+    """On a Hopper GPU, which is pretended: what is chosen, and why not what is faster."""
+    monkeypatch.setattr(dispatch, "candidates", lambda impl="auto": ("hopper", "triton", "xla"))
+    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
+    dispatch._tell.cache_clear()
+    narrow = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    assert dispatch.choose("auto", narrow, None) == "hopper"
+    assert dispatch.choose("auto", narrow, None, q_pe=narrow) == "triton"
+    for _ in range(2):  # told once
+        assert dispatch.choose("auto", narrow.astype(jnp.float32), None) == "triton"
+    assert dispatch.choose("auto", narrow[..., :12], None) == "xla"
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "attention: hopper"
+    assert told[1].startswith("attention: triton; not hopper: it has no second part")
+    assert told[2].startswith("attention: triton; not hopper: its dtype is one of bfloat16")
+    assert told[3].count("head width") == 2 and len(told) == 4
 
 
 def test_a_kernel_that_cannot_run_here_says_so():
