@@ -139,7 +139,10 @@ def forward_pass(options: tile.Options, q, k, v, segments) -> tuple[jax.Array, j
         "free": [barriers(blocks.slots, arrivals=2) for _ in range(1 if v is None else 2)],
         "turn": barriers(1, arrivals=2),
     }
-    out = [q, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)]
+    out = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in ((q.shape, q.dtype), ((batch, heads, length), jnp.float32))
+    ]
     edges = options.edges(length, segments)
     return hopper_block.launch(
         functools.partial(_kernel, options, edges, heads // k.shape[2]), "attention_hopper_forward",
