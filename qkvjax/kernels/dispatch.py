@@ -9,8 +9,8 @@
     tpu        the same for TPUs, through Mosaic
 
 "auto" takes what a door's --attention names, else the first of MEASURED for this device that takes
-the arguments. A device that was not measured takes xla: a guess is no reason to prefer a kernel. A
-named implementation that cannot run raises.
+the arguments and passes a trial. A device that was not measured takes xla: a guess is no reason to
+prefer a kernel. A named implementation that cannot run raises.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from qkvjax.kernels import (
     reference,
     tpu,
     tpu_decode,
+    trial,
     triton,
     triton_decode,
     triton_symmetric,
@@ -82,17 +83,23 @@ def candidates(impl: str = "auto") -> tuple[str, ...]:
     return (impl,)
 
 
-def choose(impl: str, q: jax.Array, v: jax.Array | None, **others) -> str:
+def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **others) -> str:
     """The first of `candidates` that takes such arguments; says once why not one before it.
 
     Raises:
       UserError: none does.
     """
-    refused = {}
-    for name in candidates(impl):
-        why = KERNELS[name][0].refusal(q, v, **others) if name in KERNELS else None
-        if why is None and name in KERNELS and rules.shards_sequence():
-            why = "it wants whole sequences (mesh.context=1)"
+    refused, names = {}, candidates(impl)
+    for name in names:
+        why = None
+        if name in KERNELS:
+            whole, decoding = KERNELS[name]
+            why = whole.refusal(q, v, **others)
+            if why is None and rules.shards_sequence():
+                why = "it wants whole sequences (mesh.context=1)"
+            if why is None and len(names) > 1:
+                kernel = decoding.decode if decodes else whole.attention
+                why = trial.failure(kernel, decodes, q.shape[-1], str(q.dtype), v is None)
         if why is None:
             _tell(name, tuple(refused.items()))
             return name
@@ -217,7 +224,7 @@ def decode_attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    name = choose(impl, q, v)
+    name = choose(impl, q, v, decodes=True)
     if name in KERNELS:
         options = {"window": window, "scale": scale}
         arrays = {
