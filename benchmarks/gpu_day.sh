@@ -5,16 +5,27 @@
 #   bash benchmarks/gpu_day.sh [RESULTS]         RESULTS: a folder, benchmarks/results if unset
 #   MINI=1 bash benchmarks/gpu_day.sh RESULTS    the same stages in miniature, on a CPU
 #   STAGES="correctness train_124m_triton" ...          only these
+#   PREPARE=FOLDER bash benchmarks/gpu_day.sh    lowers kernels for an H200, on any machine with
+#                                                the GPU machine's version of jax
+#   PREPARED=FOLDER bash benchmarks/gpu_day.sh   takes them from there, which saves minutes
 #
 # Needs no network. Uses $PYTHON (python3) with jax, flax, optax, orbax-checkpoint,
 # ml-collections, grain and tensorflow-datasets; PyTorch is used where it is there. Each stage
-# is meant to stay under 9 minutes and is stopped after 9. Not run on hardware yet.
+# is meant to stay under 9 minutes and is stopped after 9.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 results=${1:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD:$PWD/benchmarks
 mkdir -p "$results/stamps"
+
+if [ -n "${PREPARE:-}" ]; then
+    "$python" benchmarks/correctness.py --prepare="$PREPARE" || exit
+    for part in ops caches tiles splits; do
+        "$python" benchmarks/kernel_speed.py --part=$part --prepare="$PREPARE" || exit
+    done
+    exit
+fi
 
 if ! missing=$("$python" - <<'PY'
 import importlib.util, sys
@@ -37,6 +48,7 @@ fi
 if [ -n "${MINI:-}" ]; then
     export JAX_PLATFORMS=cpu
     small=tiny large=tiny ours=reference dtype=float32 lengths="64" batches="2" widths="16"
+    correct=(--length=64 --widths=16) parts="ops caches" mini=1
     bench=(--config=configs/lm.py:depth=1 --config.data.seq_len=16 --config.data.batch_size=2
         --contexts=16 --batches=2)
     study=("--config=configs/quickstart.py:steps=2,seeds=1" --config.model.d_model=16
@@ -44,7 +56,8 @@ if [ -n "${MINI:-}" ]; then
         --config.evals.eval_train.max_labels=200
         "--config.study.points=({'model.sharing': 'q-k-v'}, {'model.sharing': 'q-k=v'})")
 else
-    small=124m large=350m ours=triton dtype=bfloat16 lengths="2048 32768" batches="1 32"
+    small=124m large=350m ours=auto dtype=bfloat16 lengths="2048 32768" batches="1 32"
+    correct=() parts="ops caches tiles splits" mini=0
     widths="64 128 256"
     bench=(--config=configs/lm.py:depth=12 --config.model.num_heads=32 --config.model.num_kv_heads=8
         --config.train.compute_dtype=bfloat16 --config.data.seq_len=4096 --contexts=16384
@@ -79,7 +92,13 @@ import json
 from qkvjax.parallel import host
 print(json.dumps(host.environment()))
 open('$results/environment.jsonl', 'a').write(json.dumps(host.environment()) + '\n')"
-stage correctness "$python" benchmarks/correctness.py --output="$results/correctness.jsonl"
+prepared=${PREPARED:-}
+stage correctness "$python" benchmarks/correctness.py "${correct[@]}" --prepared="$prepared" \
+    --output="$results/correctness.jsonl"
+for part in $parts; do
+    stage "$part" "$python" benchmarks/kernel_speed.py --part="$part" --mini=$mini \
+        --prepared="$prepared" --output="$results/$part.jsonl"
+done
 for size in $small $large; do
     for attention in xla $ours; do
         stage "train_${size}_$attention" "$python" benchmarks/train_speed.py --size="$size" \

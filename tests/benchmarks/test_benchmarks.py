@@ -60,7 +60,7 @@ def test_gpu_day_in_miniature_twice(tmp_path):
     )
     assert first.returncode == 0, first.stdout + first.stderr
     found = {path.stem: lines(path) for path in results.glob("*.jsonl")}
-    assert found.keys() >= {"environment", "correctness", "train_speed", "decode_speed"}
+    assert found.keys() >= {"environment", "correctness", "train_speed", "decode_speed", "ops"}
     assert {record["sharing"] for record in found["train_speed"]} == {
         "q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v",
     }  # fmt: skip
