@@ -104,10 +104,14 @@ def function(case: Case, impl: str):
                 return dispatch.decode_attention(q, turned.astype(k.dtype), k, **options, impl=impl)
 
             return lambda *arrays: (decode(*arrays),)
-        options |= {"key": key, "impl": impl}
-        return lambda *arrays: (dispatch.decode_attention(*arrays, **options),)
+        run = functools.partial(dispatch.decode_attention, impl=impl)
+        if impl in dispatch.KERNELS:
+            run = dispatch.KERNELS[impl][1].decode
+        return lambda *arrays: (run(*arrays, **options, key=key),)
     options = {"causal": case.causal, "window": case.window, "segment_ids": segments(case)}
     attend = functools.partial(dispatch.attention, **options, impl=impl)
+    if impl in dispatch.KERNELS:  # without what dispatch does for meshes
+        attend = functools.partial(dispatch.KERNELS[impl][0].attention, **options)
     if not case.kv_heads:
         attend = functools.partial(triton_symmetric.attention, **options)
         if impl == "reference":
@@ -135,7 +139,6 @@ def main() -> None:
     )  # fmt: skip
     widths = [int(width) for width in given.widths]
     if given.prepare:
-        dispatch.missing = lambda impl: None  # a GPU that is not here
         for case in cases(("hopper", "triton"), widths, given.length):
             shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(case)]
             prepare(Path(given.prepare), case.name, function(case, case.impl), shapes)

@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float16")
 
 
 # By (head width, whether the keys are the values): the fastest on an H200
-# (benchmarks/results/h200/tuned.jsonl). What is missing here goes by Triton, which is faster there.
+# (benchmarks/results/h200/tiles.jsonl). What is missing here goes by Triton, which is faster there.
 FORWARD = {
     (64, False): Blocks(64, 128, 2), (64, True): Blocks(64, 128, 3),
     (128, False): Blocks(64, 128, 2), (128, True): Blocks(64, 128, 2),

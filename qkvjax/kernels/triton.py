@@ -37,7 +37,7 @@ class Blocks:
 
 
 # By (head width, whether the keys are the values): the fastest on an H200 of those that fit it
-# (benchmarks/results/h200/tuned.jsonl, by benchmarks/tune.py). Narrower heads take those of 64.
+# (benchmarks/results/h200/tiles.jsonl, by benchmarks/kernel_speed.py). Narrower heads take 64's.
 FORWARD = {
     (64, False): Blocks(64, 64, 4, 3), (64, True): Blocks(64, 64, 4, 3),
     (128, False): Blocks(128, 64, 4, 2), (128, True): Blocks(64, 64, 4, 2),

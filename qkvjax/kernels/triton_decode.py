@@ -25,7 +25,7 @@ from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
 
 # Two programs fit each of the 132 processors of a Hopper GPU where a tile of all that is cached
 # has so many bytes and three stages; larger tiles where there are more programs than that. Timed
-# on an H200 (benchmarks/results/h200/tuned.jsonl).
+# on an H200 (benchmarks/results/h200/splits.jsonl).
 PROGRAMS, FEWEST_SLOTS = 264, 256
 TILE_BYTES = 32 * 1024
 

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel at its default blocks for an H200 that is not there.
+"""Compiles every kernel for NVIDIA GPUs at its default blocks for an H200 that is not there.
 
-  XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_emitter_re=.*" JAX_PLATFORMS=cpu python
-      compile_for_h200.py FOLDER
+  XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_emitter_re=.*" MOSAIC_GPU_DUMP_TO=FOLDER
+      MOSAIC_GPU_DUMP_PTXAS=1 JAX_PLATFORMS=cpu python compile_for_h200.py FOLDER
 
 A line of JSON for each kernel: registers, bytes spilled, bytes of shared memory; a kernel that does
 not compile, because it needs more shared memory than there is, ends the script. It needs
@@ -27,7 +27,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from qkvjax.kernels import triton, triton_decode, triton_symmetric
+from qkvjax.kernels import hopper, triton, triton_decode, triton_symmetric
 from qkvjax.kernels.stored import Int8, KeyOfState
 from qkvjax.parallel.topology import H200
 
@@ -42,6 +42,11 @@ def training(width, tied):
         return jnp.sum(triton.attention(*arrays).astype(jnp.float32))
 
     yield "training", jax.grad(loss, argnums=tuple(range(len(shapes)))), shapes
+
+    def through_mosaic(*arrays):
+        return jnp.sum(hopper.attention(*arrays).astype(jnp.float32))
+
+    yield "hopper", jax.grad(through_mosaic, argnums=tuple(range(len(shapes)))), shapes
     shapes = [(B, T, N, width)] * (1 if tied else 2)
 
     def symmetric(*arrays):
@@ -98,12 +103,22 @@ def main(folder: pathlib.Path) -> int:
     for width in (64, 128, 256):
         for tied in (False, True):
             for name, function, shapes in (*training(width, tied), *decoding(width, tied)):
-                before = set(folder.glob("*.ptx"))
+                before = set(folder.glob("*.ptx*"))
                 arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes]
                 with use_abstract_mesh(mesh):
                     lowered = jax.jit(function).lower(*arrays)
                 lowered.compile()
-                for file in sorted(set(folder.glob("*.ptx")) - before):
+                new = set(folder.glob("*.ptx*")) - before
+                for file in sorted(file for file in new if "hopper" in file.name):
+                    if file.suffix == ".ptxas":  # Mosaic's own report
+                        line = {"case": name, "width": width, "tied": tied}
+                        kernel = re.sub(r"_\d+$", "", file.stem)
+                        spilled = re.search(r"(\d+) bytes spill stores", file.read_text())
+                        facts = {"kernel": kernel, "spilled": int(spilled[1])}
+                        print(json.dumps(line | facts), flush=True)
+                for file in sorted(file for file in new if file.suffix == ".ptx"):
+                    if "hopper" in file.name:
+                        continue
                     for kernel, facts in resources(ptxas, file):
                         line = {"case": name, "width": width, "tied": tied, "kernel": kernel}
                         print(json.dumps(line | facts), flush=True)
