@@ -90,13 +90,9 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def run(
-    argv: Sequence[str] | None,
-    doc: str,
-    table: Mapping[str, tuple],
-    body: Callable[[flags.FlagValues], int | None],
-    *,
-    config: str | None = None,
-) -> int:
+    argv: Sequence[str] | None, doc: str, table: Mapping[str, tuple],
+    body: Callable[[flags.FlagValues], int | None], *, config: str | None = None,
+) -> int:  # fmt: skip
     """Parses `argv`, runs `body(flag_values)` and returns the exit code.
 
     Args:

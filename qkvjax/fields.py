@@ -78,12 +78,9 @@ FIELDS = {
 }  # fmt: skip
 # Durations that recipes may leave alone.
 DURATIONS = {
-    "optimizer.warmup_steps": "2%",
-    "train.steps": 1000,
-    "train.log_every": 50,
-    "train.eval_every": "10%",
-    "train.checkpoint_every": "20%",
-}
+    "optimizer.warmup_steps": "2%", "train.steps": 1000, "train.log_every": 50,
+    "train.eval_every": "10%", "train.checkpoint_every": "20%",
+}  # fmt: skip
 # Numbers that are at least the first and below the second; nan is neither.
 RANGES = {
     "seed": (0, 2**31),  # jax's keys keep 32 bits of a seed

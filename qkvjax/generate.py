@@ -60,18 +60,12 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
             " language model of text"
         )
     made = generate(
-        model,
-        prompt_ids(tokenizer, values.prompt),
-        num_ids=tokenizer.num_ids,
-        max_tokens=values.max_tokens,
-        temperature=values.temperature,
-        seed=values.seed,
-        layout=values.cache_layout,
-        cache_length=values.cache_length,
-        cache_dtype=values.cache_dtype,
-        page_size=values.page_size,
+        model, prompt_ids(tokenizer, values.prompt), num_ids=tokenizer.num_ids,
+        max_tokens=values.max_tokens, temperature=values.temperature, seed=values.seed,
+        layout=values.cache_layout, cache_length=values.cache_length,
+        cache_dtype=values.cache_dtype, page_size=values.page_size,
         dtype=config.train.compute_dtype,
-    )
+    )  # fmt: skip
     per_token = made.cache_bytes // made.cache_length
     return [
         f"{workdir}, step {step}: {sharing_name(config.model.sharing)}",

@@ -152,20 +152,16 @@ def plan_model(values: flags.FlagValues) -> tuple[list[str], dict]:
 
         return {
             "name": variant.name + (", one tensor" if variant is first and not layout else ""),
-            "sharing": variant.sharing,
-            "heads": variant.heads,
-            "num_kv_heads": variant.num_kv_heads,
-            "layout": layout or variant.layout,
-            "as_is": layout is not None,
-            "num_params": changed.num_params,
+            "sharing": variant.sharing, "heads": variant.heads,
+            "num_kv_heads": variant.num_kv_heads, "layout": layout or variant.layout,
+            "as_is": layout is not None, "num_params": changed.num_params,
             "params_saved": model.num_params - changed.num_params,
             "cache_bytes_per_token": sum(size for size, _ in held),
             "cache_bytes_at_context": roofline.held_bytes(held, context),
-            "longest_context": roofline.longest_context(held, free),
-            "users": users,
+            "longest_context": roofline.longest_context(held, free), "users": users,
             "tokens_per_second_1_user": speed(1) if users else None,
             "tokens_per_second_most_users": speed(users) if users else None,
-        }
+        }  # fmt: skip
 
     # Engines store K and V apart even where their projection is one, so that is "as it is".
     rows = [row(first, "kv")]
@@ -174,18 +170,12 @@ def plan_model(values: flags.FlagValues) -> tuple[list[str], dict]:
         base = rows[0]["cache_bytes_at_context"]
         one["cache_saved"] = 1 - one["cache_bytes_at_context"] / base
     record = {
-        "model": str(values.model),
-        "num_params": model.num_params,
-        "active_params": model.active_params,
-        "forward_macs": model.forward_macs(context),
-        "cache_bytes_per_token": rows[0]["cache_bytes_per_token"],
-        "context": context,
-        "memory_bytes": memory,
-        "bandwidth_bytes_per_second": bandwidth,
-        "weight_dtype": values.weight_dtype,
-        "cache_dtype": values.cache_dtype,
-        "rows": rows,
-    }
+        "model": str(values.model), "num_params": model.num_params,
+        "active_params": model.active_params, "forward_macs": model.forward_macs(context),
+        "cache_bytes_per_token": rows[0]["cache_bytes_per_token"], "context": context,
+        "memory_bytes": memory, "bandwidth_bytes_per_second": bandwidth,
+        "weight_dtype": values.weight_dtype, "cache_dtype": values.cache_dtype, "rows": rows,
+    }  # fmt: skip
     return _model_lines(values, model, record), record
 
 
@@ -238,28 +228,22 @@ def _model_lines(values: flags.FlagValues, model, record: dict) -> list[str]:
         ("most", "users"), ("tokens/s", "1 user"), ("tokens/s", "most users"),
     ]  # fmt: skip
     return [
-        *lines,
-        "",
-        *columns.table(header, rows),
-        "",
+        *lines, "", *columns.table(header, rows), "",
         *columns.notes(_model_notes(values, model, record)),
-    ]
+    ]  # fmt: skip
 
 
 def _model_cells(one: dict) -> list[str]:
     longest = one["longest_context"]
     speeds = [one["tokens_per_second_1_user"], one["tokens_per_second_most_users"]]
     return [
-        one["name"],
-        costs.heads_cell(one),
-        formats.num_bytes(one["cache_bytes_per_token"]),
+        one["name"], costs.heads_cell(one), formats.num_bytes(one["cache_bytes_per_token"]),
         formats.num_bytes(one["cache_bytes_at_context"]),
         formats.NONE if one["as_is"] else formats.saved(one["cache_saved"]),
         formats.NONE if one["as_is"] else formats.signed(formats.count(one["params_saved"])),
-        "any" if longest is None else formats.count(longest),
-        f"{one['users']:,}",
+        "any" if longest is None else formats.count(longest), f"{one['users']:,}",
         *(formats.NONE if speed is None else _figures(speed) for speed in speeds),
-    ]
+    ]  # fmt: skip
 
 
 def _figures(speed: float) -> str:

@@ -169,19 +169,12 @@ def train(
             metrics = Metrics(workdir, done, configs.to_dict(config)) if is_first else None
             try:
                 state, summary = loop.fit(
-                    run,
-                    state,
-                    train_step,
+                    run, state, train_step,
                     make_batch=lambda step: run.batch(guard.data_step(step, rollbacks)),
-                    evaluators=evaluators,
-                    checkpoints=checkpoints,
-                    metrics=metrics,
-                    seconds=earlier[-1]["seconds"] if earlier else 0.0,
-                    requests=asked,
-                    alive=alive,
-                    check=check_copies,
-                    log=log,
-                )
+                    evaluators=evaluators, checkpoints=checkpoints, metrics=metrics,
+                    seconds=earlier[-1]["seconds"] if earlier else 0.0, requests=asked, alive=alive,
+                    check=check_copies, log=log,
+                )  # fmt: skip
                 break
             except guard.Rollback as back:
                 del state  # its arrays were given away

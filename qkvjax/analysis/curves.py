@@ -56,12 +56,9 @@ def curve(results: Mapping[int, Mapping], key: str) -> Curve | None:
         return np.array([[float(p.get(name) or 0) for p in row] for row in table])
 
     return Curve(
-        tuple(by_seed),
-        column("step").mean(axis=0),
-        np.array(common, np.float64),
-        column("seconds").mean(axis=0),
-        column(key),
-    )
+        tuple(by_seed), column("step").mean(axis=0), np.array(common, np.float64),
+        column("seconds").mean(axis=0), column(key),
+    )  # fmt: skip
 
 
 def gap(

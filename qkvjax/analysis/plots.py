@@ -129,14 +129,10 @@ def _label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
     heights = spread([min(max(y, low), high) for _, _, y, _ in ends], (high - low) * 0.062)
     for (label, x, y, colour), height in zip(ends, heights):
         axes.annotate(
-            label,
-            (x, min(max(y, low), high)),
-            xytext=(1.035, (height - low) / (high - low)),
-            textcoords="axes fraction",
-            va="center",
-            annotation_clip=False,
+            label, (x, min(max(y, low), high)), xytext=(1.035, (height - low) / (high - low)),
+            textcoords="axes fraction", va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 2, "shrinkB": 4},
-        )
+        )  # fmt: skip
 
 
 def _tokens_axis(axes) -> None:

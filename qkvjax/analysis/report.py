@@ -70,20 +70,12 @@ def build(summary: Summary, figures: dict[str, str]) -> list:
     """The report as the parts of document.py, in order."""
     return [
         Title(str(summary.study.get("title") or "A study"), _subtitle(summary)),
-        *_warnings(summary),
-        Heading("The answer"),
-        *_answer(summary),
-        Heading("What each variant costs and loses"),
-        *_tables(summary),
-        *by_setting(summary),
-        *_plots(summary, figures),
-        *look_inside(summary, figures),
-        *memory.memory_parts(summary, figures),
-        *_decisions(summary),
-        *_samples(summary),
-        *_claims(summary),
-        *what_was_run(summary),
-    ]
+        *_warnings(summary), Heading("The answer"), *_answer(summary),
+        Heading("What each variant costs and loses"), *_tables(summary), *by_setting(summary),
+        *_plots(summary, figures), *look_inside(summary, figures),
+        *memory.memory_parts(summary, figures), *_decisions(summary), *_samples(summary),
+        *_claims(summary), *what_was_run(summary),
+    ]  # fmt: skip
 
 
 def closing_lines(workdir: Path) -> list[str]:
@@ -213,14 +205,10 @@ def _quality(summary: Summary, row: Row) -> list:
         formats.percent(summary.relative(effect), sign=False), f"{effect:.4f}"
     )  # fmt: skip
     return [
-        name,
-        bits,
-        Cell(formats.difference(pair.mean), span),
-        Cell(formats.percent(middle), part),
+        name, bits, Cell(formats.difference(pair.mean), span), Cell(formats.percent(middle), part),
         verdict(pair.verdict) if pair.low is not None else Cell("○ no interval", tone="quiet"),
-        detectable,
-        gap,
-    ]
+        detectable, gap,
+    ]  # fmt: skip
 
 
 def _costs(summary: Summary, row: Row) -> list:

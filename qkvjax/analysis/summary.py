@@ -164,23 +164,19 @@ def summarize(records: Records) -> Summary:
         line = lines[label]
         rows.append(
             Row(
-                label=label,
-                settings=settings[label],
-                changed={f: v for f, v in settings[label].items() if v != base[f]},
-                results=results,
+                label=label, settings=settings[label],
+                changed={f: v for f, v in settings[label].items() if v != base[f]}, results=results,
                 failed=failed[label],
                 score=mean_interval(list(scores.values())) if scores else None,
                 paired=None if label == study["baseline"] else paired(baseline_scores, scores),
-                train_validation_gap=_gap(results),
-                num_params=costs.get("num_params"),
+                train_validation_gap=_gap(results), num_params=costs.get("num_params"),
                 flops_per_token=6 * macs / length if macs and length else None,
                 cache_bytes_per_token=costs.get("cache_bytes_per_token"),
-                measured=records.measurements.get(label, {}),
-                curve=line,
+                measured=records.measurements.get(label, {}), curve=line,
                 steps_to=tuple(line and curves.reach(line.steps, line.mean, m) for m in marks),
                 seconds_to=tuple(line and curves.reach(line.seconds, line.mean, m) for m in marks),
             )
-        )
+        )  # fmt: skip
     return Summary(records, tuple(rows), marks, tuple(records.notes + _mixtures(records, rows)))
 
 
@@ -206,24 +202,17 @@ def _csv_line(summary: Summary, row: Row) -> dict:
     score, pair, measured = row.score, row.paired, row.measured
     line = {"label": row.label} | row.settings
     line |= {
-        "metric": summary.metric.key,
-        "num_seeds": len(row.results),
-        "score": score and score.mean,
-        "ci_low": score and score.low,
-        "ci_high": score and score.high,
-        "difference": pair and pair.mean,
-        "difference_low": pair and pair.low,
+        "metric": summary.metric.key, "num_seeds": len(row.results), "score": score and score.mean,
+        "ci_low": score and score.low, "ci_high": score and score.high,
+        "difference": pair and pair.mean, "difference_low": pair and pair.low,
         "difference_high": pair and pair.high,
         "verdict": pair.verdict if pair else "baseline" if row is summary.baseline else "not run",
         "smallest_detectable_effect": pair and pair.smallest_detectable_effect,
-        "train_validation_gap": row.train_validation_gap,
-        "num_params": row.num_params,
-        "flops_per_token": row.flops_per_token,
-        "cache_bytes_per_token": row.cache_bytes_per_token,
-        "step_ratio": first(measured.get("step_ratio")),
-        "peak_bytes": measured.get("peak_bytes"),
+        "train_validation_gap": row.train_validation_gap, "num_params": row.num_params,
+        "flops_per_token": row.flops_per_token, "cache_bytes_per_token": row.cache_bytes_per_token,
+        "step_ratio": first(measured.get("step_ratio")), "peak_bytes": measured.get("peak_bytes"),
         "decode_ratio": first(measured.get("decode_ratio")),
-    }
+    }  # fmt: skip
     for mark, steps, seconds in zip(summary.marks, row.steps_to, row.seconds_to, strict=True):
         line |= {f"steps_to_{mark:.3f}": steps, f"seconds_to_{mark:.3f}": seconds}
     return {name: "" if value is None else value for name, value in line.items()}

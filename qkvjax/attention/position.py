@@ -7,13 +7,8 @@ import jax.numpy as jnp
 
 
 def rotate(
-    x_BTNH: jax.Array,
-    positions_BT: jax.Array,
-    *,
-    base: float,
-    width: int,
-    inverse: bool = False,
-) -> jax.Array:
+    x_BTNH: jax.Array, positions_BT: jax.Array, *, base: float, width: int, inverse: bool = False,
+) -> jax.Array:  # fmt: skip
     """Rotary position embedding (Su et al. 2021, equation 34) of the first `width` numbers.
 
     Number i turns with number i + width/2 by the angle position * base^(-2 i / width): the

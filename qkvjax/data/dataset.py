@@ -120,14 +120,9 @@ class Dataset:
 
 
 def prepare(
-    source: str,
-    tokenizer: str,
-    seq_len: int,
-    score_pads: bool = False,
-    *,
-    whole: bool = False,
+    source: str, tokenizer: str, seq_len: int, score_pads: bool = False, *, whole: bool = False,
     log: Callable[[str], None] = lambda line: None,
-) -> Dataset:
+) -> Dataset:  # fmt: skip
     """Documents as rows of tokens: read, divided, tokenised and packed once, then found again.
 
     The copy is a TFDS data set in the data folder (`qkvjax.data.store`); `tokens:` files are

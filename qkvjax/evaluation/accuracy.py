@@ -60,10 +60,7 @@ def score(model, dataset, *, batch_size: int, split="validation", max_labels=Non
     accuracy = float(right.sum() / labels)
     seen = there > 0
     return {
-        "accuracy": accuracy,
-        "error": float((labels - right.sum()) / labels),
+        "accuracy": accuracy, "error": float((labels - right.sum()) / labels),
         "class_accuracy": float(np.mean(right[seen] / there[seen])),
-        "solved": float(accuracy >= SOLVED),
-        "loss": nats / labels,
-        "num_labels": labels,
-    }
+        "solved": float(accuracy >= SOLVED), "loss": nats / labels, "num_labels": labels,
+    }  # fmt: skip

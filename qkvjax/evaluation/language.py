@@ -77,9 +77,6 @@ def score(model, dataset, *, batch_size: int, split="validation", max_labels=Non
         raise UserError("there is no token to score: give a longer corpus")
     return {
         "bits_per_byte": bits_per_byte(nats, num_bytes),
-        "perplexity": math.exp(min(nats / labels, 700)),
-        "loss": nats / labels,
-        "num_labels": labels,
-        "num_bytes": num_bytes,
-        "pad_fraction": pads / labels,
-    }
+        "perplexity": math.exp(min(nats / labels, 700)), "loss": nats / labels,
+        "num_labels": labels, "num_bytes": num_bytes, "pad_fraction": pads / labels,
+    }  # fmt: skip

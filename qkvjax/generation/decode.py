@@ -106,20 +106,9 @@ def prefill(model, layers, cache, ids, *, dtype, table=None):
     jax.jit, static_argnames=("dtype", "max_tokens", "num_ids", "greedy"), donate_argnames="cache"
 )
 def sample_tokens(
-    model,
-    layers,
-    cache,
-    logits,
-    start,
-    key,
-    temperature,
-    table=None,
-    *,
-    dtype,
-    max_tokens,
-    num_ids,
-    greedy,
-):
+    model, layers, cache, logits, start, key, temperature, table=None, *, dtype, max_tokens,
+    num_ids, greedy,
+):  # fmt: skip
     """max_tokens tokens int32 [B, max_tokens], each fed back through the cache."""
     slots = jax.tree.leaves(cache)[0].shape[2] * (1 if table is None else table.shape[1])
     turns = caches.turns(model.spec.layers, slots)
@@ -179,20 +168,11 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
 
 
 def generate(
-    model: LanguageModel,
-    prompt: np.ndarray,
-    *,
-    num_ids: int,
-    max_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch: int = 1,
-    layout: str | None = None,
-    cache_length: int | None = None,
-    cache_dtype=None,
-    page_size: int | None = None,
+    model: LanguageModel, prompt: np.ndarray, *, num_ids: int, max_tokens: int,
+    temperature: float = 1.0, seed: int = 0, batch: int = 1, layout: str | None = None,
+    cache_length: int | None = None, cache_dtype=None, page_size: int | None = None,
     dtype="float32",
-) -> Generation:
+) -> Generation:  # fmt: skip
     """Samples `batch` continuations of one prompt.
 
     Args:

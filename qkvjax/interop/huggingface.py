@@ -212,16 +212,11 @@ def _layer(
     biased = family.bias in ("qkv", "all") or (family.bias == "key" and keys.get("attention_bias"))
     try:
         attention = AttentionSpec(
-            d_model=d,
-            num_heads=n,
-            num_kv_heads=k,
-            head_dim=head_dim,
+            d_model=d, num_heads=n, num_kv_heads=k, head_dim=head_dim,
             sharing="q-k=v" if tied_kv else "q-k-v",
-            position="none" if model_type == "gpt2" else "rope",
-            qk_norm=family.qk_norm,
-            window=window,
-            use_bias=bool(biased),
-        )
+            position="none" if model_type == "gpt2" else "rope", qk_norm=family.qk_norm,
+            window=window, use_bias=bool(biased),
+        )  # fmt: skip
     except UserError as error:
         raise UserError(f"{keys.path}: {error}") from None
     dense = family.norms * d * (2 if family.layernorm else 1)

@@ -240,16 +240,11 @@ def model_spec(
     same = ("d_model", "position", "norm", "mlp", "dropout", "use_bias", "tie_embeddings", "kind")
     init, position_std = _parse_init(model["init"])
     return ModelSpec(
-        vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs,
-        layers=layers,
-        max_length=max_length,
-        d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
-        num_outputs=None if kind == "lm" else num_outputs or num_inputs,
-        output=output,
-        init=init,
-        position_std=position_std,
-        **{name: model[name] for name in same},
-    )
+        vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs, layers=layers,
+        max_length=max_length, d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
+        num_outputs=None if kind == "lm" else num_outputs or num_inputs, output=output, init=init,
+        position_std=position_std, **{name: model[name] for name in same},
+    )  # fmt: skip
 
 
 def _parse_init(text: str) -> tuple[str, float | None]:

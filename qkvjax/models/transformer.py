@@ -75,14 +75,9 @@ class Block(nnx.Module):
     def decode(self, x, cache, start, *, table=None, turns=None, impl="auto"):
         """The same for new tokens that join `cache`; arguments as in `attention.cache.attend`."""
         y, cache = caches.attend(
-            self.attention,
-            self.attention_norm(x),
-            cache,
-            start,
-            table=table,
-            turns=turns,
+            self.attention, self.attention_norm(x), cache, start, table=table, turns=turns,
             impl=impl,
-        )
+        )  # fmt: skip
         x = x + y
         return x + self.mlp(self.mlp_norm(x))[0], cache
 

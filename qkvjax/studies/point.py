@@ -40,14 +40,10 @@ def train_point(study: Study, number: int) -> int:
 def heading(study: Study, task: Task) -> dict:
     """What every line about a run says first."""
     return {
-        "label": task.label,
-        "setting": task.setting,
-        "overrides": task.overrides,
-        "seed": task.seed,
-        "identity": task.identity,
-        "data_digest": study.digest(task) or "",
+        "label": task.label, "setting": task.setting, "overrides": task.overrides,
+        "seed": task.seed, "identity": task.identity, "data_digest": study.digest(task) or "",
         "workdir": task.folder,
-    }
+    }  # fmt: skip
 
 
 def failure(study: Study, task: Task, error: str) -> dict:
@@ -125,12 +121,7 @@ def _sample(study: Study, task: Task, model, tokenizer, config) -> str:
     prompt = prompt_ids(tokenizer, study.prompt)[: config.data.seq_len - 1]
     room = config.data.seq_len - len(prompt) if model.spec.bounded else SAMPLE_TOKENS
     made = generate(
-        model,
-        prompt,
-        num_ids=tokenizer.num_ids,
-        max_tokens=min(SAMPLE_TOKENS, room),
-        temperature=0.8,
-        seed=task.seed,
-        dtype=config.train.compute_dtype,
-    )
+        model, prompt, num_ids=tokenizer.num_ids, max_tokens=min(SAMPLE_TOKENS, room),
+        temperature=0.8, seed=task.seed, dtype=config.train.compute_dtype,
+    )  # fmt: skip
     return continuation(tokenizer, made.ids[0])

@@ -104,20 +104,11 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def fit(
-    run: Run,
-    state,
-    train_step: Callable,
-    *,
-    make_batch: Callable[[int], dict],
-    evaluators: Mapping[str, Evaluator],
-    checkpoints: Checkpoints,
-    metrics: Metrics | None,
-    seconds: float,
-    requests: Callable[[], int],
-    alive: Callable[[], None],
-    check: Callable[[object], None],
-    log: Callable[[str], None],
-):
+    run: Run, state, train_step: Callable, *, make_batch: Callable[[int], dict],
+    evaluators: Mapping[str, Evaluator], checkpoints: Checkpoints, metrics: Metrics | None,
+    seconds: float, requests: Callable[[], int], alive: Callable[[], None],
+    check: Callable[[object], None], log: Callable[[str], None],
+):  # fmt: skip
     """Trains from `state.step` to the run's last step.
 
     Args:
