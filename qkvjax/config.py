@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
-from qkvjax.errors import UserError, did_you_mean, read_object
+from qkvjax.errors import UserError, among, did_you_mean, read_object
 from qkvjax.fields import DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
 
 # What fixes a run: a workdir with other values is refused.
@@ -60,7 +60,7 @@ def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
         if name not in defaults or not equals:
             raise UserError(
                 f"the recipe has no argument {name!r}: write NAME=VALUE with one of"
-                f" {', '.join(defaults)}{did_you_mean(name, defaults)}"
+                f" {among(name, defaults)}"
             )
         kind = type(defaults[name])
         try:
@@ -183,12 +183,8 @@ def flatten(values: Mapping, prefix: str = "") -> dict:
 
 def differing(old: Mapping, new: Mapping) -> list[str]:
     """Lines "name: old -> new" for the fields whose values differ."""
-    names = sorted(old.keys() | new.keys())
-    return [
-        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
+    changed = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
+    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed]
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -246,23 +242,18 @@ def validate(config) -> None:
     def one_of(name, choices):
         group, leaf = name.split(".")
         value = config[group][leaf]
-        near = did_you_mean(value, choices)
-        require(value in choices, f"config.{name}={value!r} is none of {', '.join(choices)}{near}")
+        require(value in choices, f"config.{name}={value!r} is none of {among(value, choices)}")
 
     data, optimizer, train = config.data, config.optimizer, config.train
     flat = flatten(plain(config))
     for name, (low, high) in RANGES.items():
         value = flat[name]
         end = "and finite" if high == math.inf else f"and below {high}"
-        require(
-            value is None or low <= value < high,
-            f"config.{name}={value} must be at least {low} {end}",
-        )
-    require(
-        data.batch_size % train.accumulation == 0,
-        f"train.accumulation={train.accumulation} does not divide data.batch_size="
-        f"{data.batch_size}: choose a divisor",
-    )
+        message = f"config.{name}={value} must be at least {low} {end}"
+        require(value is None or low <= value < high, message)
+    require(data.batch_size % train.accumulation == 0,
+            f"train.accumulation={train.accumulation} does not divide data.batch_size="
+            f"{data.batch_size}: choose a divisor")  # fmt: skip
     one_of("optimizer.name", ("adamw", "muon"))
     one_of("optimizer.schedule", ("cosine", "wsd", "multistep", "constant"))
     one_of("model.kind", ("lm", "encoder", "vit"))
@@ -280,21 +271,20 @@ def validate(config) -> None:
 
 def _check_evaluator(name: str, options) -> None:
     """Raises UserError unless `options` describe an evaluator."""
-    fields = ", ".join(EVALUATOR_FIELDS)
     if not isinstance(options, Mapping):
+        fields = ", ".join(EVALUATOR_FIELDS)
         raise UserError(f"{name}={options!r} is no evaluator: give it the fields {fields}")
     for field in options:
         if field not in EVALUATOR_FIELDS:
-            near = did_you_mean(field, EVALUATOR_FIELDS)
-            raise UserError(f"{name} has no field {field!r}: use {fields}{near}")
+            use = among(field, EVALUATOR_FIELDS)
+            raise UserError(f"{name} has no field {field!r}: use {use}")
     if options.get("kind") == "inside" and len(options) > 1:
         raise UserError(f"{name} of kind 'inside' has no other field: delete the rest")
     choices = {"kind": ("bits_per_byte", "accuracy", "inside"), "split": ("train", "validation")}
     for field, known in choices.items():
         value = options.get(field, known[0])
         if value not in known:
-            near = did_you_mean(value, known)
-            raise UserError(f"{name}.{field}={value!r} is none of {', '.join(known)}{near}")
+            raise UserError(f"{name}.{field}={value!r} is none of {among(value, known)}")
     most = options.get("max_labels")
     if most is not None and not (isinstance(most, int) and most >= 1):
         raise UserError(f"{name}.max_labels={most!r} must be at least 1, or unset to score all")

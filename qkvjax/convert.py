@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax import cli
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, among
 from qkvjax.parallel import host
 
 TASKS = ("import", "tie")
@@ -68,9 +68,8 @@ def import_(values: flags.FlagValues) -> None:
     gguf.write_tokenizer(found.tokenizer, tokenizer)
     config = configs.default()
     config.model.update(found.fields)
-    config.data.update(
-        tokenizer=f"bpe:{tokenizer}", seq_len=min(found.context, MOST_TOKENS), batch_size=1
-    )
+    seq_len = min(found.context, MOST_TOKENS)
+    config.data.update(tokenizer=f"bpe:{tokenizer}", seq_len=seq_len, batch_size=1)
     source = Path(values.source)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -93,10 +92,8 @@ def tie(values: flags.FlagValues) -> None:
     if not values.workdir or not values.output or not values.sharing:
         raise UserError("tie needs --workdir=DIR, --output=DIR and --sharing=..., such as q-k=v")
     if values.method not in METHODS:
-        raise UserError(
-            f"--method={values.method!r} is unknown: use {', '.join(METHODS)}"
-            f"{did_you_mean(values.method, METHODS)}"
-        )
+        use = among(values.method, METHODS)
+        raise UserError(f"--method={values.method!r} is unknown: use {use}")
     parse_sharing(values.sharing)
     arrays, config, step = load_arrays(values.workdir)
     if any("sharing" in layer for layer in config.model.layer_overrides):

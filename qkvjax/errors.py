@@ -27,6 +27,20 @@ def did_you_mean(word: str, choices) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def among(word: str, choices) -> str:
+    """ "a, b, c", and which of them the wrong word is near to."""
+    return ", ".join(choices) + did_you_mean(word, choices)
+
+
+def parse_object(text: bytes | str) -> dict | None:
+    """The JSON object of a text, or None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_object(path: Path, remedy: str = "restore it from a copy, or delete it") -> dict:
     """The JSON object in a file.
 
@@ -36,9 +50,8 @@ def read_object(path: Path, remedy: str = "restore it from a copy, or delete it"
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): check the path, or {remedy}"
-        ) from None
+        why = f"{path} cannot be read ({error.strerror})"
+        raise UserError(f"{why}: check the path, or {remedy}") from None
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise UserError(f"{path} is no JSON ({error}): {remedy}") from None
     if not isinstance(value, dict):

@@ -15,6 +15,7 @@ it; a damaged checkpoint is exit code 45.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +23,13 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax import cli
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, among
 from qkvjax.parallel import host
 
 # What each task writes a line about.
 TASKS = {
-    "bits_per_byte": ("bits_per_byte", "perplexity"),
-    "accuracy": ("accuracy", "class_accuracy"),
-}
+    "bits_per_byte": ("bits_per_byte", "perplexity"), "accuracy": ("accuracy", "class_accuracy"),
+}  # fmt: skip
 
 
 FLAGS = {
@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def body(values: flags.FlagValues) -> None:
     for task in () if values.tasks is None else values.tasks or [""]:
         if task not in TASKS:
-            raise UserError(
-                f"there is no task {task!r}: use {', '.join(TASKS)}{did_you_mean(task, TASKS)}"
-            )
+            raise UserError(f"there is no task {task!r}: use {among(task, TASKS)}")
     if not values.workdir:
         raise UserError("--workdir=DIR is missing: which run should be scored?")
     if values.verify and (values.tasks or values.data):
@@ -87,8 +85,8 @@ def verify(workdir: Path, step: int | None) -> None:
     """
     from qkvjax.training.checkpoint import NO_INTACT_CHECKPOINT, Checkpoints, Damaged
 
-    checkpoints, damaged = Checkpoints(workdir / "checkpoints"), []
-    try:
+    damaged = []
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         steps = checkpoints.choose(step)
         for candidate in steps:
             try:
@@ -96,8 +94,6 @@ def verify(workdir: Path, step: int | None) -> None:
             except Damaged as damage:
                 print(f"step {candidate}: damaged: {damage}")
                 damaged.append(candidate)
-    finally:
-        checkpoints.close()
     if damaged:
         raise UserError(
             f"{len(damaged)} of {len(steps)} checkpoints in {checkpoints.folder} are damaged:"
@@ -111,17 +107,13 @@ def score(task: str, model, dataset, config, batch_size: int | None) -> list[dic
     from qkvjax.evaluation.evaluators import SCORES, check_text
 
     check_text("--tasks", task, dataset)
-    found = SCORES[task](
-        model, dataset, batch_size=batch_size or config.data.batch_size,
-        dtype=config.train.compute_dtype,
-    )  # fmt: skip
+    size, dtype = batch_size or config.data.batch_size, config.train.compute_dtype
+    found = SCORES[task](model, dataset, batch_size=size, dtype=dtype)
     common = {"num_items": int(found["num_labels"]), "data_digest": dataset.digest}
     if hasattr(dataset, "tokenizer"):
         common["tokenizer"] = dataset.tokenizer.name
-        common |= {
-            "num_bytes": found.get("num_bytes"),
-            "pad_fraction": found.get("pad_fraction", 0),
-        }
+        common["num_bytes"] = found.get("num_bytes")
+        common["pad_fraction"] = found.get("pad_fraction", 0)
     return [{"metric": name, "value": found[name], **common} for name in TASKS[task]]
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
-from qkvjax.errors import UserError, read_object
+from qkvjax.errors import UserError, parse_object, read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +58,9 @@ def read(workdir: Path) -> Records:
         )
     measured = _read_measurements(workdir / "measurements.json", notes)
     rows = {row["label"]: row for row in measured.pop("rows", []) if "label" in row}
-    bench = (
-        _read_lines(workdir / "bench.jsonl", notes) if (workdir / "bench.jsonl").exists() else []
-    )
-    memory = [line for line in bench if line.get("what") == "memory"]
+    bench = workdir / "bench.jsonl"
+    lines = _read_lines(bench, notes) if bench.exists() else []
+    memory = [line for line in lines if line.get("what") == "memory"]
     return Records(study, results, rows, measured, memory, notes)
 
 
@@ -93,21 +91,15 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            objects.append(value)
-        else:
+        value = parse_object(line)
+        if value is None:
             broken.append(number)
+        else:
+            objects.append(value)
     if broken:
-        last = broken == [len(lines)]
-        where = (
-            "The last line of results.jsonl is cut short (a run was stopped while it wrote)"
-            if last
-            else f"Unreadable lines of results.jsonl: {', '.join(map(str, broken))}"
-        )
+        where = f"Unreadable lines of results.jsonl: {', '.join(map(str, broken))}"
+        if broken == [len(lines)]:
+            where = "The last line of results.jsonl is cut short (a run was stopped while it wrote)"
         notes.append(f"{where}; what it said is not in this report.")
     return objects
 
@@ -130,8 +122,7 @@ def _read_measurements(path: Path, notes: list[str]) -> dict:
 def _checked(line: dict) -> dict:
     """A result line; one without a finite score counts as failed."""
     score = line.get("score")
-    if line.get("status") == "done" and not (
-        isinstance(score, (int, float)) and math.isfinite(score)
-    ):
+    finite = isinstance(score, (int, float)) and math.isfinite(score)
+    if line.get("status") == "done" and not finite:
         return line | {"status": "failed", "error": f"the score is {score}, not a finite number"}
     return line

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, among
 
 # Set partitions of {q, k, v}, written as they read. The name in reports is upper case.
 SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
@@ -46,16 +46,16 @@ def parse_sharing(sharing: str) -> tuple[tuple[str, ...], ...]:
     blocks = tuple(tuple(block.split("=")) for block in str(sharing).split("-"))
     if sharing in SHARINGS:
         return blocks
-    listed = ", ".join(SHARINGS)
     roles = sorted(role for block in blocks for role in block)
     if roles == ["k", "q", "v"]:
         same = {frozenset(map(frozenset, parse_sharing(s))): s for s in SHARINGS}
         usual = same[frozenset(map(frozenset, blocks))]
+        listed = ", ".join(SHARINGS)
         raise UserError(f"sharing {sharing!r} is written {usual!r} (one of {listed})")
     raise UserError(
         f"sharing {sharing!r} is no partition of q, k and v: each role stands in it once, joined"
         f" by '=' to the roles it shares a projection with and by '-' to the others; use one of"
-        f" {listed}{did_you_mean(sharing, SHARINGS)}"
+        f" {among(sharing, SHARINGS)}"
     )
 
 
@@ -74,10 +74,7 @@ def parse_modifier(text: str) -> tuple[str, int]:
         return name, 0
     if name == "score2d":
         raise UserError(f"score modifier {text!r}: write score2d(m) with m at least 2")
-    raise UserError(
-        f"score modifier {text!r} is unknown: use {', '.join(MODIFIERS)}"
-        f"{did_you_mean(name, MODIFIERS)}"
-    )
+    raise UserError(f"score modifier {text!r} is unknown: use {among(name, MODIFIERS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,72 +132,50 @@ class AttentionSpec:
         if self.num_kv_heads is None:
             fill("num_kv_heads", self.num_heads)
         n, k = self.num_heads, self.num_kv_heads
-        require(
-            k >= 1 and n % k == 0,
-            f"num_kv_heads={k} does not divide num_heads={n}: choose a divisor of {n}",
-        )
+        divides = k >= 1 and n % k == 0
+        require(divides, f"num_kv_heads={k} does not divide num_heads={n}: choose a divisor of {n}")
         if self.head_dim is None:
-            require(
-                self.d_model % n == 0,
-                f"num_heads={n} does not divide d_model={self.d_model}: change one of them or set"
-                " head_dim",
-            )
+            require(self.d_model % n == 0, f"num_heads={n} does not divide d_model={self.d_model}:"
+                    " change one of them or set head_dim")  # fmt: skip
             fill("head_dim", self.d_model // n)
         require(self.head_dim >= 1, f"head_dim={self.head_dim} must be at least 1")
         for name, choices in (("position", POSITIONS), ("rotary_values", ROTARY_VALUES)):
             value = getattr(self, name)
-            require(
-                value in choices,
-                f"{name}={value!r} is unknown: use one of {', '.join(choices)}"
-                f"{did_you_mean(value, choices)}",
-            )
-        require(
-            len(self.block("q")) == 1 or n == k,
-            f"sharing {self.sharing!r} ties the query to {self.block('q')[1:]}, so queries and"
-            f" keys need the same heads: num_kv_heads={k} must equal num_heads={n} (or use"
-            " sharing 'q-k=v' or 'q-k-v')",
-        )
-        require(
-            self.window is None or self.window >= 1,
-            f"window={self.window} must be at least 1, or unset to see every key",
-        )
-        require(
-            self.rotary_values == "raw" or (self.rope and len(self.block("v")) > 1),
-            f"rotary_values={self.rotary_values!r} needs position='rope' and a V that shares the"
-            f" projection of a rotated role (position={self.position!r}, sharing="
-            f"{self.sharing!r}): use rotary_values='raw'",
-        )
+            unknown = f"{name}={value!r} is unknown: use one of {among(value, choices)}"
+            require(value in choices, unknown)
+        require(len(self.block("q")) == 1 or n == k,
+                f"sharing {self.sharing!r} ties the query to {self.block('q')[1:]}, so queries and"
+                f" keys need the same heads: num_kv_heads={k} must equal num_heads={n} (or use"
+                " sharing 'q-k=v' or 'q-k-v')")  # fmt: skip
+        require(self.window is None or self.window >= 1,
+                f"window={self.window} must be at least 1, or unset to see every key")  # fmt: skip
+        require(self.rotary_values == "raw" or (self.rope and len(self.block("v")) > 1),
+                f"rotary_values={self.rotary_values!r} needs position='rope' and a V that shares"
+                f" the projection of a rotated role (position={self.position!r}, sharing="
+                f"{self.sharing!r}): use rotary_values='raw'")  # fmt: skip
         if self.rope:
-            require(
-                0 < self.rotary_fraction <= 1,
-                f"rotary_fraction={self.rotary_fraction} must be in (0, 1]; for no rotation use"
-                " position='none'",
-            )
-            require(
-                self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
-                f"the rotary width is {self.rotary_dim} (head_dim={self.head_dim} x"
-                f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns pairs",
-            )
+            require(0 < self.rotary_fraction <= 1,
+                    f"rotary_fraction={self.rotary_fraction} must be in (0, 1]; for no rotation use"
+                    " position='none'")  # fmt: skip
+            require(self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+                    f"the rotary width is {self.rotary_dim} (head_dim={self.head_dim} x"
+                    f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns"
+                    " pairs")  # fmt: skip
             require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
-        require(
-            isinstance(self.score, (list, tuple)) and all(isinstance(s, str) for s in self.score),
-            f"score={self.score!r} is no tuple of modifiers: write ('score_scale',)",
-        )
+        several = isinstance(self.score, (list, tuple))
+        texts = several and all(isinstance(text, str) for text in self.score)
+        require(texts, f"score={self.score!r} is no tuple of modifiers: write ('score_scale',)")
         fill("score", tuple(self.score))
         names = [name for name, _ in self.modifiers]
-        require(
-            len(set(names)) == len(names),
-            f"score={self.score} names a modifier twice: two of a kind are one",
-        )
-        require(
-            self.rope or "role_gain" not in names,
-            "score modifier 'role_gain' without position='rope' leaves the scores of tied roles"
-            " symmetric and folds into the projections of others: use 'role_bias', or RoPE",
-        )
-        require(
-            self.max_length is not None or not self.bounded,
-            "score modifiers 'column_bias' and 'score2d' need max_length, the longest sequence",
-        )
+        once = len(set(names)) == len(names)
+        require(once, f"score={self.score} names a modifier twice: two of a kind are one")
+        require(self.rope or "role_gain" not in names,
+                "score modifier 'role_gain' without position='rope' leaves the scores of tied roles"
+                " symmetric and folds into the projections of others: use 'role_bias', or"
+                " RoPE")  # fmt: skip
+        require(self.max_length is not None or not self.bounded,
+                "score modifiers 'column_bias' and 'score2d' need max_length, the longest"
+                " sequence")  # fmt: skip
 
     @property
     def modifiers(self) -> tuple[tuple[str, int], ...]:
@@ -265,9 +240,8 @@ class AttentionSpec:
         """Returns the layout to use; raises UserError for one that cannot hold this variant."""
         layout = layout or self.cache_layout
         if layout not in CACHE_LAYOUTS:
-            raise UserError(
-                f"cache layout {layout!r} is unknown: use one of {', '.join(CACHE_LAYOUTS)}"
-            )
+            use = ", ".join(CACHE_LAYOUTS)
+            raise UserError(f"cache layout {layout!r} is unknown: use one of {use}")
         if layout == "shared" and not self.shares_kv:
             raise UserError(
                 f"cache layout 'shared' stores one tensor for K and V, which sharing"

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qkvjax.data.examples import Examples, Labelled
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, among
 
 DIGITS = 10
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -132,9 +132,7 @@ def open_task(source: str, seq_len: int) -> Examples:
     """
     _, name, *settings = source.split(":")
     if name not in TASKS:
-        raise UserError(
-            f"data.source={source!r}: the tasks are {', '.join(TASKS)}{did_you_mean(name, TASKS)}"
-        )
+        raise UserError(f"data.source={source!r}: the tasks are {among(name, TASKS)}")
     task = TASKS[name]
     knobs = {"train": 10_000, "test": 2_000} | task.knobs
     for setting in settings:
@@ -142,7 +140,7 @@ def open_task(source: str, seq_len: int) -> Examples:
         if knob not in knobs or not number.isdecimal() or not 1 <= int(number) < 2**31:
             raise UserError(
                 f"data.source={source!r}: {setting!r} is no setting of {name}; write KNOB=NUMBER"
-                f" with one of {', '.join(knobs)}{did_you_mean(knob, knobs)}"
+                f" with one of {among(knob, knobs)}"
             )
         knobs[knob] = int(number)
     if knobs.get("pairs", 0) > knobs.get("symbols", 0):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, among, did_you_mean
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
 NUMBERS = ("layers", "experts", "top", "balance", "z_loss")
@@ -66,10 +66,7 @@ def parse_feed_forward(text: str) -> FeedForwardSpec:
     """
     name, bracket, rest = str(text).replace(" ", "").partition("(")
     if name not in ACTIVATIONS:
-        raise UserError(
-            f"model.mlp={text!r} is unknown: use one of {', '.join(ACTIVATIONS)}"
-            f"{did_you_mean(name, ACTIVATIONS)}"
-        )
+        raise UserError(f"model.mlp={text!r} is unknown: use one of {among(name, ACTIVATIONS)}")
     if bracket and not rest.endswith(")"):
         raise UserError(f"model.mlp={text!r} has no closing bracket")
     given: dict[str, object] = {}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from qkvjax.attention.spec import AttentionSpec
-from qkvjax.errors import UserError, did_you_mean
+from qkvjax.errors import UserError, among
 from qkvjax.models.feedforward import FeedForwardSpec, parse_feed_forward
 
 NORMS = ("layernorm", "rmsnorm")
@@ -79,14 +79,11 @@ class ModelSpec:
     position_std: float | None = None
 
     def __post_init__(self):
-        choices = {"norm": NORMS, "init": INITS, "kind": KINDS}
-        for name, known in choices.items():
+        for name, known in {"norm": NORMS, "init": INITS, "kind": KINDS}.items():
             value = getattr(self, name)
             if value not in known:
-                raise UserError(
-                    f"model.{name}={value!r} is unknown: use one of {', '.join(known)}"
-                    f"{did_you_mean(value, known)}"
-                )
+                use = among(value, known)
+                raise UserError(f"model.{name}={value!r} is unknown: use one of {use}")
         if self.kind != "lm" and self.tie_embeddings:
             raise UserError(
                 f"model.kind={self.kind!r} has no embedding of tokens that a head could be tied"
@@ -208,9 +205,9 @@ def model_spec(
     Raises:
       UserError: values that do not fit together.
     """
-    kind = model["kind"]
-    if model["num_layers"] < 1:
-        raise UserError(f"model.num_layers={model['num_layers']} must be at least 1")
+    kind, count = model["kind"], model["num_layers"]
+    if count < 1:
+        raise UserError(f"model.num_layers={count} must be at least 1")
     max_length = model["max_length"] or seq_len
     if max_length < seq_len:
         raise UserError(
@@ -225,14 +222,11 @@ def model_spec(
             if name not in OVERRIDABLE:
                 raise UserError(
                     f"model.layer_overrides cannot change {name!r}: it changes one of"
-                    f" {', '.join(OVERRIDABLE)}{did_you_mean(name, OVERRIDABLE)}"
+                    f" {among(name, OVERRIDABLE)}"
                 )
-    layers = tuple(
-        AttentionSpec(**(base | pattern[i % len(pattern)])) for i in range(model["num_layers"])
-    )
-    inside = ("rope", "none")
+    layers = tuple(AttentionSpec(**(base | pattern[i % len(pattern)])) for i in range(count))
     for layer in layers:
-        if layer.position != model["position"] and layer.position not in inside:
+        if layer.position not in ("rope", "none", model["position"]):
             raise UserError(
                 f"model.layer_overrides: position {layer.position!r} is added at the input and"
                 " cannot differ by layer; a layer may use 'rope' or 'none'"

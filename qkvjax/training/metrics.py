@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qkvjax.errors import UserError, read_object
+from qkvjax.errors import UserError, parse_object, read_object
 from qkvjax.training.tensorboard import Events
 
 
@@ -40,19 +40,10 @@ def _end_last_line(file) -> None:
         return
     file.seek(0)
     whole, newline, last = file.read().rpartition(b"\n")
-    if _record(last) is None:
+    if parse_object(last) is None:
         file.truncate(len(whole + newline))
     else:
         file.write(b"\n")
-
-
-def _record(line: bytes | str) -> dict | None:
-    """The JSON object of a line, or None."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def read_lines(path: Path, **needed: type) -> list[dict]:
@@ -70,7 +61,7 @@ def read_lines(path: Path, **needed: type) -> list[dict]:
         return []
     records = []
     for number, line in enumerate(lines, 1):
-        record = _record(line)
+        record = parse_object(line)
         if record is None and line.strip() and number < len(lines):
             raise UserError(f"{path}, line {number}, is no JSON object: repair or delete it")
         if record is not None:
@@ -135,9 +126,8 @@ def check_wandb(project: str | None) -> None:
     """Raises UserError when a Weights & Biases project is named and the package is missing."""
     found = importlib.util.find_spec("wandb") if project else None
     if project and (found is None or found.origin is None):  # a folder of logs has no origin
-        raise UserError(
-            "train.wandb needs Weights & Biases: pip install 'qkvjax[wandb]', or unset it"
-        )
+        remedy = "pip install 'qkvjax[wandb]', or unset it"
+        raise UserError(f"train.wandb needs Weights & Biases: {remedy}")
 
 
 class Metrics:
@@ -163,19 +153,15 @@ class Metrics:
         if project:
             import wandb
 
-            self._wandb = wandb.init(
-                project=project, dir=str(workdir), config=config, resume="allow"
-            )
+            where = {"project": project, "dir": str(workdir)}
+            self._wandb = wandb.init(**where, config=config, resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of plain numbers; NaN and infinity are written as null."""
-        plain = {
-            name: value if math.isfinite(value) else None
-            for name, value in ((name, float(value)) for name, value in values.items())
-        }
+        numbers = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        plain = dict.fromkeys(values) | numbers
         append_line(self.path, {"step": step, **plain})
         try:
-            numbers = {name: value for name, value in plain.items() if value is not None}
             self._events.scalars(step, numbers)
         except OSError as error:
             raise _unwritable(self.path.with_name("tensorboard"), error) from None
