@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkvjax.attention.position import sincos
 from qkvjax.attention.projection import Linear, named_key, wide_add
 from qkvjax.models.spec import ModelSpec
-from qkvjax.models.transformer import STD, Stack, dropout, norm
+from qkvjax.models.transformer import STD, Stack, add_positions, dropout, norm, position_table
 from qkvjax.parallel import rules
 
 
@@ -28,23 +27,14 @@ class Encoder(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, key):
         self.spec = spec
-        std, make = STD[spec.init], lambda name: named_key(key, name)
-        self.input = Linear(
-            spec.vocab_size, spec.d_model, key=make("input"), std=std, bias=spec.use_bias
-        )
-        table = (spec.max_length, spec.d_model)
+        make = lambda name: named_key(key, name)  # noqa: E731
+        options = {"std": STD[spec.init], "bias": spec.use_bias}
+        self.input = Linear(spec.vocab_size, spec.d_model, key=make("input"), **options)
         place_std = 0.02 if spec.init == "normal" else self.POSITION_STD
-        place_std = place_std if spec.position_std is None else spec.position_std
-        self.positions = (
-            nnx.Param(place_std * jax.random.normal(make("positions"), table))
-            if spec.position == "learned"
-            else None
-        )
+        self.positions = position_table(spec, key, place_std)
         self.stack = Stack(spec, key=make("stack"))
         self.norm = norm(spec)
-        self.head = Linear(
-            spec.d_model, spec.num_outputs, key=make("head"), std=std, bias=spec.use_bias
-        )
+        self.head = Linear(spec.d_model, spec.num_outputs, key=make("head"), **options)
 
     def __call__(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
@@ -76,12 +66,7 @@ class Encoder(nnx.Module):
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
         """Inputs as `__call__` takes them -> [B, T, D], with what positions add."""
-        x = self.tokens(inputs, dtype)
-        if self.positions is not None:
-            x = x + rules.embed(self.positions[...], positions).astype(dtype)
-        elif self.spec.position == "sincos":
-            x = x + sincos(positions, self.spec.d_model).astype(dtype)
-        return x
+        return add_positions(self.tokens(inputs, dtype), self.spec, self.positions, positions)
 
     def tokens(self, inputs, dtype) -> jax.Array:
         """Inputs -> [B, T, D], before positions."""

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkvjax.attention.position import sincos
 from qkvjax.attention.projection import Linear, named_key
 from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec
-from qkvjax.models.transformer import Stack, dropout, norm
+from qkvjax.models.transformer import Stack, add_positions, dropout, norm, position_table
 from qkvjax.parallel import rules
 
 
@@ -31,20 +30,13 @@ class LanguageModel(nnx.Module):
         std = 0.02 if spec.init == "normal" else spec.d_model**-0.5
         shape = (spec.vocab_size, spec.d_model)
         self.embedding = nnx.Param(std * jax.random.normal(named_key(key, "embedding"), shape))
-        table = (spec.max_length, spec.d_model)
-        place_std = std if spec.position_std is None else spec.position_std
-        self.positions = (
-            nnx.Param(place_std * jax.random.normal(named_key(key, "positions"), table))
-            if spec.position == "learned"
-            else None
-        )
+        self.positions = position_table(spec, key, std)
         self.stack = Stack(spec, key=named_key(key, "stack"))
         self.norm = norm(spec)
-        self.head = (
-            None
-            if spec.tie_embeddings
-            else Linear(spec.d_model, spec.vocab_size, key=named_key(key, "head"), std=std)
-        )
+        head = None
+        if not spec.tie_embeddings:
+            head = Linear(spec.d_model, spec.vocab_size, key=named_key(key, "head"), std=std)
+        self.head = head
 
     def __call__(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
@@ -77,12 +69,10 @@ class LanguageModel(nnx.Module):
         None). Arguments as in `__call__`, and those of `transformer.Stack`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        stem, inner = (None, None) if key is None else jax.random.split(key)
+        stem, key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, stem)
-        x, router = self.stack(
-            x, positions, segment_ids, inner, impl=impl, remat=remat, unroll=unroll
-        )
-        return self.norm(x), router
+        x, told = self.stack(x, positions, segment_ids, key, impl=impl, remat=remat, unroll=unroll)
+        return self.norm(x), told
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
         """int [B, T] -> [B, T, D]: token embedding plus what positions add at the input."""
@@ -91,11 +81,7 @@ class LanguageModel(nnx.Module):
         x = rules.embed(self.embedding[...], inputs).astype(dtype)
         if self.spec.init != "normal":
             x = x * jnp.asarray(self.spec.d_model**0.5, dtype)  # unit variance into the stack
-        if self.positions is not None:
-            x = x + rules.embed(self.positions[...], positions).astype(dtype)
-        elif self.spec.position == "sincos":
-            x = x + sincos(positions, self.spec.d_model).astype(dtype)
-        return x
+        return add_positions(x, self.spec, self.positions, positions)
 
     def head_weight(self, dtype) -> jax.Array:
         """The map from D to the vocabulary, [D, V], as it is used."""

@@ -7,11 +7,13 @@ from flax import nnx
 
 from qkvjax.attention import cache as caches
 from qkvjax.attention.layer import LAYERS
+from qkvjax.attention.position import sincos
 from qkvjax.attention.projection import LayerNorm, RMSNorm, named_key
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.models.mlp import MLP
 from qkvjax.models.moe import Experts
 from qkvjax.models.spec import ModelSpec
+from qkvjax.parallel import rules
 
 # What the backward pass computes again instead of keeping: nothing, all but matrix products, or
 # all of a block.
@@ -48,6 +50,22 @@ def feed_forward(spec: ModelSpec, key: jax.Array) -> MLP | Experts:
     return make(spec, key=named_key(key, "mlp"), std=std, out_std=out_std)
 
 
+def position_table(spec: ModelSpec, key: jax.Array, std: float) -> nnx.Param | None:
+    """The learned table of positions, from normal values where the spec says no other `std`."""
+    if spec.position != "learned":
+        return None
+    std = std if spec.position_std is None else spec.position_std
+    shape = (spec.max_length, spec.d_model)
+    return nnx.Param(std * jax.random.normal(named_key(key, "positions"), shape))
+
+
+def add_positions(x: jax.Array, spec: ModelSpec, table: nnx.Param | None, positions) -> jax.Array:
+    """[B, T, D] with what positions int [B, T] add at the input."""
+    if table is not None:
+        return x + rules.embed(table[...], positions).astype(x.dtype)
+    return x + sincos(positions, spec.d_model).astype(x.dtype) if spec.position == "sincos" else x
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); without `mlp` where layers share one."""
 
@@ -57,9 +75,8 @@ class Block(nnx.Module):
             out_std = (2 * spec.num_layers * layer.num_heads * layer.head_dim) ** -0.5
         self.rate, self.inside = spec.dropout, spec.kind == "vit"  # where dropout acts
         self.attention_norm = norm(spec)
-        self.attention = LAYERS[type(layer)](
-            layer, key=named_key(key, "attention"), std=std, out_std=out_std
-        )
+        make = LAYERS[type(layer)]
+        self.attention = make(layer, key=named_key(key, "attention"), std=std, out_std=out_std)
         self.mlp_norm = norm(spec)
         self.mlp = feed_forward(spec, key) if spec.feed_forward.layers == 1 else None
 
