@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from qkvjax.analysis.document import Code, Fold, Heading, Pairs, Paragraph, Table, Terms
+from qkvjax.analysis.document import Code, Fold, Heading, Pairs, Paragraph, Terms, words
 from qkvjax.analysis.summary import Summary
 from qkvjax.config import flatten
 
@@ -39,9 +39,8 @@ def what_was_run(summary: Summary) -> list:
         parts += [Heading("Environment", 3), Pairs(rows)]
     parts += _data(summary)
     points = [[row.label, _settings(row.settings)] for row in summary.rows]
-    parts += [Heading("The variants", 3),
-              Table(["Variant", "differs from the base configuration in"], points,
-                    left=("Variant", "differs from the base configuration in"))]  # fmt: skip
+    table = words(["Variant", "differs from the base configuration in"], points)
+    parts += [Heading("The variants", 3), table]
     parts += _failures(summary)
     config = flatten(study.get("config") or {})
     if config:
@@ -96,9 +95,6 @@ def _failures(summary: Summary) -> list:
     ]
     if not rows:
         return []
-    columns = ["Variant", "Seed", "Error"]
     number = "1 run" if len(rows) == 1 else f"{len(rows)} runs"
-    return [
-        Heading("Failed runs", 3),
-        Table(columns, rows, left=tuple(columns), caption=f"{number} ended without a score."),
-    ]
+    table = words(["Variant", "Seed", "Error"], rows, f"{number} ended without a score.")
+    return [Heading("Failed runs", 3), table]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qkvjax.analysis import formats
+from qkvjax.analysis.statistics import Paired
 from qkvjax.analysis.summary import Summary
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
@@ -71,6 +72,21 @@ def hardly_any(low: float | None, high: float | None) -> str:
     if high is not None and high < HARDLY:
         return SUPPORTED
     return CONTRADICTED if low is not None and low > HARDLY else CANT_TELL
+
+
+def losses(
+    summary: Summary, pairs: Mapping[str, Paired], what: str, verdict: str | None = None
+) -> Finding:
+    """What each variant loses, its interval, and a verdict: that on losses which are said to be
+    hardly any, unless another is given.
+    """
+    spans = {
+        label: [summary.relative(v) for v in (p.mean, p.low, p.high)] for label, p in pairs.items()
+    }
+    measured = [f"{label} {formats.percent(mean)}" for label, (mean, _, _) in spans.items()]
+    intervals = [f"{label} {formats.percent_span(*span)}" for label, span in spans.items()]
+    verdict = verdict or most([hardly_any(low, high) for _, low, high in spans.values()])
+    return Finding(f"{what}:\n" + "\n".join(measured), "\n".join(intervals), verdict)
 
 
 def most(verdicts: list[str]) -> str:

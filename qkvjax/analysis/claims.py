@@ -22,19 +22,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from qkvjax.analysis import curves, formats, memory
-from qkvjax.analysis.claim import (
-    AT_300M,
-    CANT_TELL,
-    CONTRADICTED,
-    SUPPORTED,
-    Claim,
-    Finding,
-    about,
-    hardly_any,
-    in_scope,
-    most,
-)
+from qkvjax.analysis import claim, curves, formats, memory
+from qkvjax.analysis.claim import AT_300M, CANT_TELL, CONTRADICTED, SUPPORTED, Claim, Finding
 from qkvjax.analysis.feedforward_claims import combines_with_experts, shared_feed_forwards
 from qkvjax.analysis.sharings import field, is_uniform, pure, pure_rows
 from qkvjax.analysis.statistics import Paired, paired
@@ -44,28 +33,18 @@ from qkvjax.analysis.summary import Row, Summary
 def findings(summary: Summary) -> list[tuple[Claim, Finding]]:
     """Every claim with what this study says about it."""
     result = []
-    for claim in CLAIMS:
-        found = claim.decide(summary) if claim.decide else None
-        found = found or Finding()
-        if found.verdict in (SUPPORTED, CONTRADICTED) and not in_scope(claim, summary):
+    for one in CLAIMS:
+        found = one.decide and one.decide(summary) or Finding()
+        if found.verdict in (SUPPORTED, CONTRADICTED) and not claim.in_scope(one, summary):
             found = dataclasses.replace(found, verdict=CANT_TELL)
-        result.append((claim, found))
+        result.append((one, found))
     return result
 
 
 def _small_loss(summary: Summary) -> Finding | None:
     """A1: each sharing's loss in percent of the bits against 0.5 %."""
-    rows = pure_rows(summary)
-    if not rows:
-        return None
-    verdicts = []
-    for row in rows:
-        low, high = (summary.relative(v) for v in (row.paired.low, row.paired.high))
-        verdicts.append(hardly_any(low, high))
-    measured = [f"{r.label} {formats.percent(summary.relative(r.paired.mean))}" for r in rows]
-    return Finding(
-        f"{summary.metric.of}:\n" + "\n".join(measured), _spans(summary, rows), most(verdicts)
-    )
+    pairs = {row.label: row.paired for row in pure_rows(summary)}
+    return claim.losses(summary, pairs, summary.metric.of) if pairs else None
 
 
 def _memory(summary: Summary) -> Finding | None:
@@ -120,7 +99,7 @@ def _early_convergence(summary: Summary) -> Finding | None:
     if not measured:
         return None
     text = f"steps to {mark:.3f} {summary.metric.name}:\n" + "\n".join(measured)
-    return Finding(text, "\n".join(intervals), most(verdicts))
+    return Finding(text, "\n".join(intervals), claim.most(verdicts))
 
 
 def _regularising(summary: Summary) -> Finding | None:
@@ -131,22 +110,16 @@ def _regularising(summary: Summary) -> Finding | None:
         base = tuned.pop("q-k-v")
         pairs = {row.label: paired(base.scores, row.scores) for row in tuned.values()}
         pairs = {label: pair for label, pair in pairs.items() if pair}
-        measured = [f"{k} {formats.percent(summary.relative(p.mean))}" for k, p in pairs.items()]
-        spans = [[summary.relative(v) for v in (p.mean, p.low, p.high)] for p in pairs.values()]
         won = any(pair.verdict == "better" for pair in pairs.values())
-        return Finding(
-            f"best dropout of each, against {base.label}:\n" + "\n".join(measured),
-            "\n".join(f"{k} {formats.percent_span(*s)}" for k, s in zip(pairs, spans)),
-            SUPPORTED if won else CANT_TELL,
-        )
+        what = f"best dropout of each, against {base.label}"
+        return claim.losses(summary, pairs, what, SUPPORTED if won else CANT_TELL)
     rows = [summary.baseline, *pure_rows(summary)]
     gaps = [f"{r.label} {formats.difference(r.train_validation_gap)}"
             for r in rows if r.train_validation_gap is not None]  # fmt: skip
     if len(gaps) < 2:
         return None
-    return Finding(
-        f"validation minus training {summary.metric.name}:\n" + "\n".join(gaps), verdict=CANT_TELL
-    )
+    text = f"validation minus training {summary.metric.name}:\n" + "\n".join(gaps)
+    return Finding(text, verdict=CANT_TELL)
 
 
 def _tuned(summary: Summary) -> dict[str, Row]:
@@ -209,7 +182,7 @@ def _perplexity(*expected: tuple[str, float]) -> Callable[[Summary], Finding | N
             )
             low, high = (None if v is None else math.expm1(v) for v in (result.low, result.high))
             intervals.append(f"{row.label} {formats.percent_span(ratio, low, high)}")
-            verdicts.append(about(figure, low, high, no_effect=0.0))
+            verdicts.append(claim.about(figure, low, high, no_effect=0.0))
         if not texts:
             return None
         verdict = CANT_TELL
@@ -324,7 +297,7 @@ def _plus(summary: Summary) -> Finding | None:
     if not measured or summary.metric.relative:
         return None
     text = "against the same sharing without:\n" + "\n".join(measured)
-    return Finding(text, "\n".join(intervals), most(verdicts))
+    return Finding(text, "\n".join(intervals), claim.most(verdicts))
 
 
 _P_AVERAGES = "synthetic averages: QKV .851, Q=K-V .854, “+” .870, Q-K=V .850, Q=K=V .780"

@@ -30,19 +30,14 @@ def table(header: Sequence[tuple[str, ...]], rows: Sequence[Sequence[str]]) -> l
 def aligned(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Lines "label   text", the texts below each other."""
     width = max(len(label) for label, _ in pairs) + len(_GAP)
-    return [
-        line
-        for label, text in pairs
-        for line in textwrap.wrap(
-            text, WIDTH, initial_indent=label.ljust(width), subsequent_indent=" " * width
-        )
-    ]
+    return [line for label, text in pairs
+            for line in _wrapped(text, label.ljust(width), " " * width)]  # fmt: skip
 
 
 def notes(texts: Sequence[str]) -> list[str]:
     """Each text as a point, wrapped."""
-    return [
-        line
-        for text in texts
-        for line in textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ")
-    ]
+    return [line for text in texts for line in _wrapped(text, "- ", "  ")]
+
+
+def _wrapped(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest)

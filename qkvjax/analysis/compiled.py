@@ -71,9 +71,8 @@ def _compiled(config, devices) -> dict:
     from qkvjax.training.checkpoint import named_arrays
     from qkvjax.training.run import check_mesh, compile_for
 
-    spec = model_spec(
-        configs.plain(config.model), tokenizer_size(config.data.tokenizer), config.data.seq_len
-    )
+    num_ids = tokenizer_size(config.data.tokenizer)
+    spec = model_spec(configs.plain(config.model), num_ids, config.data.seq_len)
     mesh = make_mesh(dict(config.mesh), devices)
     micro_batch = config.data.batch_size // config.train.accumulation
     check_mesh(mesh, spec, config.data.seq_len, micro_batch)

@@ -53,12 +53,8 @@ def _best(wish: str, rows: list[Row], metric: Metric) -> Decision:
         return Decision(wish, best.label, score + more, True)
     names = formats.listed([row.label for row, _ in rivals])
     needed = _more([(pair, 0.0) for _, pair in rivals])
-    return Decision(
-        wish,
-        f"not separable: {needed}",
-        f"{best.label} leads, and is not shown to be better than {names}",
-        False,
-    )
+    why = f"{best.label} leads, and is not shown to be better than {names}"
+    return Decision(wish, f"not separable: {needed}", why, False)
 
 
 def _cheap(summary: Summary) -> Decision:
@@ -96,8 +92,8 @@ def _half(summary: Summary, rows: list[Row]) -> Decision:
     """The best score within half of the baseline's cache."""
     whole = summary.baseline.cache_bytes_per_token
     if not whole:
-        return Decision("At most half the cache, best score", formats.NOT_MEASURED,
-                        "the cache sizes are unknown", False)  # fmt: skip
+        wish = "At most half the cache, best score"
+        return Decision(wish, formats.NOT_MEASURED, "the cache sizes are unknown", False)
     wish = f"At most {formats.num_bytes(whole / 2)} of cache a token, best score"
     small = [r for r in rows if (r.cache_bytes_per_token or whole) <= whole / 2]
     if not small:

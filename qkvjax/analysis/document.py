@@ -67,6 +67,11 @@ class Table:
     caption: str = ""
 
 
+def words(columns: list[str], rows: list[list[Cell | str]], caption: str = "") -> Table:
+    """A table of which every column holds words."""
+    return Table(columns, rows, tuple(columns), caption)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """A table of names and values, without a head."""

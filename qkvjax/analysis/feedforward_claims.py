@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from qkvjax.analysis import formats
-from qkvjax.analysis.claim import Finding, hardly_any, most
+from qkvjax.analysis.claim import Finding, losses
 from qkvjax.analysis.statistics import Paired, paired
 from qkvjax.analysis.summary import Row, Summary
 from qkvjax.models.feedforward import parse_feed_forward
@@ -23,7 +22,7 @@ def combines_with_experts(summary: Summary) -> Finding | None:
             result = paired(without, among)
             if result:
                 found[row.label] = result
-    return _finding(summary, found, "gap among experts, minus the gap without")
+    return losses(summary, found, "gap among experts, minus the gap without") if found else None
 
 
 def shared_feed_forwards(summary: Summary) -> Finding | None:
@@ -37,7 +36,7 @@ def shared_feed_forwards(summary: Summary) -> Finding | None:
             result = paired(base.scores, row.scores)
             if result:
                 found[row.label] = result
-    return _finding(summary, found, "against feed-forwards of their own")
+    return losses(summary, found, "against feed-forwards of their own") if found else None
 
 
 def _by_both(summary: Summary) -> dict[tuple[str, str], Row]:
@@ -54,18 +53,3 @@ def _by_both(summary: Summary) -> dict[tuple[str, str], Row]:
 def _gap(base: Row, row: Row) -> dict[int, float]:
     """seed -> what `row` loses against `base`."""
     return {seed: row.scores[seed] - base.scores[seed] for seed in row.scores.keys() & base.scores}
-
-
-def _finding(summary: Summary, found: dict[str, Paired], what: str) -> Finding | None:
-    if not found:
-        return None
-    spans = {
-        label: [summary.relative(v) for v in (p.mean, p.low, p.high)] for label, p in found.items()
-    }
-    verdicts = [hardly_any(low, high) for _, low, high in spans.values()]
-    measured = [f"{label} {formats.percent(mean)}" for label, (mean, _, _) in spans.items()]
-    return Finding(
-        f"{what}:\n" + "\n".join(measured),
-        "\n".join(f"{label} {formats.percent_span(*span)}" for label, span in spans.items()),
-        most(verdicts),
-    )

@@ -11,11 +11,9 @@ from qkvjax.evaluation.inside import Looked
 
 MOST_LAYERS, MOST_HEADS = 6, 8  # of attention maps
 _MAPS = {
-    "score_asymmetry": "asymmetry of scores",
-    "diagonal_mass": "attention to oneself",
-    "entropy": "entropy, nats",
-    "max_logit": "largest logit",
-}
+    "score_asymmetry": "asymmetry of scores", "diagonal_mass": "attention to oneself",
+    "entropy": "entropy, nats", "max_logit": "largest logit",
+}  # fmt: skip
 
 
 def table(records: list[dict]) -> list[str]:

@@ -30,12 +30,8 @@ def peak_bytes(compiled) -> int | None:
     memory = compiled.memory_analysis()
     if memory is None:
         return None
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def measure(points: Mapping[str, object], log: Callable[[str], None] = print) -> dict:
@@ -60,30 +56,24 @@ def measure(points: Mapping[str, object], log: Callable[[str], None] = print) ->
     tokens = interleaved(decodes)
     baseline = next(iter(points))
     run = runs[baseline]
+    decode = {"batch": DECODE_BATCH, "length": _decode_length(run),
+              "cache_dtype": run.config.train.compute_dtype}  # fmt: skip
+    rows = [
+        {
+            "label": label,
+            "step_seconds": float(np.median(steps[label])),
+            "step_ratio": ratio(steps[label], steps[baseline]),
+            "peak_bytes": peaks[label],
+            "decode_seconds": float(np.median(tokens[label])),
+            "decode_ratio": ratio(tokens[label], tokens[baseline]),
+        }
+        for label in points
+    ]
     return {
-        "date": host.now(),
-        "device": host.device_name(),
-        "environment": host.environment(),
-        "rounds": ROUNDS,
-        "tokens_per_step": run.tokens_per_step,
-        "steps": run.durations.steps,
-        "decode": {
-            "batch": DECODE_BATCH,
-            "length": _decode_length(run),
-            "cache_dtype": run.config.train.compute_dtype,
-        },
-        "rows": [
-            {
-                "label": label,
-                "step_seconds": float(np.median(steps[label])),
-                "step_ratio": ratio(steps[label], steps[baseline]),
-                "peak_bytes": peaks[label],
-                "decode_seconds": float(np.median(tokens[label])),
-                "decode_ratio": ratio(tokens[label], tokens[baseline]),
-            }
-            for label in points
-        ],
-    }
+        "date": host.now(), "device": host.device_name(), "environment": host.environment(),
+        "rounds": ROUNDS, "tokens_per_step": run.tokens_per_step, "steps": run.durations.steps,
+        "decode": decode, "rows": rows,
+    }  # fmt: skip
 
 
 def interleaved(timers: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -149,9 +139,8 @@ def _decode_timer(run: Run) -> Callable[[], float]:
     logits = jnp.zeros((DECODE_BATCH, run.spec.vocab_size))
     arguments = (jnp.int32(length - count), jax.random.key(0), jnp.float32(1))
     options = {"dtype": dtype, "max_tokens": count, "num_ids": num_ids, "greedy": True}
-    compiled = sample_tokens.lower(
-        model, layers, held["cache"], logits, *arguments, **options
-    ).compile()
+    lowered = sample_tokens.lower(model, layers, held["cache"], logits, *arguments, **options)
+    compiled = lowered.compile()
 
     def tokens():
         ids, held["cache"] = compiled(model, layers, held["cache"], logits, *arguments)

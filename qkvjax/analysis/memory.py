@@ -53,26 +53,20 @@ def measure(config, batches: list[int], contexts: list[int], log: Callable[[str]
 
 def _peak(config, sharing: str, mode: str, batch: int, context: int) -> int | None:
     """Peak bytes of one program, compiled and not run."""
-    from qkvjax.data.tokenizers import tokenizer_size
-    from qkvjax.models.spec import model_spec
-
-    data = {"batch_size": batch, "seq_len": context}
-    config = configs.changed(
-        config, model={"sharing": sharing}, data=data, train={"accumulation": 1}
-    )
-    num_ids = tokenizer_size(config.data.tokenizer)
-    spec = model_spec(configs.plain(config.model), num_ids, context)
-    program = {"train": _train_step, "decode": _decode_step}[mode]
-    return program(config, spec, num_ids)
-
-
-def _train_step(config, spec, num_ids):
     import jax
 
     from qkvjax.analysis.measure import peak_bytes
+    from qkvjax.data.tokenizers import tokenizer_size
+    from qkvjax.models.spec import model_spec
     from qkvjax.parallel.mesh import make_mesh
     from qkvjax.training.run import compile_for
 
+    values = {"data": {"batch_size": batch, "seq_len": context}, "train": {"accumulation": 1}}
+    config = configs.changed(config, model={"sharing": sharing}, **values)
+    num_ids = tokenizer_size(config.data.tokenizer)
+    spec = model_spec(configs.plain(config.model), num_ids, context)
+    if mode == "decode":
+        return peak_bytes(_decode_step(config, spec, num_ids))
     mesh = make_mesh(dict(config.mesh), jax.devices()[:1])
     return peak_bytes(compile_for(config, spec, mesh)[0])
 
@@ -81,7 +75,6 @@ def _decode_step(config, spec, num_ids):
     import jax
     import jax.numpy as jnp
 
-    from qkvjax.analysis.measure import peak_bytes
     from qkvjax.generation.decode import empty_caches, sample_tokens
     from qkvjax.models.build import make
 
@@ -95,8 +88,7 @@ def _decode_step(config, spec, num_ids):
     logits = jax.ShapeDtypeStruct((batch, spec.vocab_size), jnp.float32)
     arguments = (jnp.int32(context - 1), jax.random.key(0), jnp.float32(1))
     options = {"dtype": dtype, "max_tokens": 1, "num_ids": num_ids, "greedy": True}
-    compiled = sample_tokens.lower(model, layers, cache, logits, *arguments, **options).compile()
-    return peak_bytes(compiled)
+    return sample_tokens.lower(model, layers, cache, logits, *arguments, **options).compile()
 
 
 def table(records: list[dict]) -> list[str]:

@@ -25,31 +25,17 @@ _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h")
 _DASHES = ((0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.6, 1.2, 1.6)), (0, (3, 1)), "solid")
 _BEHIND = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.2}  # of labels on lines
 _STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qkvjax",
+    "svg.fonttype": "none", "svg.hashsalt": "qkvjax",
     "text.parse_math": False,  # labels are names, and may hold a dollar sign
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.facecolor": PAPER,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "figure.facecolor": PAPER,
-    "grid.color": FAINT,
-    "grid.alpha": 0.28,
-    "grid.linewidth": 0.7,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-}
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK,
+    "figure.facecolor": PAPER, "axes.facecolor": PAPER,
+    "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.unicode_minus": True,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": FAINT, "grid.alpha": 0.28, "grid.linewidth": 0.7,
+    "xtick.color": FAINT, "xtick.labelcolor": INK, "ytick.color": FAINT, "ytick.labelcolor": INK,
+    "lines.linewidth": 1.8, "lines.markersize": 5,
+}  # fmt: skip
 
 
 def draw(summary: Summary, **others: Callable[[Summary], object]) -> dict[str, str]:
@@ -62,13 +48,9 @@ def drawn(plots: Mapping[str, Callable[[], object]]) -> dict[str, str]:
     """name -> SVG of what each function draws in the house's style; one may return None."""
     import matplotlib
 
-    figures = {}
     with matplotlib.rc_context(_STYLE):
-        for name, plot in plots.items():
-            figure = plot()
-            if figure is not None:
-                figures[name] = _svg(figure)
-    return figures
+        figures = {name: plot() for name, plot in plots.items()}
+        return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
 
 
 def write(figures: dict[str, str], folder: Path) -> None:
@@ -190,17 +172,14 @@ def _gap(summary: Summary):
         n = len(values)
         if n > 2:  # two seeds give a band twelve standard errors wide: it would hide the rest
             half = 100 * t_quantile(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
-            axes.fill_between(
-                tokens, mean - half, mean + half, color=style["color"], alpha=0.14, linewidth=0
-            )
+            low, high = mean - half, mean + half
+            axes.fill_between(tokens, low, high, color=style["color"], alpha=0.14, linewidth=0)
         shown += [*mean[len(mean) // 4 :]]
         ends.append((label, tokens[-1], mean[-1], style["color"]))
     marks = []
     if is_sharing_study(summary) and summary.metric.relative:
-        marks = [
-            ("paper, Q-K=V, 300M", 100 * paper_bits("q-k=v")),
-            ("its masked rerun", 100 * masked_bits()),
-        ]
+        marks.append(("paper, Q-K=V, 300M", 100 * paper_bits("q-k=v")))
+        marks.append(("its masked rerun", 100 * masked_bits()))
     shown += [height for _, height in marks]
     room = 0.12 * max(max(shown) - min(shown), 0.1)
     axes.set_ylim(min(shown) - room, max(shown) + room)

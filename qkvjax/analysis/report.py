@@ -8,33 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkvjax.analysis import (
-    claim,
-    claims,
-    columns,
-    decisions,
-    formats,
-    memory,
-    plots,
-    records,
-    report_html,
-    report_md,
-)
+from qkvjax.analysis import claim, claims, columns, decisions, formats, memory, plots, records
+from qkvjax.analysis import document as d
 from qkvjax.analysis.answer import answer, measured_difference
 from qkvjax.analysis.appendix import what_was_run
-from qkvjax.analysis.document import (
-    Box,
-    Cell,
-    Code,
-    Figure,
-    Fold,
-    Heading,
-    Paragraph,
-    Strong,
-    Table,
-    Title,
-)
 from qkvjax.analysis.inside_report import draw_spectra, look_inside
+from qkvjax.analysis.report_html import render as html
+from qkvjax.analysis.report_md import render as markdown
 from qkvjax.analysis.settings import by_setting
 from qkvjax.analysis.sharings import is_sharing_study
 from qkvjax.analysis.statistics import BETTER, WORSE
@@ -60,21 +40,22 @@ def write_report(workdir: Path) -> Path:
     parts = build(summary, figures)
     write_csv(summary, workdir / "results.csv")
     plots.write(figures, workdir / "plots")
-    (workdir / "report.md").write_text(report_md.render(parts), encoding="utf-8")
+    (workdir / "report.md").write_text(markdown(parts), encoding="utf-8")
     page = workdir / "report.html"
-    page.write_text(report_html.render(parts), encoding="utf-8")
+    page.write_text(html(parts), encoding="utf-8")
     return page
 
 
 def build(summary: Summary, figures: dict[str, str]) -> list:
     """The report as the parts of document.py, in order."""
     return [
-        Title(str(summary.study.get("title") or "A study"), _subtitle(summary)),
-        *_warnings(summary), Heading("The answer"), *_answer(summary),
-        Heading("What each variant costs and loses"), *_tables(summary), *by_setting(summary),
+        d.Title(str(summary.study.get("title") or "A study"), _subtitle(summary)),
+        *_warnings(summary),
+        d.Heading("The answer"), *_answer(summary),
+        d.Heading("What each variant costs and loses"), *_tables(summary), *by_setting(summary),
         *_plots(summary, figures), *look_inside(summary, figures),
-        *memory.memory_parts(summary, figures), *_decisions(summary), *_samples(summary),
-        *_claims(summary), *what_was_run(summary),
+        *memory.memory_parts(summary, figures),
+        *_decisions(summary), *_samples(summary), *_claims(summary), *what_was_run(summary),
     ]  # fmt: skip
 
 
@@ -94,9 +75,9 @@ def closing_lines(workdir: Path) -> list[str]:
     return columns.table(header, rows)
 
 
-def verdict(word: str) -> Cell:
+def verdict(word: str) -> d.Cell:
     """A verdict as symbol and word, so that it does not hang on colour."""
-    return Cell(f"{_SYMBOLS.get(word, '○')} {word}", tone=TONES.get(word, "quiet"))
+    return d.Cell(f"{_SYMBOLS.get(word, '○')} {word}", tone=TONES.get(word, "quiet"))
 
 
 def _subtitle(summary: Summary) -> str:
@@ -132,21 +113,21 @@ def _warnings(summary: Summary) -> list:
             " model predicts almost for nothing: it lowers every score and draws the variants"
             " together. These scores are not comparable with anything else."
         )
-        boxes.append(Box([Strong("Padding was scored."), text], "alarm"))
-    boxes += [Box(note, "note") for note in summary.notes]
+        boxes.append(d.Box([d.Strong("Padding was scored."), text], "alarm"))
+    boxes += [d.Box(note, "note") for note in summary.notes]
     return boxes
 
 
 def _answer(summary: Summary) -> list:
     first, *rest = answer(summary)
-    parts = [Paragraph(first, "lead"), *(Paragraph(text) for text in rest)]
+    parts = [d.Paragraph(first, "lead"), *(d.Paragraph(text) for text in rest)]
     if is_sharing_study(summary):
-        parts.insert(0, Paragraph("Does this transformer need three projections?", "question"))
+        parts.insert(0, d.Paragraph("Does this transformer need three projections?", "question"))
     return parts
 
 
 def _tables(summary: Summary) -> list:
-    quality = Table(
+    quality = d.Table(
         ["Variant", summary.metric.name.capitalize(), "Difference", "Difference, %", "Verdict",
          "Detectable", "Val. − train"],
         [_quality(summary, row) for row in summary.rows],
@@ -154,7 +135,7 @@ def _tables(summary: Summary) -> list:
         caption="Quality. Lower is better; the small lines are 95 % intervals. “Detectable”: the"
         " true difference that these seeds find four times in five.",
     )  # fmt: skip
-    costs = Table(
+    costs = d.Table(
         ["Variant", "Parameters", "FLOPs / token", "Cache / token", "Step time", "Peak memory",
          "Decode time"],
         [_costs(summary, row) for row in summary.rows],
@@ -172,7 +153,7 @@ def _tables(summary: Summary) -> list:
         if len(summary.marks) > 1:
             where = "what the worst variant had halfway through its steps, and ended with"
         parts.append(
-            Table(
+            d.Table(
                 heads,
                 [[row.label, *_races(row)] for row in summary.rows],
                 left=("Variant",),
@@ -188,62 +169,61 @@ def _quality(summary: Summary, row: Row) -> list:
     planned, score, pair = summary.planned, row.score, row.paired
     text = summary.metric.text
     short = 0 < len(row.results) < planned
-    name = Cell(row.label, f"{len(row.results)} of {summary.runs(planned)}" if short else "")
+    name = d.Cell(row.label, f"{len(row.results)} of {summary.runs(planned)}" if short else "")
     if score is None:
-        return [name, *["–"] * 3, Cell("✗ no finished run", tone="bad"), *["–"] * 2]
-    bits = Cell(text(score.mean), formats.span(score.low, score.high, text))
+        return [name, *["–"] * 3, d.Cell("✗ no finished run", tone="bad"), *["–"] * 2]
+    bits = d.Cell(text(score.mean), formats.span(score.low, score.high, text))
     gap = formats.difference(row.train_validation_gap)
     if row is summary.baseline:
-        return [name, bits, "–", "–", Cell("baseline", tone="quiet"), "–", gap]
+        return [name, bits, "–", "–", d.Cell("baseline", tone="quiet"), "–", gap]
     if pair is None:
-        return [name, bits, "–", "–", Cell("○ no common seed", tone="quiet"), "–", gap]
+        return [name, bits, "–", "–", d.Cell("○ no common seed", tone="quiet"), "–", gap]
     middle, low, high = map(summary.relative, (pair.mean, pair.low, pair.high))
     span = "no interval" if pair.low is None else formats.span(pair.low, pair.high)
     part = "no interval" if pair.low is None else formats.percent_span(middle, low, high)
     effect = pair.smallest_detectable_effect
-    detectable = Cell("–") if effect is None else Cell(
+    detectable = d.Cell("–") if effect is None else d.Cell(
         formats.percent(summary.relative(effect), sign=False), f"{effect:.4f}"
     )  # fmt: skip
     return [
-        name, bits, Cell(formats.difference(pair.mean), span), Cell(formats.percent(middle), part),
-        verdict(pair.verdict) if pair.low is not None else Cell("○ no interval", tone="quiet"),
+        name, bits,
+        d.Cell(formats.difference(pair.mean), span), d.Cell(formats.percent(middle), part),
+        verdict(pair.verdict) if pair.low is not None else d.Cell("○ no interval", tone="quiet"),
         detectable, gap,
     ]  # fmt: skip
 
 
 def _costs(summary: Summary, row: Row) -> list:
     saved = summary.cache_saved(row) if row is not summary.baseline else None
+    below = "" if saved is None else f"{formats.saved(saved)} saved"
     measured, is_base = row.measured, row is summary.baseline
     return [
         row.label,
         formats.count(row.num_params),
         formats.count(row.flops_per_token),
-        Cell(
-            formats.num_bytes(row.cache_bytes_per_token),
-            "" if saved is None else f"{formats.saved(saved)} saved",
-        ),
+        d.Cell(formats.num_bytes(row.cache_bytes_per_token), below),
         _ratio(measured.get("step_ratio"), measured.get("step_seconds"), is_base),
         _peak(summary, row),
         _ratio(measured.get("decode_ratio"), measured.get("decode_seconds"), is_base),
     ]
 
 
-def _ratio(ratio, seconds: float | None, is_baseline: bool) -> Cell:
+def _ratio(ratio, seconds: float | None, is_baseline: bool) -> d.Cell:
     """A time ratio with its interval; the baseline shows its seconds."""
     if not ratio and seconds is None:
-        return Cell(formats.NOT_MEASURED, tone="quiet")
+        return d.Cell(formats.NOT_MEASURED, tone="quiet")
     if is_baseline or not ratio:
-        return Cell(formats.duration(seconds))
+        return d.Cell(formats.duration(seconds))
     middle, low, high = ratio
-    return Cell(formats.ratio(middle), formats.span(low, high, lambda v: f"{v:.2f}"))
+    return d.Cell(formats.ratio(middle), formats.span(low, high, lambda v: f"{v:.2f}"))
 
 
-def _peak(summary: Summary, row: Row) -> Cell:
+def _peak(summary: Summary, row: Row) -> d.Cell:
     peak, base = row.measured.get("peak_bytes"), summary.baseline.measured.get("peak_bytes")
     if peak is None:
-        return Cell(formats.NOT_MEASURED, tone="quiet")
+        return d.Cell(formats.NOT_MEASURED, tone="quiet")
     below = "" if not base or row is summary.baseline else formats.percent(peak / base - 1)
-    return Cell(formats.num_bytes(peak), below)
+    return d.Cell(formats.num_bytes(peak), below)
 
 
 def _cost_caption(summary: Summary) -> str:
@@ -284,14 +264,12 @@ def _plots(summary: Summary, figures: dict[str, str]) -> list:
             " with padding masked gives (20.82 against 21.28 perplexity). Read the"
             " direction of a line, not only its end."
         )
+    over = "seeds; the bands reach from the best to the worst seed"
+    if summary.settings:
+        over = "settings and seeds"
     captions = {
-        "curves": "Validation score during training, mean over "
-        + (
-            "settings and seeds"
-            if summary.settings
-            else "seeds; the bands reach from the best to the worst seed"
-        )
-        + ". The steep first part is cut off.",
+        "curves": f"Validation score during training, mean over {over}. The steep first part is cut"
+        " off.",
         "gap": f"The gap to {base}, paired within seeds, against training tokens; bands are 95 %"
         f" intervals, drawn from three seeds up.{marks}",
         "pareto": "Decode cache against score; lower left is better. Bars are 95 % intervals of"
@@ -301,24 +279,22 @@ def _plots(summary: Summary, figures: dict[str, str]) -> list:
         "forest": f"Paired differences from {base} with 95 % intervals. Filled markers: the"
         " interval excludes zero.",
     }
-    shown = [Figure(name, svg, captions[name]) for name, svg in figures.items() if name in captions]
-    return [Heading("Plots"), *shown] if shown else []
+    shown = [d.Figure(name, figures[name], captions[name]) for name in figures if name in captions]
+    return [d.Heading("Plots"), *shown] if shown else []
 
 
 def _decisions(summary: Summary) -> list:
     found = decisions.decisions(summary)
     if not found:
         return []
-    rows = [
-        [d.wish, Cell(d.choice, tone="good" if d.decided else "quiet"), d.reason] for d in found
-    ]
-    columns = ["If you want", "take", "because"]
-    return [
-        Heading("Which one to take"),
-        Table(columns, rows, left=tuple(columns), caption="For this model, on this data and"
-              " device. A variant is named only where its intervals separate it from the other"
-              " candidates; seeds are estimated for 80 % power."),
-    ]  # fmt: skip
+    tones = ["good" if one.decided else "quiet" for one in found]
+    rows = [[f.wish, d.Cell(f.choice, tone=tone), f.reason] for f, tone in zip(found, tones)]
+    caption = (
+        "For this model, on this data and device. A variant is named only where its intervals"
+        " separate it from the other candidates; seeds are estimated for 80 % power."
+    )
+    table = d.words(["If you want", "take", "because"], rows, caption)
+    return [d.Heading("Which one to take"), table]
 
 
 def _samples(summary: Summary) -> list:
@@ -329,10 +305,10 @@ def _samples(summary: Summary) -> list:
             sample = row.results[seed]["sample"]
             prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
             title = f"{row.label}, seed {seed}"
-            blocks.append(Code(text.removeprefix(prompt) if prompt else text, title, prompt))
+            blocks.append(d.Code(text.removeprefix(prompt) if prompt else text, title, prompt))
     if not blocks:
         return []
-    return [Heading("A sample of each model"), *blocks]
+    return [d.Heading("A sample of each model"), *blocks]
 
 
 def _claims(summary: Summary) -> list:
@@ -345,8 +321,8 @@ def _claims(summary: Summary) -> list:
     seen = [(c, f) for c, f in found if f.verdict != claim.NOT_MEASURED]
     unseen = [(c, f) for c, f in found if f.verdict == claim.NOT_MEASURED]
     parts = [
-        Heading("The claims"),
-        Paragraph(
+        d.Heading("The claims"),
+        d.Paragraph(
             "What has been said about shared projections, by the news article that prompted this"
             " project (A), the paper arXiv 2606.04032 (P) and its authors’ follow-ups (F), and"
             " what this study says about it. A measured claim is decided only by a study of the"
@@ -355,11 +331,9 @@ def _claims(summary: Summary) -> list:
         ),
     ]
     if seen:
-        rows = [[c.id, c.claim, Cell(f.measured), f.interval, verdict(f.verdict)] for c, f in seen]
-        columns = ["", "Claim", "Measured here", "95 % interval", "Verdict"]
-        parts.append(Table(columns, rows, left=tuple(columns)))
+        rows = [[c.id, c.claim, f.measured, f.interval, verdict(f.verdict)] for c, f in seen]
+        parts.append(d.words(["", "Claim", "Measured here", "95 % interval", "Verdict"], rows))
     rows = [[c.id, c.claim, c.measured_by, verdict(f.verdict)] for c, f in unseen]
-    columns = ["", "Claim", "Would be measured by", "Verdict"]
-    table = Table(columns, rows, left=tuple(columns))
-    parts.append(Fold(f"{len(unseen)} claims that this study does not measure", [table]))
+    table = d.words(["", "Claim", "Would be measured by", "Verdict"], rows)
+    parts.append(d.Fold(f"{len(unseen)} claims that this study does not measure", [table]))
     return parts

@@ -44,9 +44,8 @@ def _part(part) -> str:
             )
             return f'<div class="scroll"><table class="pairs">{"".join(rows)}</table></div>'
         case d.Figure():
-            return (
-                f"<figure>{_inline(part)}\n<figcaption>{_text(part.caption)}</figcaption></figure>"
-            )
+            caption = f"<figcaption>{_text(part.caption)}</figcaption>"
+            return f"<figure>{_inline(part)}\n{caption}</figure>"
         case d.Code():
             title = f'<p class="pretitle">{escape(part.title)}</p>\n' if part.title else ""
             given = f'<span class="given">{escape(part.prompt)}</span>' if part.prompt else ""
@@ -67,9 +66,8 @@ def _text(text: d.Text) -> str:
 
 def _table(table: d.Table) -> str:
     left = ["left" if column in table.left else "" for column in table.columns]
-    head = "".join(
-        f'<th scope="col" class="{side}">{escape(c)}</th>' for c, side in zip(table.columns, left)
-    )
+    titles = zip(table.columns, left)
+    head = "".join(f'<th scope="col" class="{side}">{escape(c)}</th>' for c, side in titles)
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     rows = ["".join(_cell(d.cell(c), side) for c, side in zip(row, left)) for row in table.rows]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)

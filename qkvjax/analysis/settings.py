@@ -37,7 +37,11 @@ def by_setting(summary: Summary) -> list:
         groups.setdefault(name.split()[0], []).append(name)
     what = key.replace("_", " ")
     columns = ["Settings", *labels]
-    means = [_row(_many(g, s, ours), s, labels, ours, theirs, _mean) for g, s in groups.items()]
+
+    def rows_of(write) -> list:
+        return [_row(_many(g, s, ours), s, labels, ours, theirs, write) for g, s in groups.items()]
+
+    means = rows_of(_mean)
     if len(groups) > 1:
         means.append(_row(_many("all", names, ours), names, labels, ours, theirs, _mean))
     parts = [
@@ -47,11 +51,8 @@ def by_setting(summary: Summary) -> list:
               caption=f"Mean {what} over settings and seeds" + _beside(theirs) + "."),
     ]  # fmt: skip
     if key == "accuracy":
-        solved = [
-            _row(_many(g, s, ours), s, labels, ours, theirs, _solved) for g, s in groups.items()
-        ]
         parts.append(
-            Table(columns, solved, left=("Settings",),
+            Table(columns, rows_of(_solved), left=("Settings",),
                   caption=f"Runs that learned the task: {what} of at least {SOLVED:g}. Where runs"
                   " either learn a task or do not, the mean above measures how many did.")
         )  # fmt: skip

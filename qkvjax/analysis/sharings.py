@@ -46,11 +46,8 @@ def pure(summary: Summary, sharing: str) -> Row | None:
 
 def pure_rows(summary: Summary) -> list[Row]:
     """The compared rows that differ from a three-projection baseline in their sharing alone."""
-    return [
-        row
-        for row in summary.compared
-        if row is pure(summary, row.changed.get("model.sharing", ""))
-    ]
+    return [row for row in summary.compared
+            if row is pure(summary, row.changed.get("model.sharing", ""))]  # fmt: skip
 
 
 def is_uniform(summary: Summary) -> bool:

@@ -86,18 +86,16 @@ def kernels(config, batches: list[int], contexts: list[int], log: Callable[[str]
 
 def table(records: list[dict]) -> list[str]:
     """The records as text, a line each."""
-    title = f"{'batch':>5} {'tokens':>7}  {'variant':<28} {'impl':<8} {'ms':>9}  of the first's"
-    lines = [title]
+    lines = [f"{'batch':>5} {'tokens':>7}  {'variant':<28} {'impl':<8} {'ms':>9}  of the first's"]
     for r in records:
         values = "" if r["rotary_values"] in ("raw", "none") else f" {r['rotary_values']}"
         variant = f"{sharing_name(r['sharing'])}{values}"
         variant = f"{variant}, {r['pass']}" if "pass" in r else variant
         middle, low, high = r["ratio"]
-        rate = (
-            f"{r['gigabytes_per_second']:.1f} GB/s"
-            if "gigabytes_per_second" in r
-            else f"{1000 * r['teraflops']:,.0f} GFLOP/s"
-        )
+        if "teraflops" in r:
+            rate = f"{1000 * r['teraflops']:,.0f} GFLOP/s"
+        else:
+            rate = f"{r['gigabytes_per_second']:.1f} GB/s"
         lines.append(
             f"{r['batch']:>5} {r['context']:>7}  {variant:<28} {r['impl']:<8}"
             f" {1000 * r['seconds']:>9.3f}  {middle:.2f} ({low:.2f} to {high:.2f})  {rate}"
