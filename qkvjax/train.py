@@ -32,9 +32,8 @@ from qkvjax.parallel import distributed, host
 FLAGS = {
     "workdir": (str, None, "where the run is kept"),
     "dry_run": (bool, False, "print the cost table and stop"),
-    "stall_seconds": (
-        int, 1800, "without progress for so long it ends with stack traces; 0: never", 0,
-    ),
+    "stall_seconds": (int, 1800, "without progress for so long it ends with stack traces; 0: never",
+                      0),
     **cli.ATTENTION,
     **distributed.FLAGS,
 }  # fmt: skip
@@ -74,11 +73,9 @@ def _train_in(folder: str | None, config, alive: Callable[[], None]) -> None:
 
 
 def train(
-    config,
-    workdir: Path | None,
-    log: Callable[[str], None] = print,
+    config, workdir: Path | None, log: Callable[[str], None] = print,
     alive: Callable[[], None] = lambda: None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Trains to the end of `config`, from the newest intact checkpoint in `workdir` if any.
 
     Args:
@@ -106,9 +103,8 @@ def train(
     started = time.perf_counter()
     first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
-    distributed.check_alike(
-        lambda: configs.flatten(configs.to_dict(config)) | distributed.program()
-    )
+    fields = configs.flatten(configs.to_dict(config))
+    distributed.check_alike(lambda: fields | distributed.program())
     together(lambda: check_wandb(config.train.wandb))
     run = together(lambda: prepare_run(config, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
@@ -155,13 +151,12 @@ def train(
         log(f"compiled in {compile_seconds:.1f} s")
         counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
         described = {n: getattr(run.dataset, n) for n in ("description", "digest", *counts)}
+        peak = getattr(train_step.memory_analysis(), "peak_memory_in_bytes", None)
         facts = {
-            "environment": host.environment(),
-            "costs": costs(run),
+            "environment": host.environment(), "costs": costs(run),
             "data": {"source": config.data.source} | described,
-            "compile_seconds": compile_seconds,
-            "peak_bytes": getattr(train_step.memory_analysis(), "peak_memory_in_bytes", None),
-        }
+            "compile_seconds": compile_seconds, "peak_bytes": peak,
+        }  # fmt: skip
         first(lambda: write_json(workdir / "run.json", facts))
 
         # ---- train ------------------------------------------------------------------------------
@@ -200,12 +195,10 @@ def costs(run) -> dict:
     """The exact costs of a run's model, for run.json and the results of a study."""
     seq_len = run.config.data.seq_len
     return {
-        "num_params": run.spec.num_params,
-        "forward_macs": run.spec.forward_macs(seq_len),
-        "seq_len": seq_len,
-        "train_flops_per_token": run.train_flops_per_token,
+        "num_params": run.spec.num_params, "forward_macs": run.spec.forward_macs(seq_len),
+        "seq_len": seq_len, "train_flops_per_token": run.train_flops_per_token,
         "cache_bytes_per_token": run.spec.cache_bytes_per_token("bfloat16"),
-    }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

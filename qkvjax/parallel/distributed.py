@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qkvjax.errors import UserError
+from qkvjax.parallel.host import versions
 
 if TYPE_CHECKING:
     from absl import flags
@@ -198,6 +198,11 @@ def _client():
     return distributed.global_state.client
 
 
+def _heard(key: str):
+    """What some process says under this key, as soon as it does."""
+    return json.loads(_client().blocking_key_value_get(key, LONG))
+
+
 def first(call: Callable[[], T]) -> T:
     """What `call()` returns on process 0, for all; the others do not call it.
 
@@ -210,7 +215,7 @@ def first(call: Callable[[], T]) -> T:
         answer = _outcome(call)
         _client().key_value_set(key, json.dumps(answer[:2]))
         return _opened(*answer)
-    return _opened(*json.loads(_client().blocking_key_value_get(key, LONG)))
+    return _opened(*_heard(key))
 
 
 def together(call: Callable[[], T]) -> T:
@@ -224,14 +229,11 @@ def together(call: Callable[[], T]) -> T:
     value, refusal, error = _outcome(call)
     _client().key_value_set(f"{key}/{_index}", json.dumps(refusal))
     if is_first():
-        told = [
-            (i, json.loads(_client().blocking_key_value_get(f"{key}/{i}", LONG)))
-            for i in range(_count)
-        ]
+        told = [(i, _heard(f"{key}/{i}")) for i in range(_count)]
         verdict = next(([f"process {i}: {r[0]}" if i else r[0], r[1]] for i, r in told if r), None)
         _client().key_value_set(f"{key}/verdict", json.dumps(verdict))
     else:
-        verdict = json.loads(_client().blocking_key_value_get(f"{key}/verdict", LONG))
+        verdict = _heard(f"{key}/verdict")
     return _opened(value, verdict, error if refusal == verdict else None)
 
 
@@ -281,13 +283,10 @@ def program() -> dict[str, str]:
     folder = Path(__file__).parents[1]
     for file in sorted(folder.rglob("*.py")):
         code.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "python": ".".join(map(str, sys.version_info[:2])),
-        **{name: importlib.metadata.version(name) for name in names},
-        "qkvjax's code": code.hexdigest()[:12],
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
+        "python": ".".join(map(str, sys.version_info[:2])), **versions(),
+        "qkvjax's code": code.hexdigest()[:12], "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }  # fmt: skip
 
 
 def fetch(tree: T) -> T:

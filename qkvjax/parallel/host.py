@@ -76,18 +76,20 @@ def environment() -> dict[str, object]:
     """Versions, devices and the code's revision, for `run.json` and reports. No secrets."""
     import jax
 
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    }
     device = jax.devices()[0]
     return {
-        "date": now(), "python": platform.python_version(), **versions, "qkvjax": version(),
+        "date": now(), "python": platform.python_version(), **versions(), "qkvjax": version(),
         "git": revision(), "platform": device.platform, "device": device_name(),
         "num_devices": jax.device_count(), "num_processes": jax.process_count(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is computed."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def now() -> str:
@@ -108,9 +110,8 @@ def revision() -> str | None:
     folder = Path(__file__).parent
 
     def git(*arguments):
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
-        )
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")

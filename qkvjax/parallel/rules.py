@@ -232,16 +232,12 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
     rows, columns = jax.typeof(w_DF).sharding.spec
     result = PartitionSpec(*spec("batch", "length"), columns)
     if shards_sequence():
-        return jnp.einsum(
-            "btd,df->btf", x_BTD, w_DF, out_sharding=result, preferred_element_type=dtype
-        )
+        whole = {"out_sharding": result, "preferred_element_type": dtype}
+        return jnp.einsum("btd,df->btf", x_BTD, w_DF, **whole)
     tokens = spec("batch")
-    flat = jax.lax.reshape(
-        x_BTD, (batch * length, width), out_sharding=PartitionSpec(*tokens, rows)
-    )
-    flat = jnp.matmul(
-        flat, w_DF, out_sharding=PartitionSpec(*tokens, columns), preferred_element_type=dtype
-    )
+    before, after = (PartitionSpec(*tokens, axis) for axis in (rows, columns))
+    flat = jax.lax.reshape(x_BTD, (batch * length, width), out_sharding=before)
+    flat = jnp.matmul(flat, w_DF, out_sharding=after, preferred_element_type=dtype)
     return jax.lax.reshape(flat, (batch, length, w_DF.shape[1]), out_sharding=result)
 
 

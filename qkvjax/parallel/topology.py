@@ -86,9 +86,7 @@ def read(name: str) -> Topology:
     chip = CHIPS.get(kind)
     if chip is None or not number.isdecimal() or int(number) not in chip.slices:
         names = [f"{kind}-{n}" for kind, chip in CHIPS.items() for n in chip.slices]
-        listed = "; ".join(
-            f"{kind}-" + ", -".join(map(str, chip.slices)) for kind, chip in CHIPS.items()
-        )
+        listed = "; ".join(f"{k}-" + ", -".join(map(str, c.slices)) for k, c in CHIPS.items())
         raise UserError(
             f"--topology={name} does not exist: use one of {listed}; or cpu:N, N virtual devices"
             f" of this machine{did_you_mean(name, names)}"

@@ -85,13 +85,10 @@ def manifest(arrays: dict[str, jax.Array]) -> dict[str, dict]:
     # One array comes from the device: fetching one for each takes as long as half a step.
     prints = jax.device_get(_fingerprints(list(arrays.values())))
     return {
-        name: {
-            "shape": list(array.shape),
-            "dtype": str(array.dtype),
-            "fingerprint": "{:08x}{:08x}".format(*words),
-        }
+        name: {"shape": list(array.shape), "dtype": str(array.dtype),
+               "fingerprint": "{:08x}{:08x}".format(*words)}
         for (name, array), words in zip(arrays.items(), prints.tolist(), strict=True)
-    }
+    }  # fmt: skip
 
 
 class Checkpoints:
@@ -206,8 +203,7 @@ class Checkpoints:
         read = together(lambda: self._read_arrays(step, stacks.abstract(wanted, groups)))
         arrays = stacks.parted(read, groups, wanted)
         found = manifest(arrays)
-        differing = [name for name in wanted if found[name] != saved[name]]
-        if differing:
+        if differing := [name for name in wanted if found[name] != saved[name]]:
             raise Damaged(f"the fingerprint of {', '.join(differing)} differs")
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
@@ -245,11 +241,8 @@ class Checkpoints:
         return len(saved)
 
     def _read_arrays(self, step: int, wanted: dict) -> dict[str, jax.Array]:
-        item = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
+        how = ocp.checkpoint_utils.construct_restore_args(wanted)
+        item = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
         with _damage():
             return ocp.PyTreeCheckpointHandler().restore(self._item(step, _STATE), args=item)
 
@@ -263,8 +256,7 @@ class Checkpoints:
 
         Orbax saves no step up to the newest that is there, so they would be in the way.
         """
-        later = [step for step in self.steps() if step > after]
-        if not later:
+        if not (later := [step for step in self.steps() if step > after]):
             return
         self.close()
 
@@ -352,8 +344,7 @@ def _damage():
 
 def check_copies(state) -> None:
     """Raises Rollback where devices that hold the same numbers hold other bits."""
-    apart = came_apart(named_arrays(state), fingerprint)
-    if apart:
+    if apart := came_apart(named_arrays(state), fingerprint):
         reason = f"copies of {apart[0]} came apart between devices (of {len(apart)} arrays)"
         raise Rollback(int(state.step), reason, skip=False)
 

@@ -193,9 +193,8 @@ def fit(
         if metrics is not None:
             metrics.write(step, line)
         if wants_log or wants_eval:
-            left = (
-                (steps - step) * run.tokens_per_step / max(line.get("tokens_per_second", 0), 1e-9)
-            )
+            pace = max(line.get("tokens_per_second", 0), 1e-9)
+            left = (steps - step) * run.tokens_per_step / pace
             log(_log_line(step, steps, line, left if wants_log and not out_of_time else None))
         if wants_save:
             check(state)

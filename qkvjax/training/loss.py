@@ -86,10 +86,8 @@ def _chunked(columns, w, x, targets, weights, z_loss):
         dx, *new = _chunk(columns, w, *chunk, z_loss)
         return jax.tree.map(jnp.add, totals, tuple(new)), dx
 
-    zeros = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(lambda: _chunk(columns, w, *(a[:size] for a in flat), z_loss)[1:]),
-    )
+    like = jax.eval_shape(lambda: _chunk(columns, w, *(a[:size] for a in flat), z_loss)[1:])
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
     (totals, dw), dx = jax.lax.scan(add, zeros, jax.tree.map(cut, flat), unroll=chunks == 1)
     return dx.reshape(-1, shape[-1])[:tokens].reshape(shape), totals, dw
 
@@ -105,9 +103,8 @@ def _chunk(columns, w, x, targets, weights, z_loss):
     log_z = (top + jnp.log(normaliser))[:, 0]
     place = targets - columns.first(w.shape[1])
     label = jnp.take_along_axis(logits, place[:, None], axis=-1, mode="fill", fill_value=0)[:, 0]
-    label = columns.sum(
-        jnp.where(place < 0, 0, label)
-    )  # of negative places take counts from the end
+    # Of negative places `take` counts from the end.
+    label = columns.sum(jnp.where(place < 0, 0, label))
     nats = jnp.sum(weights * (log_z - label))
     loss = nats + z_loss * jnp.sum(weights * log_z**2)
     g = odds * ((weights * (1 + 2 * z_loss * log_z))[:, None] / normaliser)

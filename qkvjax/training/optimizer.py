@@ -69,11 +69,10 @@ def adamw(optimizer, rate: Callable) -> optax.GradientTransformation:
 
     Clipping is the train step's business, which knows the norm already.
     """
+    mask = decayed if optimizer.decay == "matrices" else None
     return optax.chain(
         optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2),
-        optax.add_decayed_weights(
-            optimizer.weight_decay, mask=decayed if optimizer.decay == "matrices" else None
-        ),
+        optax.add_decayed_weights(optimizer.weight_decay, mask=mask),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -127,10 +126,8 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 def narrow(model, dtype):
     """A model whose matrices of blocks are in `dtype`; what is looked up or added stays."""
-    return jax.tree.map(
-        lambda label, leaf: leaf.astype(dtype) if label == "blocks" else leaf,
-        _of_blocks(model), model,
-    )  # fmt: skip
+    cast = lambda label, leaf: leaf.astype(dtype) if label == "blocks" else leaf  # noqa: E731
+    return jax.tree.map(cast, _of_blocks(model), model)
 
 
 def with_masters(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -142,10 +139,8 @@ def with_masters(tx: optax.GradientTransformation) -> optax.GradientTransformati
     absent = {"is_leaf": lambda leaf: leaf is None}
 
     def init(params):
-        masters = jax.tree.map(
-            lambda label, leaf: leaf if label == "blocks" else None, _of_blocks(params), params
-        )
-        return masters, tx.init(params)
+        keep = lambda label, leaf: leaf if label == "blocks" else None  # noqa: E731
+        return jax.tree.map(keep, _of_blocks(params), params), tx.init(params)
 
     def update(grads, state, params):
         masters, inner = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,9 +59,7 @@ def new_workdir(workdir: str | None) -> Path:
     return path
 
 
-def save_model(
-    workdir: Path, config, arrays: Mapping[str, np.ndarray], origin: Mapping
-) -> ModelSpec:
+def save_model(workdir: Path, config, arrays: Mapping[str, np.ndarray], origin: dict) -> ModelSpec:
     """Makes a workdir of a model that was not trained here, its checkpoint being step 0.
 
     Args:
@@ -81,12 +80,9 @@ def save_model(
         missing = [a - b for a, b in zip(leaf.shape, arrays[name].shape, strict=True)]
         padded = np.pad(arrays[name], [(0, n) for n in missing]) if any(missing) else arrays[name]
         state[name] = jax.numpy.asarray(padded, leaf.dtype)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    try:
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         checkpoints.save(0, state)
-    finally:
-        checkpoints.close()
-    write_json(workdir / "origin.json", dict(origin))
+    write_json(workdir / "origin.json", origin)
     write_json(workdir / "config.json", configs.to_dict(config))
     return spec
 
@@ -112,13 +108,8 @@ def _shapes(config):
 
 def _restore(workdir, config, step, log):
     place = jax.sharding.SingleDeviceSharding(find_devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        _shapes(config)[1],
-    )
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
-    try:
+    placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+    abstract = jax.tree.map(placed, _shapes(config)[1])
+    with contextlib.closing(Checkpoints(Path(workdir) / "checkpoints")) as checkpoints:
         state, step = checkpoints.restore({"model": abstract}, step, log=log)
-    finally:
-        checkpoints.close()
     return state["model"], step

@@ -121,13 +121,9 @@ def resolve_durations(config, dataset: Dataset) -> Durations:
             return 0
         return configs.to_steps(value, f"{group}.{field}", total=steps, **common)
 
-    return Durations(
-        steps=steps,
-        warmup=within("optimizer", "warmup_steps"),
-        log_every=within("train", "log_every"),
-        eval_every=within("train", "eval_every"),
-        checkpoint_every=within("train", "checkpoint_every"),
-    )
+    warmup = within("optimizer", "warmup_steps")
+    each = {name: within("train", name) for name in ("log_every", "eval_every", "checkpoint_every")}
+    return Durations(steps, warmup, **each)
 
 
 def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> Run:
@@ -188,9 +184,7 @@ def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
     place = rules.sharding(mesh, None, "batch", "length")
     whole = ("inputs", "targets", "positions", "segment_ids")
     dtypes = dict.fromkeys(whole, jnp.int32) | {"weights": jnp.float32}
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()
-    }
+    batch = {n: jax.ShapeDtypeStruct(shape, t, sharding=place) for n, t in dtypes.items()}
     step = jax.jit(make_train_step(config, optimizer, rate), donate_argnums=0)
     with jax.set_mesh(mesh):
         return step.lower(state, batch).compile(), state
@@ -199,19 +193,14 @@ def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
 def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, config):
     """The train state as ShapeDtypeStructs with shardings."""
     shapes = jax.eval_shape(lambda: init_state(spec, optimizer, jax.random.key(0), config))
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        state_shardings(shapes, mesh),
-    )
+    placed = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
+    return jax.tree.map(placed, shapes, state_shardings(shapes, mesh))
 
 
 def spec_of(config, dataset: Dataset | Examples) -> ModelSpec:
     """The model of a config for its data."""
-    return model_spec(
-        configs.plain(config.model), dataset.num_inputs, config.data.seq_len,
-        dataset.num_outputs, dataset.output,
-    )  # fmt: skip
+    shape = dataset.num_inputs, config.data.seq_len, dataset.num_outputs, dataset.output
+    return model_spec(configs.plain(config.model), *shape)
 
 
 def open_workdir(workdir: str | None) -> Path:
@@ -260,15 +249,13 @@ def check_workdir(workdir: Path, config, digest: str) -> None:
         old, new = configs.identity(configs.load(saved)), configs.identity(config)
         if _only_longer(old, new):
             old["train.steps"] = new["train.steps"]
-        lines = configs.differing(old, new)
-        if lines:
+        if lines := configs.differing(old, new):
             raise UserError(
                 f"{workdir} holds a run with another configuration; choose another --workdir, or"
                 " go on with its own values (train.steps may grow under the schedules wsd and"
                 " constant):\n  " + "\n  ".join(lines)
             )
-        facts = read_json(workdir / "run.json")
-        if facts:
+        if facts := read_json(workdir / "run.json"):
             require_keys(str(workdir / "run.json"), facts, data=dict)
             require_keys(f"{workdir / 'run.json'}: data", facts["data"], digest=str)
         before = facts["data"]["digest"] if facts else digest

@@ -29,9 +29,7 @@ def requests() -> Iterator[Callable[[], int]]:
     signals, and nothing is noted.
     """
     asked: set[int] = set()
-    meaning = {
-        signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: SAVE
-    }  # fmt: skip
+    meaning = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: SAVE}
 
     def note(number, frame):
         if number == signal.SIGINT and INTERRUPTED in asked:
