@@ -35,13 +35,8 @@ DOORS = {
 INTERRUPTED = 130
 READER_LEFT = 141  # what the shell says of a program that SIGPIPE ended
 # For doors that compute attention.
-ATTENTION = {
-    "attention": (
-        ("auto", *kernels.IMPLEMENTATIONS),
-        "auto",
-        "what computes it; auto: the fastest measured",
-    ),
-}
+_CHOICE = ("auto", *kernels.IMPLEMENTATIONS)
+ATTENTION = {"attention": (_CHOICE, "auto", "what computes it; auto: the fastest measured")}
 STUDY_FIELDS = ("points", "settings", "seeds", "reference", "prompt", "title")
 
 
@@ -80,10 +75,8 @@ def _main(argv: Sequence[str]) -> int:
         print(usage)
         return 0
     if argv[1] not in DOORS:
-        print(
-            f"qkvjax: there is no door {argv[1]!r}{did_you_mean(argv[1], DOORS)}\n{usage}",
-            file=sys.stderr,
-        )
+        near = did_you_mean(argv[1], DOORS)
+        print(f"qkvjax: there is no door {argv[1]!r}{near}\n{usage}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"qkvjax.{argv[1]}")
     return module.main([f"qkvjax {argv[1]}", *argv[2:]])
@@ -200,16 +193,8 @@ def _flag_message(error: Exception, values: flags.FlagValues, argv: Sequence[str
 
 def _join_config(argv: list[str]) -> list[str]:
     """`--config PATH` as `--config=PATH`, so that one spelling is left."""
-    joined, skip = [], False
-    for arg, following in zip(argv, [*argv[1:], ""]):
-        if skip:
-            skip = False
-        elif arg in ("--config", "-config"):
-            joined.append(f"--config={following}")
-            skip = True
-        else:
-            joined.append(arg)
-    return joined
+    args = iter(argv)
+    return [f"--config={next(args, '')}" if arg in ("--config", "-config") else arg for arg in args]
 
 
 def _unknown_override(error: str, argv: Sequence[str]) -> str | None:
@@ -241,8 +226,7 @@ def _fields(name: str) -> list[str]:
 def find_config(path: str) -> str:
     """A recipe's path: from the current folder, else among the installed recipes."""
     package = Path(__file__).parent
-    places = [Path(path), package / path, package.parent / path]
-    for place in places:
+    for place in (Path(path), package / path, package.parent / path):
         if place.is_file():
             return str(place)
     recipes = package / "configs"

@@ -84,26 +84,17 @@ DURATIONS = {
 # Numbers that are at least the first and below the second; nan is neither.
 RANGES = {
     "seed": (0, 2**31),  # jax's keys keep 32 bits of a seed
-    "model.num_layers": (1, 10_000),
-    "model.max_length": (1, 2**31),
-    "model.patch_size": (1, 2**15),
-    "model.mlp_ratio": (0, math.inf),
+    "model.num_layers": (1, 10_000), "model.max_length": (1, 2**31),
+    "model.patch_size": (1, 2**15), "model.mlp_ratio": (0, math.inf),
     "model.rotary_base": (1, math.inf),
-    "data.seq_len": (1, 2**31),
-    "data.batch_size": (1, 2**31),
-    "optimizer.learning_rate": (0, math.inf),
-    "optimizer.final_learning_rate": (0, math.inf),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
-    "optimizer.clip_norm": (0, math.inf),
-    "optimizer.z_loss": (0, math.inf),
+    "data.seq_len": (1, 2**31), "data.batch_size": (1, 2**31),
+    "optimizer.learning_rate": (0, math.inf), "optimizer.final_learning_rate": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 1), "optimizer.b2": (0, 1),
+    "optimizer.clip_norm": (0, math.inf), "optimizer.z_loss": (0, math.inf),
     "optimizer.skip_spikes": (0, math.inf),
-    "train.accumulation": (1, math.inf),
-    "train.keep_checkpoints": (1, math.inf),
-    "train.unroll": (1, math.inf),
-    "train.max_seconds": (0, math.inf),
-}
+    "train.accumulation": (1, math.inf), "train.keep_checkpoints": (1, math.inf),
+    "train.unroll": (1, math.inf), "train.max_seconds": (0, math.inf),
+}  # fmt: skip
 # Fields of earlier versions; a saved configuration may still have them, unset.
 RETIRED = ("model.position_std",)
 MOST_STEPS = 2**31  # the train state counts them in 32 bits

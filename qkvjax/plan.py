@@ -44,13 +44,11 @@ FLAGS = {
     "bandwidth": (str, BANDWIDTH, f"bytes that memory delivers a second; of {DEVICE}"),
     "weight_dtype": (str, "bfloat16", "of the weights: bfloat16, float16, float32 or int8"),
     "cache_dtype": (str, "bfloat16", "of the cache: bfloat16, float16, float32 or int8"),
-    "topology": (
-        str, None, "compile for hardware that is not here: v5e-16, v6e-256, h200-8, cpu:8"
-    ),
+    "topology": (str, None, "compile for hardware that is not here: v5e-16, v6e-256, h200-8,"
+                 " cpu:8"),
     "workdir": (str, None, "where plan.json goes; made when absent"),
-    "context": (
-        int, None, "tokens of each user; unset means the model's maximum, at most 131072", 1, 10**12
-    ),
+    "context": (int, None, "tokens of each user; unset means the model's maximum, at most 131072",
+                1, 10**12),
     "all_sharings": (bool, False, "with --topology: a row a sharing"),
     "batches": (list, [], "with --topology: a row for each micro-batch"),
 }  # fmt: skip
@@ -110,14 +108,11 @@ def plan_topology(values: flags.FlagValues) -> tuple[list[str], dict]:
         batches = [0]
     if any(batch < 1 for batch in batches):
         raise UserError(f"--batches={','.join(values.batches)}: give whole numbers, as 1,4,16")
-    memory = None
-    if values["memory"].present:
-        memory = roofline.parse_bytes(values.memory, "--memory")
+    given = values["memory"].present
+    memory = roofline.parse_bytes(values.memory, "--memory") if given else None
     before, exact = costs.recipe_costs(values.config)
-    lines, record = compiled.plan(
-        values.config, values.topology, memory=memory, all_sharings=values.all_sharings,
-        batches=batches,
-    )  # fmt: skip
+    more = {"memory": memory, "all_sharings": values.all_sharings, "batches": batches}
+    lines, record = compiled.plan(values.config, values.topology, **more)
     return [*before, "", *lines], exact | record
 
 
@@ -137,10 +132,8 @@ def plan_model(values: flags.FlagValues) -> tuple[list[str], dict]:
 
     def row(variant: costs.Variant, layout: str | None = None) -> dict:
         changed = model.with_attention(variant.specs)
-        read = [
-            (spec.cache_bytes_per_token(values.cache_dtype, layout), spec.window)
-            for spec in variant.specs
-        ]
+        read = [(spec.cache_bytes_per_token(values.cache_dtype, layout), spec.window)
+                for spec in variant.specs]  # fmt: skip
         held = [item for item, layer in zip(read, model.layers) if not layer.reuses_cache]
         free = memory - changed.num_params * weight_size
         users = roofline.most_sequences(held, context, free)
@@ -204,9 +197,7 @@ def _model_lines(values: flags.FlagValues, model, record: dict) -> list[str]:
     if weights >= memory:
         left = "too small for the weights: nothing fits"
     device = {name: f", {DEVICE}" for name in ("memory", "bandwidth") if not values[name].present}
-    made_for = ""
-    if model.max_length:
-        made_for = f" (the model was made for {model.max_length:,})"
+    made_for = f" (the model was made for {model.max_length:,})" if model.max_length else ""
     lines = columns.aligned(
         [
             ("model", f"{model.model_type}, {len(specs)} layers of width {specs[0].d_model:,},"
@@ -227,10 +218,8 @@ def _model_lines(values: flags.FlagValues, model, record: dict) -> list[str]:
         ("", "saved"), ("params", "saved"), ("longest", "context"),
         ("most", "users"), ("tokens/s", "1 user"), ("tokens/s", "most users"),
     ]  # fmt: skip
-    return [
-        *lines, "", *columns.table(header, rows), "",
-        *columns.notes(_model_notes(values, model, record)),
-    ]  # fmt: skip
+    notes = columns.notes(_model_notes(values, model, record))
+    return [*lines, "", *columns.table(header, rows), "", *notes]
 
 
 def _model_cells(one: dict) -> list[str]:
@@ -253,8 +242,7 @@ def _figures(speed: float) -> str:
 def _model_notes(values: flags.FlagValues, model, record: dict) -> list[str]:
     specs = tuple(layer.attention for layer in model.layers)
     notes = costs.head_notes(specs)
-    windowed = [s.window for s in specs if s.window is not None]
-    if windowed:
+    if windowed := [s.window for s in specs if s.window is not None]:
         notes.append(
             f"{len(windowed)} of {len(specs)} layers hold at most their window of"
             f" {windowed[0]:,} tokens: counted in the cache of a user, contexts and users; the"
@@ -262,8 +250,7 @@ def _model_notes(values: flags.FlagValues, model, record: dict) -> list[str]:
         )
     if borrowed := sum(layer.reuses_cache for layer in model.layers):
         notes.append(f"{borrowed} layers read the cache of an earlier layer and hold none.")
-    shared = sum(s.shares_kv for s in specs)
-    if shared:
+    if shared := sum(s.shares_kv for s in specs):
         notes.append(
             f"{shared} of {len(specs)} layers have one projection for K and V. Engines store both"
             " today, which is the first row; the second stores one tensor there, with the"

@@ -32,10 +32,9 @@ def product(*grids: Grid) -> Grid:
 
 def zipped(*grids: Grid) -> Grid:
     """First with first, second with second; the grids must be equally long."""
-    if len({len(grid) for grid in grids}) > 1:
-        raise UserError(
-            f"zipped grids have {[len(grid) for grid in grids]} points: make them equal"
-        )
+    sizes = [len(grid) for grid in grids]
+    if len(set(sizes)) > 1:
+        raise UserError(f"zipped grids have {sizes} points: make them equal")
     return tuple(_merge(points) for points in zip(*grids))
 
 
@@ -48,13 +47,11 @@ def paper_variants(channels: int) -> Grid:
     """The six variants of the paper's encoders (Kayyam et al. 2026, table 1): four sharings, and
     "+", which is score2d(channels), on the two that tie queries to keys.
     """
+    score = (f"score2d({channels})",)
     plus = tuple(
-        {
-            "model.sharing": sharing, "model.score": (f"score2d({channels})",),
-            "label": f"({sharing_name(sharing)})+",
-        }
+        {"model.sharing": sharing, "model.score": score, "label": f"({sharing_name(sharing)})+"}
         for sharing in ("q=k-v", "q=k=v")
-    )  # fmt: skip
+    )
     return axis("model.sharing", ("q-k-v", "q=k-v", "q-k=v", "q=k=v")) + plus
 
 

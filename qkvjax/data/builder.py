@@ -35,15 +35,12 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self):
-        tokens = tfds.features.Tensor(
-            shape=(None, self._width), dtype=self._dtype, encoding="bytes"
-        )
+        shape = (None, self._width)
+        tokens = tfds.features.Tensor(shape=shape, dtype=self._dtype, encoding="bytes")
         return tfds.core.DatasetInfo(
-            builder=self,
-            description="Token ids packed into rows of one length.",
-            features=tfds.features.FeaturesDict({"tokens": tokens}),
-            disable_shuffling=True,
-        )
+            builder=self, description="Token ids packed into rows of one length.",
+            features=tfds.features.FeaturesDict({"tokens": tokens}), disable_shuffling=True,
+        )  # fmt: skip
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(rows) for split, rows in self._rows.items()}

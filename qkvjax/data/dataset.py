@@ -212,10 +212,8 @@ def _from_tokens(source: TokenFiles, tokenizer: Tokenizer, flags, log) -> Datase
     for name in SPLITS[1:] if whole else SPLITS:
         stream = streams[name]
         packed = name == "train" and not score_pads
-        if packed:
-            rows[name] = PackedRows(stream, seq_len)
-        else:
-            rows[name] = WindowRows(stream, seq_len, tokenizer.separator, first_only=score_pads)
+        windows = WindowRows(stream, seq_len, tokenizer.separator, first_only=score_pads)
+        rows[name] = PackedRows(stream, seq_len) if packed else windows
         scored = int((stream.spans[:, 1] - stream.spans[:, 0]).sum())
         num_tokens = len(stream.tokens) if name == "train" else scored
         _check(source.name, name, len(rows[name]), num_tokens, seq_len, whole)
@@ -231,19 +229,13 @@ def _dataset(name, tokenizer, flags, content, num_documents, num_bytes, rows, la
     counts = f"train {labels.get('train', 0):,} tokens, validation {labels['validation']:,}"
     if whole:
         counts = f"{labels['validation']:,} tokens to score"
+    size = f"{num_documents:,} documents, {num_bytes / 1e6:.2f} MB"
     return Dataset(
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        score_pads=score_pads,
-        digest=digest,
-        description=f"{name}, {num_documents:,} documents, {num_bytes / 1e6:.2f} MB, sha256"
-        f" {content[:12]}; {counts}",
-        num_documents=num_documents,
-        num_train_tokens=labels.get("train", 0),
-        num_validation_tokens=labels["validation"],
-        train=rows.get("train", ()),
-        validation=rows["validation"],
-    )
+        tokenizer=tokenizer, seq_len=seq_len, score_pads=score_pads, digest=digest,
+        description=f"{name}, {size}, sha256 {content[:12]}; {counts}", num_documents=num_documents,
+        num_train_tokens=labels.get("train", 0), num_validation_tokens=labels["validation"],
+        train=rows.get("train", ()), validation=rows["validation"],
+    )  # fmt: skip
 
 
 def _rows(split, name, tokenizer, flags, counts) -> Iterator[np.ndarray]:

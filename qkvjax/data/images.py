@@ -90,10 +90,8 @@ def patches_of(
         return tiles.swapaxes(2, 3).reshape(len(raw), down * across, -1)
 
     train, validation = (Labelled(x, y[:, None]) for x, y in (images.train, images.validation))
-    numbers = patch_size**2 * channels
-    return Examples(
-        source, train, validation, seq_len, numbers, images.num_classes, "sequence", show
-    )
+    numbers, classes = patch_size**2 * channels, images.num_classes
+    return Examples(source, train, validation, seq_len, numbers, classes, "sequence", show)
 
 
 def sets_of(source: str, images: Images, seq_len: int, sets=(10_000, 2_000)) -> Examples:

@@ -87,10 +87,9 @@ def _stdlib(name, _):
     root = Path(sysconfig.get_paths()["stdlib"])
     files = _walk(root, ".py", skipped=STDLIB_SKIPPED)
     if not files:
-        raise UserError(
-            f"this Python keeps no sources at {root}: use data.source=text:PATH with your own text"
-        )
-    return Source(name, files, lambda: (file.read_bytes() for file in files))
+        use = "use data.source=text:PATH with your own text"
+        raise UserError(f"this Python keeps no sources at {root}: {use}")
+    return Source(name, files, lambda: map(Path.read_bytes, files))
 
 
 def _text(name, path):
@@ -276,10 +275,7 @@ def _walk(root, suffix, skipped=frozenset()):
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
-        found += [
-            Path(folder, name)
-            for name in names
-            if name.endswith(suffix) and not name.startswith(".")
-        ]
-    files = (file for file in found if file.is_file())
+        shown = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
+        found += [Path(folder, name) for name in shown]
+    files = filter(Path.is_file, found)
     return tuple(sorted(files, key=lambda file: file.relative_to(root).as_posix()))

@@ -53,15 +53,12 @@ def read_images(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
     folder, splits = _find(name)
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or held_out is None:
-        raise UserError(
-            f"tfds:{name} has the splits {', '.join(splits)}: train and test are needed"
-        )
+        there = ", ".join(splits)
+        raise UserError(f"tfds:{name} has the splits {there}: train and test are needed")
     builder = tfds.builder_from_directory(folder)
     if not {"image", "label"} <= set(builder.info.features):
-        raise UserError(
-            f"tfds:{name} has the features {', '.join(builder.info.features)}: image and label are"
-            " needed"
-        )
+        there = ", ".join(builder.info.features)
+        raise UserError(f"tfds:{name} has the features {there}: image and label are needed")
     found = []
     for split in ("train", held_out):
         records = builder.as_data_source(split)

@@ -121,10 +121,8 @@ def tokenizer_size(name: str) -> int:
 def _parse(name):
     kind, _, path = name.partition(":")
     if kind not in KINDS:
-        raise UserError(
-            f"data.tokenizer={name!r} is none of bytes, bpe:PATH, gpt2:PATH"
-            f"{did_you_mean(kind, KINDS)}"
-        )
+        near = did_you_mean(kind, KINDS)
+        raise UserError(f"data.tokenizer={name!r} is none of bytes, bpe:PATH, gpt2:PATH{near}")
     if (kind == "bytes") == bool(path):
         what = "bytes alone" if kind == "bytes" else f"{kind}:PATH"
         raise UserError(f"data.tokenizer={name!r}: write {what}")
@@ -205,9 +203,8 @@ def _read_tokenizer_json(path):
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict):
-        raise UserError(
-            f"{path} holds no BPE vocabulary: use the tokenizer.json of a byte-level BPE"
-        )
+        use = "use the tokenizer.json of a byte-level BPE"
+        raise UserError(f"{path} holds no BPE vocabulary: {use}")
     added = content.get("added_tokens") or ()
     try:
         ids = vocabulary | {token["content"]: token["id"] for token in added}

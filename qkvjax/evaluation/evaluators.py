@@ -9,11 +9,7 @@ import jax.numpy as jnp
 from qkvjax.errors import UserError
 from qkvjax.evaluation import accuracy, inside, language
 
-SCORES = {
-    "bits_per_byte": language.score,
-    "accuracy": accuracy.score,
-    "inside": inside.score,
-}
+SCORES = {"bits_per_byte": language.score, "accuracy": accuracy.score, "inside": inside.score}
 
 
 def make_evaluators(config, dataset, mesh) -> dict:

@@ -73,11 +73,9 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, 
     return model.norm(x), updated
 
 
-def decode(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl="auto"):
+def decode(model, layers, cache, ids, start, **options):
     """Logits [B, T, V] of new tokens, and the caches with them; arguments as in `advance`."""
-    x, cache = advance(
-        model, layers, cache, ids, start, dtype=dtype, table=table, turns=turns, impl=impl
-    )
+    x, cache = advance(model, layers, cache, ids, start, **options)
     return model.logits(x), cache
 
 
@@ -113,6 +111,7 @@ def sample_tokens(
     slots = jax.tree.leaves(cache)[0].shape[2] * (1 if table is None else table.shape[1])
     turns = caches.turns(model.spec.layers, slots)
     like = jax.eval_shape(lambda: cache)
+    options = {"dtype": dtype, "table": table, "turns": turns}
 
     def one(carry, key):
         logits, cache, position = carry
@@ -122,9 +121,7 @@ def sample_tokens(
             ids = jnp.argmax(logits, axis=-1)
         else:
             ids = jax.random.categorical(key, logits / temperature)
-        logits, cache = decode(
-            model, layers, cache, ids[:, None], position, dtype=dtype, table=table, turns=turns
-        )
+        logits, cache = decode(model, layers, cache, ids[:, None], position, **options)
         return (logits[:, -1], caches.carried(cache, table), position + 1), ids.astype(jnp.int32)
 
     keys = jax.random.split(key, max_tokens)

@@ -156,9 +156,8 @@ def _model(file: _File, dequantize) -> Imported:
         """Rows [n * H, D] from neighbours to halves."""
         by_head = rows.reshape(-1, width, d)
         turned = by_head[:, :rotary].reshape(-1, rotary // 2, 2, d).swapaxes(1, 2)
-        return np.concatenate([turned.reshape(-1, rotary, d), by_head[:, rotary:]], axis=1).reshape(
-            rows.shape
-        )
+        parts = [turned.reshape(-1, rotary, d), by_head[:, rotary:]]
+        return np.concatenate(parts, axis=1).reshape(rows.shape)
 
     rows = {"attn_q": heads * width, "attn_k": kv_heads * width, "attn_v": kv_heads * width}
     shapes = {name: (n, d) for name, n in rows.items()} | {
@@ -188,8 +187,7 @@ def _model(file: _File, dequantize) -> Imported:
         arrays["head.weight"] = array("output", len(tokens), d).T
     arrays["embedding"] = embedding * np.float32(scale)
     arrays["norm.gain"] = gain / np.float32(scale) if tied else gain
-    unknown = sorted(set(file.tensors) - taken)
-    if unknown:
+    if unknown := sorted(set(file.tensors) - taken):
         raise UserError(
             f"{file.path} has tensors that our model has no place for, the first {unknown[0]!r}:"
             " convert import reads Llama's architecture without biases and other additions"
@@ -224,19 +222,15 @@ def _tokenizer(file: _File) -> dict:
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED)
     ]  # fmt: skip
+    model = {
+        "type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": file.values["tokenizer.ggml.merges"],
+    }  # fmt: skip
     return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[cut],
-        "post_processor": None,
-        "decoder": _BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": file.values["tokenizer.ggml.merges"],
-        },
-    }
+        "version": "1.0", "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[cut], "post_processor": None, "decoder": _BYTE_LEVEL,
+        "model": model,
+    }  # fmt: skip
 
 
 def write_tokenizer(content: dict, path: Path) -> None:

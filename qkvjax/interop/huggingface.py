@@ -64,20 +64,13 @@ _FAMILIES = {
     "qwen2_moe": _Family(bias="qkv", windows="qwen"),
     "qwen3": _Family(qk_norm=True, windows="qwen", defaults={"head_dim": 128}),
     "qwen3_moe": _Family(qk_norm=True, windows="qwen"),
-    "gpt_oss": _Family(
-        bias="all", windows="pattern", defaults={"head_dim": 64, "sliding_window_pattern": 2}
-    ),
+    "gpt_oss": _Family(bias="all", windows="pattern",
+                       defaults={"head_dim": 64, "sliding_window_pattern": 2}),
     "gemma": _Family(tied=True, windows="none", defaults=_GEMMA),
-    "gemma2": _Family(
-        tied=True, norms=4, windows="pattern",
-        defaults=_GEMMA | {"sliding_window": 4096, "sliding_window_pattern": 2},
-    ),
-    "gemma3_text": _Family(
-        tied=True, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA3
-    ),
-    "gemma4_text": _Family(
-        tied=True, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA4
-    ),
+    "gemma2": _Family(tied=True, norms=4, windows="pattern",
+                      defaults=_GEMMA | {"sliding_window": 4096, "sliding_window_pattern": 2}),
+    "gemma3_text": _Family(tied=True, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA3),
+    "gemma4_text": _Family(tied=True, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA4),
     "gpt2": _Family(gated=False, bias="all", layernorm=True, tied=True, windows="none"),
 }  # fmt: skip
 _GPT2_KEYS = {
@@ -191,19 +184,14 @@ def from_values(values: Mapping, path: Path = Path("config.json")) -> Model:
 
 
 def _layers(keys: _Keys, model_type: str) -> tuple[Layer, ...]:
-    family, num_layers = keys.family, keys.whole("num_hidden_layers")
+    num_layers = keys.whole("num_hidden_layers")
     windows = _windows(keys, num_layers, model_type)
-    borrowed = keys.whole("num_kv_shared_layers", 0, least=0)
-    return tuple(
-        _layer(keys, model_type, family, i, window, 0 < num_layers - borrowed <= i)
-        for i, window in enumerate(windows)
-    )
+    own = num_layers - keys.whole("num_kv_shared_layers", 0, least=0)
+    return tuple(_layer(keys, model_type, i, w, 0 < own <= i) for i, w in enumerate(windows))
 
 
-def _layer(
-    keys: _Keys, model_type: str, family: _Family, index: int, window: int | None, borrows: bool
-) -> Layer:
-    d, n = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+def _layer(keys: _Keys, model_type: str, index: int, window: int | None, borrows: bool) -> Layer:
+    family, d, n = keys.family, keys.whole("hidden_size"), keys.whole("num_attention_heads")
     k, tied_kv = keys.whole("num_key_value_heads", n), False
     head_dim = keys.whole("head_dim") if keys.get("head_dim") else None
     if model_type == "gemma4_text" and window is None:

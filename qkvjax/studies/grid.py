@@ -136,9 +136,8 @@ class Study:
             config.seed = seed
             configs.validate(config)
         except (UserError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"the grid's point {label!r} is no legal configuration: {error}"
-            ) from None
+            told = f"the grid's point {label!r} is no legal configuration: {error}"
+            raise UserError(told) from None
         identity = sweep.identity_hash(configs.identity(config) | {"label": label})
         return Task(number, label, setting, overrides, seed, config, identity)
 
@@ -221,9 +220,8 @@ class Study:
         width = max(len(label) for label in self.labels)
         lines = [f"point  state    seed  identity      {'label':<{width}}  folder"]
         for task in self.tasks:
-            state = (
-                "done" if task.identity in done else "failed" if task.identity in failed else "-"
-            )
+            state = "failed" if task.identity in failed else "-"
+            state = "done" if task.identity in done else state
             lines.append(
                 f"{task.number:5d}  {state:7s}  {task.seed:4d}  {task.identity}"
                 f"  {task.label:<{width}}  {task.folder}"
@@ -242,10 +240,8 @@ class Study:
         if old:
             require_keys(str(path), old, config=dict, data=dict, command=str)
             require_keys(f"{path}: data", old["data"], digest=str)
-            before, now = (
-                configs.identity(configs.from_dict(values)) for values in (old["config"], self.base)
-            )
-            lines = configs.differing(before, now)
+            both = map(configs.from_dict, (old["config"], self.base))
+            lines = configs.differing(*map(configs.identity, both))
             if old["data"]["digest"] != self.dataset.digest:
                 lines.append(f"data: {old['data']['digest'][:12]} -> {self.dataset.digest[:12]}")
             if lines and self.lines():
@@ -255,32 +251,20 @@ class Study:
                     + "\n  ".join(lines)
                 )
         measured = read_json(self.workdir / "measurements.json")
-        dataset = self.dataset
-        record = {
-            "title": self.title,
-            "baseline": self.labels[0],
-            "points": [
-                {"label": label, "overrides": {k: v for k, v in point.items() if k != "label"}}
-                for label, point in zip(self.labels, self.points)
-            ],
-            "settings": [name for name in self.settings if name],
-            "reference": self.reference,
-            "seeds": self.seeds,
-            "config": self.base,
+        points = [
+            {"label": label, "overrides": {k: v for k, v in point.items() if k != "label"}}
+            for label, point in zip(self.labels, self.points)
+        ]
+        environment = measured.get("environment") or old.get("environment") or self._environment()
+        counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
+        data = {name: getattr(self.dataset, name) for name in ("description", "digest", *counts)}
+        write_json(path, {
+            "title": self.title, "baseline": self.labels[0], "points": points,
+            "settings": [name for name in self.settings if name], "reference": self.reference,
+            "seeds": self.seeds, "config": self.base,
             "command": old["command"] if old and keep_command else command,
-            "environment": measured.get("environment")
-            or old.get("environment")
-            or self._environment(),
-            "data": {
-                "source": self.base["data"]["source"],
-                "description": dataset.description,
-                "digest": dataset.digest,
-                "num_documents": dataset.num_documents,
-                "num_train_tokens": dataset.num_train_tokens,
-                "num_validation_tokens": dataset.num_validation_tokens,
-            },
-        }
-        write_json(path, record)
+            "environment": environment, "data": {"source": self.base["data"]["source"]} | data,
+        })  # fmt: skip
 
 
 def _grid(name: str, points) -> tuple[list[dict], list[str]]:
@@ -290,9 +274,7 @@ def _grid(name: str, points) -> tuple[list[dict], list[str]]:
             f"study.{name}={points!r} is no grid: make it with qkvjax.sweep, one dict a point"
         )
     for point in points:
-        if not all(isinstance(field, str) for field in point) or not isinstance(
-            point.get("label", ""), str
-        ):
+        if not all(isinstance(text, str) for text in (*point, point.get("label", ""))):
             raise UserError(f"the grid's point {point!r}: fields and label are texts")
     if any("seed" in point for point in points):
         raise UserError("a point of the grid sets `seed`: study.seeds says how many there are")

@@ -11,8 +11,9 @@ from qkvjax.training.metrics import append_line, read_json, read_lines
 from qkvjax.training.signals import Stopped
 
 SAMPLE_TOKENS = 240
-_TEXT_FACTS = ("perplexity", "num_bytes", "pad_fraction")
-_LABEL_FACTS = ("accuracy", "class_accuracy", "solved", "loss")
+# What a line says of its last evaluation: of text, of labels, of both.
+_FACTS = ("perplexity", "num_bytes", "pad_fraction", "accuracy", "class_accuracy", "solved", "loss",
+          "num_labels")  # fmt: skip
 
 
 def train_point(study: Study, number: int) -> int:
@@ -73,25 +74,15 @@ def _train(study: Study, task: Task) -> dict:
             code=DIVERGED,
         )
     return heading(study, task) | {
-        "status": "done",
-        "error": None,
-        "metric": metric,
-        "score": score,
+        "status": "done", "error": None, "metric": metric, "score": score,
         "train_score": summary.get(f"eval_train/{metric}"),
-        **{
-            name: summary[f"eval/{name}"]
-            for name in (*_TEXT_FACTS, *_LABEL_FACTS, "num_labels")
-            if f"eval/{name}" in summary
-        },
+        **{name: summary[f"eval/{name}"] for name in _FACTS if f"eval/{name}" in summary},
         "tokenizer": task.config.data.tokenizer.partition(":")[0] if text else None,
-        "score_pads": task.config.data.score_pads,
-        "steps": summary["step"],
+        "score_pads": task.config.data.score_pads, "steps": summary["step"],
         "tokens": summary["step"] * task.config.data.batch_size * task.config.data.seq_len,
-        "seconds": summary["seconds"],
-        "curve": curve,
-        "costs": facts["costs"],
+        "seconds": summary["seconds"], "curve": curve, "costs": facts["costs"],
         **_look(study, task, folder, summary),
-    }
+    }  # fmt: skip
 
 
 def _look(study: Study, task: Task, folder, summary: dict) -> dict:
@@ -99,11 +90,8 @@ def _look(study: Study, task: Task, folder, summary: dict) -> dict:
     from qkvjax.evaluation.inside import spectra_of
     from qkvjax.training.restore import load_model
 
-    means = {
-        name.removeprefix("inside/"): value
-        for name, value in summary.items()
-        if name.startswith("inside/")
-    }
+    means = {name.removeprefix("inside/"): value for name, value in summary.items()
+             if name.startswith("inside/")}  # fmt: skip
     found = {"sample": None, "inside": means or None, "spectra": None}
     first = task.seed == study.seeds[0] and not task.setting
     if study.metric != "bits_per_byte" and not first:

@@ -149,9 +149,8 @@ def _start(study: Study, task: Task, arguments: list[str], core: int | None) -> 
     command, options = _door(study, arguments, f"--point={task.number}")
     pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
     with (folder / "train.log").open("a") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin, **options
-        )
+        options |= {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": pin}
+        return subprocess.Popen(command, **options)
 
 
 def _door(study: Study, arguments: list[str], flag: str) -> tuple[list[str], dict]:
