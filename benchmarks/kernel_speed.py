@@ -25,7 +25,7 @@ from prepared import compile_all, prepare
 
 from qkvjax.errors import UserError
 
-FAILURES = RuntimeError, ValueError, TypeError, NotImplementedError, UserError
+FAILURES = RuntimeError, ValueError, TypeError, UserError
 KINDS = {"random": jnp.bfloat16, "places": jnp.int32, "segments": jnp.int32, "numbers": jnp.float32}
 
 

@@ -54,7 +54,7 @@ def _failure(kernel, decodes, width, dtype, tied) -> str | None:
     ours = functools.partial(results, functools.partial(kernel, **options))
     try:
         found = jax.jit(ours)(*arrays)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         return f"it does not run here ({str(error).splitlines()[0][:200]})"
     for a, b in zip(found, jax.jit(truth)(*(x.astype(jnp.float32) for x in arrays)), strict=True):
         error = float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
