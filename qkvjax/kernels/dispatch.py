@@ -57,8 +57,10 @@ def missing(impl: str) -> str | None:
     if impl == "tpu":
         return None if device.platform == "tpu" else "a TPU"
     capability = float(getattr(device, "compute_capability", None) or 0)
-    wanted, until = ("9.0", 10) if impl == "hopper" else ("8.0 or newer", 1000)
-    if device.platform == "gpu" and float(wanted[:3]) <= capability < until:
+    wanted, fits = "8.0 or newer", capability >= 8
+    if impl == "hopper":
+        wanted, fits = "9.0", 9 <= capability < 10
+    if device.platform == "gpu" and fits:
         return None
     return f"an NVIDIA GPU of compute capability {wanted}"
 

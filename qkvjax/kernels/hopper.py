@@ -208,13 +208,11 @@ def _kernel(
         top, total, mixed = tile.walk(span, step, start, edges)
         pl.when(me == 0)(take_turns)
         total = jnp.maximum(total, 1e-30)  # of rows that pad the sequence
-        mine[...] = (mixed / tile.down(total, mixed)).astype(q.dtype)
-        numbers.at[me][...] = top + jnp.log(total) * tile.LOG2E
-        lowering.commit_smem()
-        lowering.copy_smem_to_gmem(mine, out.at[here])
         there = sequence, head, pl.ds(first, blocks.queries)
-        lowering.copy_smem_to_gmem(numbers.at[me], normaliser.at[there])
-        lowering.wait_smem_to_gmem(0)
+        hopper_block.write(
+            (mine, mixed / tile.down(total, mixed), out.at[here]),
+            (numbers.at[me], top + jnp.log(total) * tile.LOG2E, normaliser.at[there]),
+        )
 
     @pl.when(me == 2)
     def _feed():

@@ -105,7 +105,8 @@ def _keys_kernel(
 
         start = [warps.zeros(blocks.keys, q.shape[-1]) for _ in mine]
         sums = jax.lax.fori_loop(0, group, of_head, start)
-        hopper_block.write(zip(mine, sums, outputs), here)
+        places = (array.at[here] for array in outputs)
+        hopper_block.write(*zip(mine, sums, places))
 
     @pl.when(me == 2)
     def _feed():
@@ -191,7 +192,8 @@ def _queries_kernel(options, edges, group, inputs, outputs, *, own, tiles, arriv
             return sums
 
         sums = tile.walk(span, step, [warps.zeros(blocks.queries, q.shape[-1])], edges)
-        hopper_block.write(zip(mine, sums, outputs), here)
+        places = (array.at[here] for array in outputs)
+        hopper_block.write(*zip(mine, sums, places))
 
     @pl.when(me == 2)
     def _feed():

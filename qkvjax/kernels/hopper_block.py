@@ -26,6 +26,7 @@ class Blocks:
 
 
 COMPUTE, FEED = 232, 40  # registers of a thread: all that two and one warpgroups can have
+OLD = jax.__version_info__ < (0, 11)  # two names were others
 LAYOUT = lowering.Layout.WGMMA  # how a tile lies in the registers of a warpgroup
 
 
@@ -65,20 +66,19 @@ def last_first(axis: str):
     return jax.lax.axis_size(axis) - 1 - jax.lax.axis_index(axis)
 
 
-def write(results, here) -> None:
-    """Each (tile in shared memory, its new content, array): to places `here` of the array."""
-    results = list(results)
+def write(*results) -> None:
+    """Of each (reference to shared memory, its new content, where it goes)."""
     for ref, found, _ in results:
         ref[...] = found.astype(ref.dtype)
     lowering.commit_smem()
-    for ref, _, array in results:
-        lowering.copy_smem_to_gmem(ref, array.at[here])
+    for ref, _, place in results:
+        lowering.copy_smem_to_gmem(ref, place)
     lowering.wait_smem_to_gmem(0)
 
 
 def turned(ref):
     """The transpose of a tile in shared memory."""
-    if hasattr(lowering, "transpose_ref") and jax.__version_info__ < (0, 11):
+    if OLD:
         return lowering.transpose_ref(ref, (1, 0))
     return ref.transpose((1, 0))
 
@@ -117,12 +117,10 @@ class Warpgroup:
 
     def zeros(self, *shape: int) -> jax.Array:
         """float32 [r, c], or [r] of a tile's rows."""
-        return self.laid(jnp.zeros(shape, jnp.float32))
-
-    def laid(self, x: jax.Array) -> jax.Array:
+        zeros = jnp.zeros(shape, jnp.float32)
         if self.interpret:
-            return x
-        return lowering.layout_cast(x, LAYOUT if x.ndim == 2 else LAYOUT.reduce(1))
+            return zeros
+        return lowering.layout_cast(zeros, LAYOUT if len(shape) == 2 else LAYOUT.reduce(1))
 
     def products(self, *pairs, then=lambda: None) -> list[jax.Array]:
         """a b^T, float32 [r, c], of each pair of tiles in shared memory; then() as they run."""
@@ -168,7 +166,7 @@ class Warpgroup:
         if self.interpret:
             return ref[...]
         layout = LAYOUT.reduce(0 if along else 1)
-        index = [()] if jax.__version_info__ < (0, 11) else []
+        index = [()] if OLD else []
         return lowering.load(ref, *index, layout=layout, optimized=False)
 
     def seen(self, options: tile.Options, first: tuple, shape, segments, turned: bool = False):
