@@ -6,6 +6,7 @@
     reference  the 20-line truth, in float32; every machine
     hopper     our kernels for NVIDIA's Hopper GPUs, through Mosaic; one tile for K = V
     triton     the same for NVIDIA GPUs from Ampere on
+    cudnn      NVIDIA's own, of two tensors, for the same GPUs; a cache is read by triton
     tpu        the same for TPUs, through Mosaic
 
 "auto" takes what a door's --attention names, else the first of MEASURED for this device that takes
@@ -25,6 +26,7 @@ from qkvjax import kernels
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.kernels import (
     IMPLEMENTATIONS,
+    cudnn,
     hopper,
     reference,
     tpu,
@@ -40,13 +42,14 @@ from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.parallel import local, rules
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
-# Our kernels: of whole sequences, and of a cache.
+# Kernels: of whole sequences, and of a cache.
 KERNELS = {
-    "hopper": (hopper, triton_decode), "triton": (triton, triton_decode), "tpu": (tpu, tpu_decode)
+    "hopper": (hopper, triton_decode), "triton": (triton, triton_decode),
+    "cudnn": (cudnn, triton_decode), "tpu": (tpu, tpu_decode),
 }  # fmt: skip
 # What "auto" tries, the fastest first, by compute capability (platform where there is none):
 # benchmarks/results/h200. Whatever is missing here takes xla.
-MEASURED = {"9.0": ("hopper", "triton", "xla")}
+MEASURED = {"9.0": ("hopper", "triton", "cudnn", "xla")}
 
 
 def missing(impl: str) -> str | None:
@@ -96,12 +99,13 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
         why = None
         if name in KERNELS:
             whole, decoding = KERNELS[name]
-            why = whole.refusal(q, v, **others)
+            why = (decoding if decodes else whole).refusal(q, v, **others)
             if why is None and rules.shards_sequence():
                 why = "it wants whole sequences (mesh.context=1)"
             if why is None and len(names) > 1:
                 kernel = decoding.decode if decodes else whole.attention
-                why = trial.failure(kernel, decodes, q.shape[-1], str(q.dtype), v is None)
+                packed = others.get("segment_ids") is not None
+                why = trial.failure(kernel, decodes, packed, q.shape[-1], str(q.dtype), v is None)
         if why is None:
             _tell(name, tuple(refused.items()))
             return name
@@ -130,7 +134,7 @@ def makes_keys(impl: str, key: KeyOfState, head_width: int) -> bool:
     name = candidates(impl)[0]
     if name in KERNELS and not key.width:  # a norm alone
         return False
-    if name in ("hopper", "triton"):
+    if name in KERNELS and KERNELS[name][1] is triton_decode:
         return not triton_decode.cannot_make(key, head_width)
     return name != "reference"
 
@@ -168,7 +172,8 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    name = choose(impl, q, v, softcap=softcap, q_pe=q_pe)
+    masks = {"causal": causal, "segment_ids": segment_ids, "window": window}
+    name = choose(impl, q, v, **masks, softcap=softcap, q_pe=q_pe)
     k, v, k_pe = (None if x is None else rules.spread_heads(x, q.shape[2]) for x in (k, v, k_pe))
     if name in KERNELS:
         options = {"causal": causal, "window": window, "scale": scale}

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as lowering
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import hopper_backward, hopper_block, tile, triton
+from qkvjax.kernels import hopper_backward, hopper_block, limits, tile, triton
 from qkvjax.kernels.hopper_block import Blocks, Warpgroup, barriers, slot_of
 
 WIDTHS = (64, 128, 256)
@@ -44,18 +44,11 @@ QUERIES = {
 }  # fmt: skip
 
 
-def refusal(q, v=None, *, softcap=None, q_pe=None) -> str | None:
+def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
     """Why this kernel does not take such arguments; None where it does."""
-    width = q.shape[-1]
-    widths = {width, width if v is None else v.shape[-1]}
-    if len(widths) == 2 or width not in WIDTHS:
-        wrong = " and ".join(map(str, sorted(widths)))
-        return f"its head width is one of {', '.join(map(str, WIDTHS))}, not {wrong}"
-    if str(q.dtype) not in DTYPES:
-        return f"its dtype is one of {', '.join(DTYPES)}, not {q.dtype}"
-    if q_pe is not None:
-        return "it has no second part of the scores"
-    return None if softcap is None else "it has no softcap"
+    if v is not None and v.shape[-1] != q.shape[-1]:
+        return "its values are as wide as its keys"
+    return limits.refusal(q, v, WIDTHS, DTYPES, second_part_of_the_scores=q_pe, softcap=softcap)
 
 
 def attention(

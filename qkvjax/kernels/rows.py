@@ -33,10 +33,14 @@ def places(positions: jax.Array, group: int, rows: int) -> jax.Array:
     return jnp.pad(found, [(0, 0), (0, rows - found.shape[1])], mode="edge")
 
 
-def reach(positions: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """(begins, ends), int32 [B]: the slots that tokens at these positions see, together."""
-    ends = jnp.max(positions, axis=1).astype(jnp.int32) + 1
-    begins = jnp.zeros_like(ends)
+def spans(positions: jax.Array, window: int | None, size: int) -> jax.Array:
+    """As `tile.spans`, which tiles of `size` slots tokens at int [B, T] see: int32 [B, 4]."""
+    first, last = jnp.min(positions, axis=1), jnp.max(positions, axis=1)
+    up = lambda slots: -(-slots // size)  # noqa: E731
+    end, rest = up(last + 1), (first + 1) // size
+    begin = whole = jnp.zeros_like(end)
     if window is not None:
-        begins = jnp.maximum(jnp.min(positions, axis=1).astype(jnp.int32) - window + 1, 0)
-    return begins, ends
+        begin = jnp.maximum(first - window + 1, 0) // size
+        whole = up(jnp.maximum(last - window + 1, 0))
+    whole = jnp.clip(whole, begin, end)
+    return jnp.stack([begin, whole, jnp.clip(rest, whole, end), end], axis=1).astype(jnp.int32)

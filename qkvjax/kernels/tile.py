@@ -92,18 +92,6 @@ def visible(rows, columns, *, causal, window, length, row_segments=None, column_
     return seen
 
 
-def key_tiles(first, last, size: int, *, causal, window, length):
-    """(begin, end) of the tiles of `size` keys that queries at places first..last see."""
-    begin, end = _reach(first, last, window, length)
-    return _tiles(begin, jnp.minimum(last + 1, length) if causal else end, size)
-
-
-def query_tiles(first, last, size: int, *, causal, window, length):
-    """(begin, end) of the tiles of `size` queries that see keys at places first..last."""
-    begin, end = _reach(first, last, window, length)
-    return _tiles(first if causal else begin, end, size)
-
-
 def spans(
     queries: int, keys: int, places: int, *, causal, window, length, segments=None, turned=False
 ) -> jax.Array:
@@ -162,18 +150,6 @@ def walk(span, step, state, edges: tuple[bool, bool] = (True, True)):
             body = functools.partial(lambda masked, j, state: step(j, state, masked), masked)
             state = jax.lax.fori_loop(span[i], span[i + 1], body, state)
     return state
-
-
-def _reach(first, last, window, length):
-    """(begin, end) of the places that a window leaves to those at first..last, either way."""
-    if window is None:
-        return 0, length
-    return jnp.maximum(first - window + 1, 0), jnp.minimum(last + window, length)
-
-
-def _tiles(begin, end, size: int):
-    """(begin, end) of the tiles that hold places begin, ..., end - 1."""
-    return jax.lax.div(jnp.int32(begin), size), jax.lax.div(jnp.int32(end) + size - 1, size)
 
 
 def nothing(rows: int, widths: list[int]):

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as lowering
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import tile
+from qkvjax.kernels import limits, tile
 from qkvjax.kernels.tpu_grid import (
     LANES,
     Blocks,
@@ -31,7 +31,7 @@ from qkvjax.kernels.tpu_grid import (
     segment_specs,
 )
 
-WIDEST = 512
+WIDTHS = range(8, 513, 8)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -41,14 +41,9 @@ FORWARD = {512: Blocks(1024, 512), 2048: Blocks(512, 512)}
 BACKWARD = {256: Blocks(512, 1024), 1024: Blocks(512, 512), 2048: Blocks(256, 256)}
 
 
-def refusal(q, v=None, *, softcap=None, q_pe=None) -> str | None:
+def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
     """Why these kernels do not take such arguments; None where they do."""
-    for width in (q.shape[-1], q.shape[-1] if v is None else v.shape[-1]):
-        if width % 8 or not 0 < width <= WIDEST:
-            return f"its head width is a multiple of 8 up to {WIDEST}, not {width}"
-    if str(q.dtype) not in DTYPES:
-        return f"its dtype is one of {', '.join(DTYPES)}, not {q.dtype}"
-    return None if softcap is None else "it has no softcap"
+    return limits.refusal(q, v, WIDTHS, DTYPES, softcap=softcap)
 
 
 def attention(
@@ -113,9 +108,10 @@ def _forward(options, qs, ks, v, segments):
     value = ks[0] if v is None else v
     out = jax.ShapeDtypeStruct((*qs[0].shape[:3], value.shape[-1]), qs[0].dtype)
     normaliser = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
-    rows, columns = queries_walk(options, blocks, group)
+    rows, columns = queries_walk(blocks, group)
     call = pallas(
         functools.partial(_forward_kernel, options), "attention_forward", options.interpret,
+        options.ends(blocks, qs, segments),
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
         in_specs=tile.specs((qs, rows.tile), (ks, columns.tile), (v, columns.tile))
         + segment_specs(segments, rows, columns),
@@ -131,12 +127,12 @@ def _forward(options, qs, ks, v, segments):
 
 
 def _forward_kernel(
-    options, qs, ks, v, row_segments, column_segments, out, normaliser, top, total, mixed
-):
+    options, begins, ends, qs, ks, v, row_segments, column_segments, out, normaliser, top, total,
+    mixed,
+):  # fmt: skip
     blocks = options.forward
-    i, step = pl.program_id(2), pl.program_id(3)
-    begin, end = options.keys_of(i, blocks)
-    j = begin + step
+    b, i, step = (pl.program_id(axis) for axis in (0, 2, 3))
+    j = begins[b, i] + step
 
     @pl.when(step == 0)
     def _():
@@ -144,7 +140,7 @@ def _forward_kernel(
         total[...] = jnp.zeros(total.shape, jnp.float32)
         mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
 
-    @pl.when(j < end)
+    @pl.when(j < ends[b, i])
     def _():
         k = [ref[...] for ref in ks]
         products = tile.products([ref[...] for ref in qs], k)
@@ -173,26 +169,29 @@ def _backward(options, residuals, slope):
     sums = lambda tree, size: jax.tree.map(  # noqa: E731
         lambda x: lowering.VMEM((size, x.shape[-1]), jnp.float32), tree
     )
-    rows, columns = keys_walk(options, blocks, group)
-    dks, dv = pallas(
-        functools.partial(_keys_kernel, options), "attention_keys", options.interpret,
-        grid=(batch, num_kv_heads, length // blocks.keys, group,
-              options.steps(blocks.keys, blocks.queries)),
-        in_specs=tile.specs(
+
+    def read(rows, columns):
+        return tile.specs(
             (qs, rows.tile), (ks, columns.tile), (v, columns.tile), (slope, rows.tile),
             (normaliser, rows.numbers), (delta, rows.numbers),
-        ) + segment_specs(segments, columns, rows)[::-1],
+        )  # fmt: skip
+
+    rows, columns = keys_walk(blocks, group)
+    dks, dv = pallas(
+        functools.partial(_keys_kernel, options), "attention_keys", options.interpret,
+        options.ends(blocks, qs, segments, turned=True),
+        grid=(batch, num_kv_heads, length // blocks.keys, group,
+              options.steps(blocks.keys, blocks.queries)),
+        in_specs=read(rows, columns) + segment_specs(segments, columns, rows)[::-1],
         out_specs=tile.specs((ks, columns.tile), (v, columns.tile)), out_shape=[same(ks), same(v)],
         scratch_shapes=[sums(ks, blocks.keys), sums(v, blocks.keys)],
     )(*arrays[:6], *arrays[:5:-1])  # fmt: skip
-    rows, columns = queries_walk(options, blocks, group)
+    rows, columns = queries_walk(blocks, group)
     [dqs] = pallas(
         functools.partial(_queries_kernel, options), "attention_queries", options.interpret,
+        options.ends(blocks, qs, segments),
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
-        in_specs=tile.specs(
-            (qs, rows.tile), (ks, columns.tile), (v, columns.tile), (slope, rows.tile),
-            (normaliser, rows.numbers), (delta, rows.numbers),
-        ) + segment_specs(segments, rows, columns),
+        in_specs=read(rows, columns) + segment_specs(segments, rows, columns),
         out_specs=tile.specs((qs, rows.tile)), out_shape=[same(qs)],
         scratch_shapes=[
             sums(qs, blocks.queries),
@@ -206,14 +205,13 @@ _attend.defvjp(_forward, _backward)
 
 
 def _keys_kernel(
-    options, qs, ks, v, slope, normaliser, delta, row_segments, column_segments, dks, dv, of_keys,
-    of_values,
+    options, begins, ends, qs, ks, v, slope, normaliser, delta, row_segments, column_segments, dks,
+    dv, of_keys, of_values,
 ):  # fmt: skip
     """Gradients of one tile of keys (and values): all queries of its group of heads pass by."""
     blocks = options.backward
-    j, head, step = (pl.program_id(axis) for axis in (2, 3, 4))
-    begin, end = options.queries_of(j, blocks)
-    i = begin + step
+    b, j, head, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
+    i = begins[b, j] + step
     sums = [*of_keys] if v is None else [*of_keys, of_values]
     gradients = [*dks] if v is None else [*dks, dv]
 
@@ -222,7 +220,7 @@ def _keys_kernel(
         for ref in sums:
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-    @pl.when(i < end)
+    @pl.when(i < ends[b, j])
     def _():
         q, k, do = [ref[...] for ref in qs], [ref[...] for ref in ks], slope[...]
         # A tile lies with its keys down: neither product below turns it.
@@ -248,14 +246,13 @@ def _keys_kernel(
 
 
 def _queries_kernel(
-    options, qs, ks, v, slope, normaliser, delta, row_segments, column_segments, dqs, sums,
-    of_row, delta_of_row,
+    options, begins, ends, qs, ks, v, slope, normaliser, delta, row_segments, column_segments, dqs,
+    sums, of_row, delta_of_row,
 ):  # fmt: skip
     """Gradient of one tile of queries."""
     blocks = options.backward
-    i, step = pl.program_id(2), pl.program_id(3)
-    begin, end = options.keys_of(i, blocks)
-    j = begin + step
+    b, i, step = (pl.program_id(axis) for axis in (0, 2, 3))
+    j = begins[b, i] + step
 
     @pl.when(step == 0)
     def _():
@@ -263,7 +260,7 @@ def _queries_kernel(
         for ref in sums:
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-    @pl.when(j < end)
+    @pl.when(j < ends[b, i])
     def _():
         k, do = [ref[...] for ref in ks], slope[...]
         seen = _seen(options, i, j, blocks, row_segments, column_segments)

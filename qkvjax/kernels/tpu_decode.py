@@ -22,7 +22,7 @@ from qkvjax.errors import UserError
 from qkvjax.kernels import rows as rows_of
 from qkvjax.kernels import tile
 from qkvjax.kernels.stored import Int8, KeyOfState
-from qkvjax.kernels.tpu import refusal
+from qkvjax.kernels.tpu import refusal, turned
 from qkvjax.kernels.tpu_grid import pallas
 
 SLOTS = 1024  # of a tile; neither tuned nor timed
@@ -33,17 +33,9 @@ MOST_HEADS, MOST_BYTES, MOST_ROWS_A_STEP = 8, 2**20, 512
 
 def heads_a_step(k, rows: int, size: int) -> int:
     """How many of the heads of [B, K, S, H] a step of the grid takes."""
-    fit = min(
-        MOST_HEADS, MOST_BYTES // (size * k.shape[3] * k.dtype.itemsize), MOST_ROWS_A_STEP // rows
-    )
+    itemsize = jax.tree.leaves(k)[0].dtype.itemsize
+    fit = min(MOST_HEADS, MOST_BYTES // (size * k.shape[3] * itemsize), MOST_ROWS_A_STEP // rows)
     return max(n for n in range(1, max(fit, 1) + 1) if k.shape[1] % n == 0)
-
-
-def cannot_read(k, v=None) -> str | None:
-    """Why the kernel cannot read such a cache; None where it can."""
-    if isinstance(k, Int8) or isinstance(v, Int8):
-        return "it reads no int8 cache"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +48,6 @@ class Options:
     tile: int
     turned: int
     epsilon: float
-
-    def tiles(self, begin, end):
-        """(begin, end) of the tiles that hold slots begin, ..., end - 1."""
-        return jax.lax.div(begin, self.tile), jax.lax.div(end + self.tile - 1, self.tile)
 
     @property
     def ragged(self) -> bool:
@@ -78,9 +66,9 @@ def decode(
       slots: of a tile, a multiple of 128; with a table a tile is a page.
 
     Raises:
-      UserError: `refusal` or `cannot_read` has an answer, or `slots` is no such multiple.
+      UserError: `refusal` has an answer, or `slots` is no such multiple.
     """
-    why = cannot_read(k, v) or refusal(q, v)
+    why = refusal(q, v)
     if why:
         raise UserError(f"the tpu kernel takes no such attention: {why}; use impl='auto'")
     if slots <= 0 or slots % 128:
@@ -93,6 +81,8 @@ def decode(
     slots = k.shape[1] * (1 if table is None else table.shape[1])
     # As a cache is stored; these transpositions and those of its views cancel.
     k, v, k_pe = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (k, v, k_pe))
+    # Scales along the lanes: a column of them would take 128 times its bytes.
+    k, v = (x._replace(scales=x.scales[:, :, None]) if isinstance(x, Int8) else x for x in (k, v))
     options = Options(
         window, width**-0.5 if scale is None else float(scale), slots, size,
         0 if key is None else key.width, 0.0 if key is None else key.epsilon,
@@ -105,33 +95,29 @@ def decode(
 
     packed = functools.partial(rows_of.packed, kv_heads=num_kv_heads, rows=rows)
     places = rows_of.places(positions, group, rows)[:, :, None]
-    begins, ends = rows_of.reach(positions, window)
-    ends = jnp.minimum(ends, slots)
+    spans = jnp.minimum(rows_of.spans(positions, window, size), -(-slots // size))
     qs = (packed(q),) if q_pe is None else (packed(q), packed(q_pe.astype(q.dtype)))
     turns = gain = None
     if key is not None:
         turns = _turns(key, options, width)
         gain = None if key.gain is None else key.gain.astype(jnp.float32)[None]
 
-    def tile_of(b, j, begins, ends):
-        begin, end = options.tiles(begins[b], ends[b])
-        return jnp.minimum(begin + j, end - 1)
-
-    def held(x):
-        """A tile of some heads of [B, K, S, H], or a page of [P, K, E, H]."""
+    def slots_of(x, paged: bool, axis: int = 2):
+        """A tile of some heads of [B, K, S, H], or a page of [P, K, E, H]; slots lie on an axis."""
+        shape = [None, taken, *x.shape[2:]]
+        shape[axis] = size
 
         def where(b, n, i, j, begins, ends, *table):
-            at = tile_of(b, j, begins, ends)
-            return (table[0][b, at], n, 0, 0) if table else (b, n, at, 0)
+            at = jnp.minimum(begins[b] + j, ends[b] - 1)
+            lead = (table[0][b, at], n, 0) if paged else (b, n, at)
+            return (*lead, 0) if axis == 2 else (*lead[:2], 0, lead[2])
 
-        return pl.BlockSpec((None, taken, size, x.shape[3]), where)
+        return pl.BlockSpec(shape, where)
 
-    def second(x):
-        """A tile of some heads of [B, K, S, P], also beside pages."""
-        return pl.BlockSpec(
-            (None, taken, size, x.shape[3]),
-            lambda b, n, i, j, begins, ends, *_: (b, n, tile_of(b, j, begins, ends), 0),
-        )
+    def held(x):
+        if not isinstance(x, Int8):
+            return slots_of(x, table is not None)
+        return Int8(*(slots_of(part, table is not None, axis) for part, axis in zip(x, (2, 3))))
 
     def of_rows(x):
         return pl.BlockSpec((None, taken, tall, x.shape[3]), lambda b, n, i, *_: (b, n, i, 0))
@@ -139,29 +125,26 @@ def decode(
     def whole(x):
         return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
-    scalars = (begins, ends) if table is None else (begins, ends, table.astype(jnp.int32))
+    scalars = spans[:, 0], spans[:, 3], *([] if table is None else [table.astype(jnp.int32)])
     inputs = qs, k, v, k_pe, turns, gain, places
     out = jax.ShapeDtypeStruct(
         (batch, num_kv_heads, rows, width if v is None else v.shape[3]), q.dtype
     )
-    grid = lowering.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(scalars),
+    is_held = lambda x: isinstance(x, Int8)  # noqa: E731
+    found = pallas(
+        functools.partial(_kernel, options, len(scalars)), "attention_decode", interpret, scalars,
         grid=(batch, num_kv_heads // taken, rows // tall, -(-slots // size)),
         in_specs=[
-            *(jax.tree.map(spec, x) for spec, x in zip(
-                (of_rows, held, held, second, whole, whole), inputs)),
+            *(jax.tree.map(spec, x, is_leaf=is_held) for spec, x in zip(
+                (of_rows, held, held, lambda x: slots_of(x, False), whole, whole), inputs)),
             pl.BlockSpec((None, tall, 1), lambda b, n, i, *_: (b, i, 0)),
         ],
-        out_specs=of_rows(out),
+        out_specs=of_rows(out), out_shape=out,
         scratch_shapes=[
             *(lowering.VMEM((taken, tall, 1), jnp.float32) for _ in "ml"),
             lowering.VMEM((taken, tall, out.shape[3]), jnp.float32),
         ],
-    )  # fmt: skip
-    kernel = functools.partial(_kernel, options, len(scalars))
-    found = pallas(kernel, "attention_decode", interpret, grid_spec=grid, out_shape=out)(
-        *scalars, *inputs
-    )
+    )(*inputs)  # fmt: skip
     return rows_of.unpacked(found, length, heads)
 
 
@@ -197,8 +180,7 @@ def _kernel(options, num_scalars, begins, ends, *refs):
     """One tile of one sequence's cache for a tile of the rows of some key-value heads."""
     qs, k, v, k_pe, turns, gain, places, out, top, total, mixed = refs[num_scalars - 2 :]
     b, step = pl.program_id(0), pl.program_id(3)
-    begin, end = options.tiles(begins[b], ends[b])
-    j = begin + step
+    j = begins[b] + step
 
     @pl.when(step == 0)
     def _():
@@ -206,7 +188,7 @@ def _kernel(options, num_scalars, begins, ends, *refs):
         total[...] = jnp.zeros(total.shape, jnp.float32)
         mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
 
-    @pl.when(j < end)
+    @pl.when(j < ends[b])
     def _():
         first = j * options.tile
         columns = first + jax.lax.broadcasted_iota(jnp.int32, (1, options.tile), 1)
@@ -214,8 +196,8 @@ def _kernel(options, num_scalars, begins, ends, *refs):
             places[...], columns, causal=True, window=options.window, length=options.slots
         )
         for n in range(mixed.shape[0]):
-            q, held = qs[0][n], _within(options, first, k[n])
-            values = held if v is None else _within(options, first, v[n])
+            q, held = qs[0][n], _load(options, first, k, n, qs[0].dtype)
+            values = held if v is None else _load(options, first, v, n, q.dtype)
             keys = held
             if turns is not None:
                 (cos, sin), (start_cos, start_sin) = turns
@@ -224,12 +206,12 @@ def _kernel(options, num_scalars, begins, ends, *refs):
                 q = q.astype(qs[0].dtype)
                 keys = _rotate(options, _normed(options, held, gain), cos[...], sin[...])
                 keys = keys.astype(held.dtype)
-            products = tile.dot(q, keys.astype(q.dtype), (1, 1))
+            products = tile.dot(q, keys, (1, 1))
             if k_pe is not None:
-                second = _within(options, first, k_pe[n]).astype(q.dtype)
+                second = _load(options, first, k_pe, n, q.dtype)
                 products += tile.dot(qs[1][n], second, (1, 1))
             state = top[n][:, 0], total[n][:, 0], [mixed[n]]
-            state = tile.absorb(state, products, seen, [values.astype(q.dtype)], options.scale)
+            state = tile.absorb(state, products, seen, [values], options.scale)
             top[n], total[n], mixed[n] = state[0][:, None], state[1][:, None], state[2][0]
 
     @pl.when(step == pl.num_programs(3) - 1)
@@ -237,12 +219,18 @@ def _kernel(options, num_scalars, begins, ends, *refs):
         out[...] = (mixed[...] / total[...]).astype(out.dtype)
 
 
-def _within(options, first, x):
-    """A tile with zeros for what lies beyond the cache, where anything may be."""
+def _load(options, first, x, n: int, dtype):
+    """A tile of head n of a cached tensor; zeros for what lies beyond the cache, where anything
+    may be."""
+    if isinstance(x, Int8):
+        wide = x.codes[n].astype(jnp.float32) * turned(x.scales[n].astype(jnp.float32))
+        found = wide.astype(dtype)
+    else:
+        found = x[n].astype(dtype)
     if not options.ragged:
-        return x
+        return found
     slots = first + jax.lax.broadcasted_iota(jnp.int32, (options.tile, 1), 0)
-    return jnp.where(slots < options.slots, x, jnp.zeros((), x.dtype))
+    return jnp.where(slots < options.slots, found, jnp.zeros((), dtype))
 
 
 def _normed(options, held, gain):

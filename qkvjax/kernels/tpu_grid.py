@@ -1,7 +1,7 @@
 """How the TPU kernels walk: which tiles meet at a point of the grid, and where they lie.
 
-The last dimension of each grid walks over the tiles that one output tile needs. A step that no
-pair of its tiles wants names the tile before it again, which copies nothing.
+The last dimension of each grid walks over the tiles that one output tile needs, as `tile.spans`
+says beforehand. A step behind them names the last one again, which copies nothing.
 
 Letters: B sequences, T places, N query heads, K key-value heads, H head width.
 """
@@ -9,6 +9,7 @@ Letters: B sequences, T places, N query heads, K key-value heads, H head width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -32,15 +33,14 @@ class Blocks:
 class Options(tile.Options):
     """With tile sizes as `Blocks`, and where they meet."""
 
-    def keys_of(self, i, blocks: Blocks):
-        """(begin, end) of the tiles of keys that tile i of queries sees."""
-        first, size = i * blocks.queries, blocks.queries
-        return tile.key_tiles(first, first + size - 1, blocks.keys, **self.limits)
-
-    def queries_of(self, j, blocks: Blocks):
-        """(begin, end) of the tiles of queries that see tile j of keys."""
-        first, size = j * blocks.keys, blocks.keys
-        return tile.query_tiles(first, first + size - 1, blocks.queries, **self.limits)
+    def ends(self, blocks: Blocks, qs, segments, turned: bool = False):
+        """(begins, ends), each int32 [B, tiles], of `tile.spans`, for queries [B, N, T, H]."""
+        batch, _, places, _ = qs[0].shape
+        spans = tile.spans(
+            blocks.queries, blocks.keys, places, **self.limits, segments=segments, turned=turned
+        )
+        spans = jnp.broadcast_to(spans, (batch, *spans.shape[1:]))
+        return spans[..., 0], spans[..., 3]
 
     def steps(self, held: int, passing: int) -> int:
         """The most tiles of `passing` places that a tile of `held` places needs."""
@@ -95,24 +95,27 @@ class Walk:
         return pl.BlockSpec((None, 1, self.size), where)
 
 
-def queries_walk(options: Options, blocks: Blocks, group: int) -> tuple[Walk, Walk]:
+def queries_walk(blocks: Blocks, group: int) -> tuple[Walk, Walk]:
     """(queries, keys) of a grid (sequence, query head, tile of queries, step over keys)."""
 
-    def keys(b, n, i, step):
-        begin, end = options.keys_of(i, blocks)
-        return b, jax.lax.div(n, group), jnp.minimum(begin + step, end - 1)
+    def keys(b, n, i, step, begins, ends):
+        return b, jax.lax.div(n, group), passing(b, i, step, begins, ends)
 
-    return Walk(blocks.queries, lambda b, n, i, step: (b, n, i)), Walk(blocks.keys, keys)
+    return Walk(blocks.queries, lambda b, n, i, *_: (b, n, i)), Walk(blocks.keys, keys)
 
 
-def keys_walk(options: Options, blocks: Blocks, group: int) -> tuple[Walk, Walk]:
+def keys_walk(blocks: Blocks, group: int) -> tuple[Walk, Walk]:
     """(queries, keys) of a grid (sequence, key-value head, tile of keys, head of group, step)."""
 
-    def queries(b, n, j, head, step):
-        begin, end = options.queries_of(j, blocks)
-        return b, n * group + head, jnp.minimum(begin + step, end - 1)
+    def queries(b, n, j, head, step, begins, ends):
+        return b, n * group + head, passing(b, j, step, begins, ends)
 
-    return Walk(blocks.queries, queries), Walk(blocks.keys, lambda b, n, j, head, step: (b, n, j))
+    return Walk(blocks.queries, queries), Walk(blocks.keys, lambda b, n, j, *_: (b, n, j))
+
+
+def passing(b, held, step, begins, ends):
+    """The tile that passes by tile `held` at a step, or the last one of those that do."""
+    return jnp.minimum(begins[b, held] + step, jnp.maximum(ends[b, held] - 1, 0))
 
 
 def segment_specs(segments, down: Walk, along: Walk) -> list:
@@ -120,9 +123,12 @@ def segment_specs(segments, down: Walk, along: Walk) -> list:
     return [None, None] if segments is None else [down.down(), along.along()]
 
 
-def pallas(kernel, name: str, interpret, **shapes):
-    """`pallas_call` whose first three dimensions are independent and whose others go in order."""
-    dimensions = len(shapes["grid"] if "grid" in shapes else shapes["grid_spec"].grid)
-    order = ("parallel",) * 3 + ("arbitrary",) * (dimensions - 3)
+def pallas(kernel, name: str, interpret, scalars: tuple, *, out_shape, **grid):
+    """`pallas_call` whose first three dimensions are independent and whose others go in order; the
+    scalars, arrays of int32, come first and are there for index maps as well."""
+    order = ("parallel",) * 3 + ("arbitrary",) * (len(grid["grid"]) - 3)
     params = lowering.CompilerParams(dimension_semantics=order)
-    return pl.pallas_call(kernel, name=name, interpret=interpret, compiler_params=params, **shapes)
+    spec = lowering.PrefetchScalarGridSpec(num_scalar_prefetch=len(scalars), **grid)
+    call = pl.pallas_call(kernel, name=name, interpret=interpret, compiler_params=params,
+                          grid_spec=spec, out_shape=out_shape)  # fmt: skip
+    return functools.partial(call, *scalars)

@@ -1,8 +1,8 @@
 """Whether a kernel gives on this device what the reference gives.
 
 What lowers a kernel changes with every version of jax, and its mistakes would be silent. So "auto"
-tries a kernel on a small problem, once in a process for each head width, dtype and K = V or not,
-before it is preferred.
+tries a kernel on a small problem, once in a process for each head width, dtype, K = V or not and
+segments or not, before it is preferred.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ TOLERANCE = 0.02  # relative: what is right has 0.004 in bfloat16
 
 
 @functools.cache
-def failure(kernel, decodes: bool, width: int, dtype: str, tied: bool) -> str | None:
-    """What is wrong here with `kernel`, attention over sequences or a token's onto a cache, as
-    `kernels.dispatch` has them; None where nothing is."""
+def failure(kernel, decodes: bool, packed: bool, width: int, dtype: str, tied: bool) -> str | None:
+    """What is wrong here with `kernel`, attention over sequences (`packed`: of several documents)
+    or a token's onto a cache, as `kernels.dispatch` has them; None where nothing is."""
     # In a thread of its own: the caller may be traced, or see a mesh.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(_failure, kernel, decodes, width, dtype, tied).result()
+        return thread.submit(_failure, kernel, decodes, packed, width, dtype, tied).result()
 
 
-def _failure(kernel, decodes, width, dtype, tied) -> str | None:
+def _failure(kernel, decodes, packed, width, dtype, tied) -> str | None:
     heads = HEADS, HEADS // 2, HEADS // 2
     q, k, v, slope = (
         jax.random.normal(key, (2, LENGTH, count, width), dtype)
@@ -36,7 +36,7 @@ def _failure(kernel, decodes, width, dtype, tied) -> str | None:
     )
     places = jnp.arange(LENGTH)[None]
     q = q[:, -1:] if decodes else q
-    segments = None if decodes else jnp.repeat(places > LENGTH // 3, 2, axis=0).astype(jnp.int32)
+    segments = jnp.repeat(places > LENGTH // 3, 2, axis=0).astype(jnp.int32) if packed else None
     mask = reference.visible(
         places[:, -1:] if decodes else places, places, causal=True, q_segments=segments,
         k_segments=segments,

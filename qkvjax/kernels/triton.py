@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as lowering
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import tile
+from qkvjax.kernels import limits, tile
 
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -55,15 +55,9 @@ QUERIES = {
 }  # fmt: skip
 
 
-def refusal(q, v=None, *, softcap=None, q_pe=None) -> str | None:
+def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
     """Why these kernels do not take such arguments; None where they do."""
-    widths = {q.shape[-1], q.shape[-1] if v is None else v.shape[-1]}
-    if not widths <= set(WIDTHS):
-        wrong = ", ".join(map(str, sorted(widths - set(WIDTHS))))
-        return f"its head width is one of {', '.join(map(str, WIDTHS))}, not {wrong}"
-    if str(q.dtype) not in DTYPES:
-        return f"its dtype is one of {', '.join(DTYPES)}, not {q.dtype}"
-    return None if softcap is None else "it has no softcap"
+    return limits.refusal(q, v, WIDTHS, DTYPES, softcap=softcap)
 
 
 class Options(tile.Options):

@@ -120,7 +120,9 @@ def decode(
 
     packed = functools.partial(rows_of.packed, kv_heads=num_kv_heads, rows=rows)
     places = rows_of.places(positions, group, rows)
-    spans = _spans(positions, window, per_split // size, splits, size)
+    tiles = per_split // size  # of a split, whose spans count from its own first one
+    spans = rows_of.spans(positions, window, size)[:, None]
+    spans = jnp.clip(spans - tiles * jnp.arange(splits)[:, None], 0, tiles)
     turns = gains = None
     if key is not None:
         turns = key.at(slots, jnp.float32)
@@ -150,20 +152,6 @@ def decode(
     )(*inputs)  # fmt: skip
     out = tile.merge(top, total, jnp.concatenate(mixed, axis=-1), axis=2)
     return rows_of.unpacked(out, length, heads).astype(q.dtype)
-
-
-def _spans(positions, window, per_split: int, splits: int, size: int):
-    """As `tile.spans`, of each split's `per_split` tiles of `size` slots: int32 [B, splits, 4]."""
-    first, last = jnp.min(positions, axis=1), jnp.max(positions, axis=1)
-    up = lambda slots: -(-slots // size)  # noqa: E731
-    end, rest = up(last + 1), (first + 1) // size
-    begin = whole = jnp.zeros_like(end)
-    if window is not None:
-        begin = jnp.maximum(first - window + 1, 0) // size
-        whole = up(jnp.maximum(last - window + 1, 0))
-    whole = jnp.clip(whole, begin, end)
-    tiles = jnp.stack([begin, whole, jnp.clip(rest, whole, end), end], axis=1).astype(jnp.int32)
-    return jnp.clip(tiles[:, None] - per_split * jnp.arange(splits)[:, None], 0, per_split)
 
 
 # Where program (sequence b, key-value head n, i) finds its part of an array; i counts the splits

@@ -189,7 +189,7 @@ def test_unknown_implementation_lists_what_is_here():
 
 def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypatch, capsys):
     """On a Hopper GPU, which is pretended: what is chosen, and why not what is faster."""
-    monkeypatch.setattr(dispatch, "candidates", lambda impl="auto": ("hopper", "triton", "xla"))
+    monkeypatch.setattr(dispatch, "candidates", lambda impl="auto": dispatch.MEASURED["9.0"])
     monkeypatch.setattr(dispatch, "missing", lambda impl: None)
     monkeypatch.setattr(dispatch.trial, "failure", lambda *given: None)
     dispatch._tell.cache_clear()
@@ -198,12 +198,14 @@ def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypa
     assert dispatch.choose("auto", narrow, None, q_pe=narrow) == "triton"
     for _ in range(2):  # told once
         assert dispatch.choose("auto", narrow.astype(jnp.float32), None) == "triton"
-    assert dispatch.choose("auto", narrow[..., :12], None) == "xla"
+    assert dispatch.choose("auto", narrow[..., :24], None) == "cudnn"
+    assert dispatch.choose("auto", narrow[..., :24], None, segment_ids=jnp.zeros((1, 8))) == "xla"
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "attention: hopper"
     assert told[1].startswith("attention: triton; not hopper: it has no second part")
     assert told[2].startswith("attention: triton; not hopper: its dtype is one of bfloat16")
-    assert told[3].count("head width") == 2 and len(told) == 4
+    assert told[3].startswith("attention: cudnn; ") and told[3].count("head width") == 2
+    assert told[4].endswith("not cudnn: it has no segment ids") and len(told) == 5
 
 
 def test_a_kernel_that_cannot_run_here_says_so():

@@ -31,7 +31,7 @@ from test_triton import SWITCHES, covering, relative
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
 from qkvjax.kernels import dispatch, reference, tpu, tpu_decode
-from qkvjax.kernels.stored import Int8, KeyOfState
+from qkvjax.kernels.stored import Int8, KeyOfState, quantize, widen
 
 B, T, N, H, P = 2, 300, 4, 16, 8
 BLOCKS = tpu.Blocks(128, 256)
@@ -130,15 +130,17 @@ def test_masked_tiles_are_skipped():
     expected = run({"q": q, "k": k}, window=100)
     found = run({"q": q, "k": k.at[:, :256].set(jnp.nan)}, window=100)
     np.testing.assert_array_equal(found[:, 384:], expected[:, 384:])
+    packed = functools.partial(run, window=None, segment_ids=jnp.arange(512)[None] // 256)
+    found = packed({"q": q, "k": k.at[:, :256].set(jnp.nan)})
+    np.testing.assert_array_equal(found[:, 256:], packed({"q": q, "k": k})[:, 256:])
 
 
 def test_a_window_bounds_the_steps_of_a_tile():
     options = tpu.Options(True, 100, 1.0, 8192, BLOCKS, BLOCKS, False)
-    for begins_and_ends, steps, tiles in (
-        (options.keys_of, options.steps(128, 256), 64),
-        (options.queries_of, options.steps(256, 128), 32),
-    ):
-        most = max(end - begin for begin, end in (begins_and_ends(i, BLOCKS) for i in range(tiles)))
+    queries = jnp.zeros((1, 1, 8192, 8))
+    for turned, steps in ((False, options.steps(128, 256)), (True, options.steps(256, 128))):
+        begins, ends = options.ends(BLOCKS, [queries], None, turned)
+        most = jnp.max(ends - begins)
         assert most <= steps <= most + 1
 
 
@@ -238,6 +240,26 @@ def test_a_cache_in_pages():
     np.testing.assert_allclose(decoded(q, given, positions), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_int8_cache(raw):
+    """In one piece and in pages, where a head has a scale in each slot."""
+    size, count, width = 16, 5, 32
+    table = jnp.array([[3, 1, 4, 0, 5], [9, 2, 6, 8, 7]])
+    q = jax.random.normal(jax.random.key(1), (2, 2, 4, width))
+    positions = jnp.array([[69, 70], [18, 19]])
+    key = KeyOfState(1e4, width) if raw else None
+    pages = quantize(jax.random.normal(jax.random.key(0), (11, size, 2, width)))
+    wide = widen(pages, jnp.float32)[table].reshape(2, size * count, 2, width)
+    expected = decoded(q, {"k": wide, "key": key}, positions)
+    in_order = jax.tree.map(lambda x: x[table].reshape(2, size * count, *x.shape[2:]), pages)
+    for given in ({"k": pages, "table": table}, {"k": in_order}):
+        found = decoded(q, given | {"key": key}, positions)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+    if not raw:
+        again = decoded(q, {"k": in_order, "v": in_order}, positions)
+        np.testing.assert_allclose(again, expected, atol=2e-6)
+
+
 def test_what_they_do_not_take():
     q = jnp.zeros((1, 8, 2, 20))
     with pytest.raises(UserError, match="multiple of 8 up to 512, not 20.*impl='auto'"):
@@ -247,9 +269,6 @@ def test_what_they_do_not_take():
     assert "softcap" in tpu.refusal(q[..., :16], softcap=3.0)
     with pytest.raises(UserError, match="block of 64 .*multiples of 128"):
         tpu.attention(q[..., :16], q[..., :16], blocks=tpu.Blocks(128, 64))
-    stored = Int8(jnp.zeros((1, 32, 2, 16), jnp.int8), jnp.zeros((1, 32, 2)))
-    with pytest.raises(UserError, match="no int8 cache.*impl='auto'"):
-        tpu_decode.decode(q[..., :16], stored, positions=jnp.zeros((1, 8), int))
     with pytest.raises(UserError, match="tile of 100 slots.*multiples of 128"):
         tpu_decode.decode(q[..., :16], q[..., :16], positions=jnp.zeros((1, 8), int), slots=100)
 
@@ -274,10 +293,12 @@ def training(one_tile, width, dtype=jnp.bfloat16, **options):
     return jax.grad(loss), (arrays, shape(2, 4096, dtype=jnp.int32))
 
 
-def serving(mode, width, dtype=jnp.bfloat16, tokens=1, page=None):
+def serving(mode, width, dtype=jnp.bfloat16, tokens=1, page=None, int8=False):
     """(decode, its arguments) of a cache that is stored heads first."""
     size = functools.partial(shape, dtype=dtype)
     held = size(2, 8, 4000, width) if page is None else size(64, 8, page, width)
+    if int8:
+        held = Int8(shape(*held.shape, dtype=jnp.int8), shape(*held.shape[:3]))
     arrays = {"k": held, "v": held if mode == "two tensors" else None}
     table = None if page is None else shape(2, 32, dtype=jnp.int32)
 
@@ -312,7 +333,7 @@ def test_lowers_for_tpus(width, one_tile):
     assert all(f"attention_{kernel}" in module for kernel in ("forward", "keys", "queries"))
     mode = "one tensor" if one_tile else "two tensors"
     assert "attention_decode" in lowered(*serving(mode, width))
-    assert "attention_decode" in lowered(*serving("raw", width, page=64))
+    assert "attention_decode" in lowered(*serving("raw", width, page=64, int8=one_tile))
 
 
 @pytest.fixture(params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
@@ -365,13 +386,15 @@ def test_the_default_blocks_fit(vmem, width, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_decoding_fits(vmem, width):
-    for dtype, tokens, page in (
-        (jnp.bfloat16, 1, None),
-        (jnp.bfloat16, 100, 64),
-        (jnp.float32, 100, None),
+    for dtype, tokens, page, int8 in (
+        (jnp.bfloat16, 1, None, False),
+        (jnp.bfloat16, 1, None, True),
+        (jnp.bfloat16, 100, 64, False),
+        (jnp.bfloat16, 1, 64, True),
+        (jnp.float32, 100, None, False),
     ):
         sizes = [
-            vmem(*serving(mode, width, dtype, tokens, page))["attention_decode"]
+            vmem(*serving(mode, width, dtype, tokens, page, int8))["attention_decode"]
             for mode in ("one tensor", "two tensors", "raw")
         ]
         assert sizes[0] < sizes[1]

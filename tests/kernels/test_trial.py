@@ -18,7 +18,7 @@ token = functools.partial(triton_decode.decode, interpret=True)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("kernel", "decodes"), [(whole, False), (token, True)])
 def test_a_kernel_that_is_right_passes(kernel, decodes, tied):
-    assert trial.failure(kernel, decodes, 64, "bfloat16", tied) is None
+    assert trial.failure(kernel, decodes, not decodes, 64, "bfloat16", tied) is None
 
 
 def forgets_segments(q, k, v=None, segment_ids=None):
@@ -39,8 +39,7 @@ def cannot_be_lowered(q, k, v=None, segment_ids=None):
      (cannot_be_lowered, r"does not run here \(no such primitive\)")],
 )  # fmt: skip
 def test_one_that_is_not_does_not(kernel, why):
-
-    assert re.search(why, trial.failure(kernel, False, 64, "bfloat16", True))
+    assert re.search(why, trial.failure(kernel, False, True, 64, "bfloat16", True))
 
 
 def test_auto_passes_over_a_kernel_that_fails(monkeypatch, capsys):

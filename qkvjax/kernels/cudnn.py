@@ -1,0 +1,36 @@
+"""NVIDIA's fused attention, from a library that jax calls: the fallback where our kernels do not
+run. It knows two tensors: with K = V it loads the one twice and adds two gradients.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from qkvjax.kernels import limits
+
+BACKEND = "cudnn"
+WIDTHS = range(8, 129, 8)  # on every GPU that has it
+DTYPES = ("bfloat16", "float16")
+
+
+def refusal(
+    q, v=None, *, causal=True, segment_ids=None, window=None, softcap=None, q_pe=None
+) -> str | None:
+    """Why it does not take such arguments, or would leave some out silently; None where it does."""
+    if window is not None and not causal:
+        return "its window only looks back (causal=True)"
+    return limits.refusal(
+        q, v, WIDTHS, DTYPES, segment_ids=segment_ids, softcap=softcap,
+        second_part_of_the_scores=q_pe,
+    )  # fmt: skip
+
+
+def attention(
+    q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None
+) -> jax.Array:
+    """As `kernels.dispatch.attention`, whose arguments these are."""
+    assert not refusal(q, v, causal=causal, segment_ids=segment_ids, window=window, q_pe=q_pe)
+    return jax.nn.dot_product_attention(
+        q, k, k if v is None else v, is_causal=causal, scale=scale, implementation=BACKEND,
+        local_window_size=None if window is None else (window - 1, 0),
+    )  # fmt: skip
