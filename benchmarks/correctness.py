@@ -60,14 +60,14 @@ def cases(impls, widths, length: int):
     caches = [dict(tied=True, kv_heads=1), dict(tied=False, kv_heads=2, window=100),
               dict(tied=True, kv_heads=4, raw=True)]  # fmt: skip
     for impl, width, dtype in itertools.product(impls, widths, LIMIT):
-        if impl in ("hopper", "cudnn") and (dtype == "float32" or width < 64):
+        if impl in dispatch.NO_CACHE and (dtype == "float32" or width < 64):
             continue
         for mask in masks:
             if impl == "cudnn":
                 mask = mask | dict(packed=False, causal=True)
-            if (mask["kv_heads"] or impl == "triton") and (impl != "cudnn" or width < 256):
+            if mask["kv_heads"] or impl == "triton":
                 yield Case(impl, dtype, width, length, **mask)
-        for cache in caches if impl not in ("hopper", "cudnn") else []:  # they decode by Triton
+        for cache in caches if impl not in dispatch.NO_CACHE else []:
             yield Case(impl, dtype, width, length, **cache, decodes=True)
 
 

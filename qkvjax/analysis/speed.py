@@ -140,7 +140,7 @@ def _spec(config, sharing: str, values: str, length: int) -> AttentionSpec:
 def _variants(config, context: int, log) -> Iterator[tuple[tuple[str, str, str], AttentionSpec]]:
     """((sharing, rotary values, implementation), layer) of all that these heads allow."""
     told = set()
-    for impl in [name for name in _here() if name not in ("hopper", "cudnn")]:  # Triton decodes
+    for impl in [name for name in _here() if name not in dispatch.NO_CACHE]:
         for sharing in SHARINGS:
             turned = config.model.position == "rope" and sharing in ("q-k=v", "q=k=v")
             for values in ("raw", "unrotated_output") if turned else ("raw",):

@@ -1,5 +1,5 @@
-"""NVIDIA's fused attention, from a library that jax calls: the fallback where our kernels do not
-run. It knows two tensors: with K = V it loads the one twice and adds two gradients.
+"""NVIDIA's fused attention, from a library that jax calls. It knows two tensors: with K = V it
+loads the one twice and adds two gradients.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import jax
 from qkvjax.kernels import limits
 
 BACKEND = "cudnn"
-WIDTHS = range(8, 129, 8)  # on every GPU that has it
 DTYPES = ("bfloat16", "float16")
 
 
@@ -19,8 +18,9 @@ def refusal(
     """Why it does not take such arguments, or would leave some out silently; None where it does."""
     if window is not None and not causal:
         return "its window only looks back (causal=True)"
+    widest = 256 if getattr(jax.devices()[0], "compute_capability", None) == "9.0" else 128
     return limits.refusal(
-        q, v, WIDTHS, DTYPES, segment_ids=segment_ids, softcap=softcap,
+        q, v, range(8, widest + 1, 8), DTYPES, segment_ids=segment_ids, softcap=softcap,
         second_part_of_the_scores=q_pe,
     )  # fmt: skip
 

@@ -47,9 +47,14 @@ KERNELS = {
     "hopper": (hopper, triton_decode), "triton": (triton, triton_decode),
     "cudnn": (cudnn, triton_decode), "tpu": (tpu, tpu_decode),
 }  # fmt: skip
-# What "auto" tries, the fastest first, by compute capability (platform where there is none):
-# benchmarks/results/h200. Whatever is missing here takes xla.
-MEASURED = {"9.0": ("hopper", "triton", "cudnn", "xla")}
+NO_CACHE = ("hopper", "cudnn")  # triton's kernel reads it for them
+# What "auto" tries, the fastest first, by compute capability (platform where there is none) and
+# whether K = V: benchmarks/results/h200/tiles.jsonl, forward and backward together. Whatever is
+# missing here takes xla.
+MEASURED = {
+    ("9.0", True): ("hopper", "triton", "cudnn", "xla"),
+    ("9.0", False): ("cudnn", "hopper", "triton", "xla"),
+}
 
 
 def missing(impl: str) -> str | None:
@@ -59,21 +64,19 @@ def missing(impl: str) -> str | None:
     device = jax.devices()[0]
     if impl == "tpu":
         return None if device.platform == "tpu" else "a TPU"
-    capability = float(getattr(device, "compute_capability", None) or 0)
-    wanted, fits = "8.0 or newer", capability >= 8
-    if impl == "hopper":
-        wanted, fits = "9.0", 9 <= capability < 10
-    if device.platform == "gpu" and fits:
-        return None
-    return f"an NVIDIA GPU of compute capability {wanted}"
+    capability = str(getattr(device, "compute_capability", None)).partition(".")[0]
+    major = int(capability) if capability.isdecimal() else 0  # of NVIDIA; AMD's are names
+    wanted, fits = ("9.0", major == 9) if impl == "hopper" else ("8.0 or newer", major >= 8)
+    return None if fits else f"an NVIDIA GPU of compute capability {wanted}"
 
 
-def candidates(impl: str = "auto") -> tuple[str, ...]:
+def candidates(impl: str = "auto", tied: bool = True) -> tuple[str, ...]:
     """What to try for `impl`, the best first; raises UserError for one that is not here."""
     impl = kernels.preferred if impl == "auto" else impl
     if impl == "auto":
         device = jax.devices()[0]
-        return MEASURED.get(getattr(device, "compute_capability", device.platform), ("xla",))
+        kind = getattr(device, "compute_capability", device.platform)
+        return MEASURED.get((kind, tied), ("xla",))
     here = [name for name in IMPLEMENTATIONS if not missing(name)]
     if impl not in IMPLEMENTATIONS:
         raise UserError(
@@ -94,7 +97,9 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
     Raises:
       UserError: none does.
     """
-    refused, names = {}, candidates(impl)
+    refused, names = {}, candidates(impl, v is None)
+    if decodes and len(names) > 1:
+        names = [name for name in names if name not in NO_CACHE]
     for name in names:
         why = None
         if name in KERNELS:

@@ -189,7 +189,9 @@ def test_unknown_implementation_lists_what_is_here():
 
 def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypatch, capsys):
     """On a Hopper GPU, which is pretended: what is chosen, and why not what is faster."""
-    monkeypatch.setattr(dispatch, "candidates", lambda impl="auto": dispatch.MEASURED["9.0"])
+    monkeypatch.setattr(
+        dispatch, "candidates", lambda impl="auto", tied=True: dispatch.MEASURED["9.0", tied]
+    )
     monkeypatch.setattr(dispatch, "missing", lambda impl: None)
     monkeypatch.setattr(dispatch.trial, "failure", lambda *given: None)
     dispatch._tell.cache_clear()
@@ -206,6 +208,10 @@ def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypa
     assert told[2].startswith("attention: triton; not hopper: its dtype is one of bfloat16")
     assert told[3].startswith("attention: cudnn; ") and told[3].count("head width") == 2
     assert told[4].endswith("not cudnn: it has no segment ids") and len(told) == 5
+    assert dispatch.choose("auto", narrow, narrow) == "cudnn"
+    assert dispatch.choose("auto", narrow, narrow, segment_ids=jnp.zeros((1, 8))) == "hopper"
+    for v in (None, narrow):
+        assert dispatch.choose("auto", narrow, v, decodes=True) == "triton"
 
 
 def test_a_kernel_that_cannot_run_here_says_so():
