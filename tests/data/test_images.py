@@ -1,10 +1,12 @@
 """Images from files, patches, sets with an odd one out, and what is wrong with files."""
 
 import gzip
+import io
 import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qkvjax.data.images import open_images, patches_of, sets_of
 from qkvjax.errors import UserError
@@ -146,16 +148,29 @@ def test_shapes_that_do_not_fit(npz):
         sets_of("anomaly:npz:x", images, 16)
 
 
-def test_images_that_tfds_has_prepared(tmp_path, monkeypatch):
+def png(image: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_that_tfds_has_prepared(compressed, tmp_path, monkeypatch):
+    """As plain numbers, and as PNG, in which CIFAR and its like are kept."""
     import tensorflow_datasets as tfds
+
+    shape = 8, 12, 1
+    feature = tfds.features.Tensor(shape=shape, dtype=np.uint8)
+    if compressed:
+        feature = tfds.features.Image(shape=shape, encoding_format="png")
 
     class LittlePictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
             features = tfds.features.FeaturesDict({
-                "image": tfds.features.Tensor(shape=(8, 12, 1), dtype=np.uint8),
-                "label": tfds.features.ClassLabel(num_classes=3),
+                "image": feature, "label": tfds.features.ClassLabel(num_classes=3),
             })  # fmt: skip
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -164,7 +179,8 @@ def test_images_that_tfds_has_prepared(tmp_path, monkeypatch):
 
         def _rows(self, start, stop):
             for i in range(start, stop):
-                yield i, {"image": PIXELS[i][..., None], "label": int(LABELS[i])}
+                image = png(PIXELS[i]) if compressed else PIXELS[i][..., None]
+                yield i, {"image": image, "label": int(LABELS[i])}
 
         _generate_examples = _rows
 
