@@ -16,7 +16,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 results=${1:-benchmarks/results}
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD:$PWD/benchmarks
+export PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$results/stamps"
 
 if [ -n "${PREPARE:-}" ]; then
