@@ -106,10 +106,9 @@ class Dataset:
         check_split(split)
         rows = self.train if split == "train" else self.validation
         labels = self.num_train_tokens if split == "train" else self.num_validation_tokens
-        chosen = scored_rows(len(rows), labels, max_labels)
         separator = self.tokenizer.separator
-        for start in range(0, len(chosen), batch_size):
-            block = rows.read(chosen[start : start + batch_size])
+        for chosen in scored_rows(len(rows), labels, max_labels, batch_size):
+            block = rows.read(chosen)
             missing = batch_size - len(block)
             block = np.pad(block, ((0, missing), (0, 0)), constant_values=separator)
             batch = scored_batch(block, separator, self.score_pads, self.tokenizer.num_bytes)

@@ -140,9 +140,7 @@ class Examples:
         """
         check_split(split)
         labelled = self.train if split == "train" else self.validation
-        chosen = scored_rows(len(labelled), labelled.num_labels, max_labels)
-        for start in range(0, len(chosen), batch_size):
-            rows = chosen[start : start + batch_size]
+        for rows in scored_rows(len(labelled), labelled.num_labels, max_labels, batch_size):
             arrays = self._read(labelled, np.resize(rows, batch_size), None)
             arrays["weights"][len(rows) :] = 0
             yield arrays

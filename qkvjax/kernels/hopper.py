@@ -178,10 +178,8 @@ def _kernel(
                 warps.release(free[0].at[slot])
             seen = None
             if masked:
-                seen = warps.seen(
-                    options, (first, j * blocks.keys), products.shape,
-                    None if segments is None else segments.at[sequence],
-                )  # fmt: skip
+                at = first, j * blocks.keys
+                seen = warps.seen(options, at, products.shape, segments, sequence)
             top, shrink, weights = tile.weigh(top, products, seen, options.scale)
             mixed, narrow = mixed * tile.down(shrink, mixed), weights.astype(q.dtype)
             total = total * shrink + jnp.sum(weights, axis=1)

@@ -83,10 +83,8 @@ def _keys_kernel(
                 products, value_products = warps.products(*pairs)
                 seen = None
                 if masked:
-                    seen = warps.seen(
-                        options, (j * blocks.queries, first), products.shape,
-                        None if segments is None else segments.at[sequence], turned=True,
-                    )  # fmt: skip
+                    at = j * blocks.queries, first
+                    seen = warps.seen(options, at, products.shape, segments, sequence, turned=True)
                 of_column = [warps.numbers(ref.at[slot], along=True) for ref in numbers]
                 of_column = [jax.lax.broadcast_in_dim(x, products.shape, (1,)) for x in of_column]
                 weights, slope = tile.weights_and_slopes(
@@ -179,10 +177,8 @@ def _queries_kernel(options, edges, group, inputs, outputs, *, own, tiles, arriv
             products, value_products = warps.products((mine[0], keys), (mine[1], value))
             seen = None
             if masked:
-                seen = warps.seen(
-                    options, (first, j * blocks.keys), products.shape,
-                    None if segments is None else segments.at[sequence],
-                )  # fmt: skip
+                at = first, j * blocks.keys
+                seen = warps.seen(options, at, products.shape, segments, sequence)
             numbers = [tile.down(x, products) for x in of_row]
             _, slope = tile.weights_and_slopes(
                 products, seen, numbers[0], value_products, numbers[1], options.scale

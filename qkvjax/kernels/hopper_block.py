@@ -169,9 +169,9 @@ class Warpgroup:
         index = [()] if OLD else []
         return lowering.load(ref, *index, layout=layout, optimized=False)
 
-    def seen(self, options: tile.Options, first: tuple, shape, segments, turned: bool = False):
-        """The mask of a tile whose queries and keys begin at places `first`, [queries, keys] or
-        `turned`; segments is a reference to a sequence's."""
+    def seen(self, options: tile.Options, first, shape, segments, sequence, turned: bool = False):
+        """The mask of a sequence's tile whose queries and keys begin at places `first`, [queries,
+        keys] or `turned`; segments is None or a reference to those of all sequences."""
         axes = (1, 0) if turned else (0, 1)
 
         def iota(axis):
@@ -184,7 +184,8 @@ class Warpgroup:
             return tile.visible(rows, columns, **options.limits)
         of = []
         for axis, at in zip(axes, first):
-            found = self.numbers(segments.at[pl.ds(at, shape[axis])], along=axis == 1)
+            places = segments.at[sequence, pl.ds(at, shape[axis])]
+            found = self.numbers(places, along=axis == 1)
             of.append(jax.lax.broadcast_in_dim(found, shape, (axis,)))
         return tile.visible(
             rows, columns, **options.limits, row_segments=of[0], column_segments=of[1]
