@@ -32,15 +32,18 @@ def pytest_collection_modifyitems(items):
 # Folders and files of what is held against a reference, to a tolerance, or not at all: it need not
 # be compiled well, which takes a quarter of the time.
 QUICKLY_COMPILED = {
-    "attention", "evaluation", "generation", "interop", "kernels", "models", "test_bench_door.py",
+    "attention", "evaluation", "generation", "interop", "kernels", "models", "notebooks",
+    "test_analyze_door.py", "test_bench_door.py", "test_compiled_plan.py", "test_covering.py",
+    "test_examples.py", "test_program.py", "test_readme.py", "test_study_door.py",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
-    """How this module's programs are, in the test's own process."""
+    """How this module's programs are, in the test's process and in those that it starts."""
     quickly = bool({request.path.parent.name, request.path.name} & QUICKLY_COMPILED)
     jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quickly)
 
 
 @pytest.fixture(scope="session")
