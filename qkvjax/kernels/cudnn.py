@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import jax
 
+from qkvjax.errors import UserError
 from qkvjax.kernels import limits
 
 BACKEND = "cudnn"
@@ -28,8 +29,14 @@ def refusal(
 def attention(
     q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None
 ) -> jax.Array:
-    """As `kernels.dispatch.attention`, whose arguments these are."""
-    assert not refusal(q, v, causal=causal, segment_ids=segment_ids, window=window, q_pe=q_pe)
+    """As `kernels.dispatch.attention`, whose arguments these are.
+
+    Raises:
+      UserError: `refusal` has an answer.
+    """
+    why = refusal(q, v, causal=causal, segment_ids=segment_ids, window=window, q_pe=q_pe)
+    if why:
+        raise UserError(f"cudnn takes no such attention: {why}; use impl='auto'")
     return jax.nn.dot_product_attention(
         q, k, k if v is None else v, is_causal=causal, scale=scale, implementation=BACKEND,
         local_window_size=None if window is None else (window - 1, 0),

@@ -130,12 +130,11 @@ def decode(
     out = jax.ShapeDtypeStruct(
         (batch, num_kv_heads, rows, width if v is None else v.shape[3]), q.dtype
     )
-    is_held = lambda x: isinstance(x, Int8)  # noqa: E731
     found = pallas(
         functools.partial(_kernel, options, len(scalars)), "attention_decode", interpret, scalars,
         grid=(batch, num_kv_heads // taken, rows // tall, -(-slots // size)),
         in_specs=[
-            *(jax.tree.map(spec, x, is_leaf=is_held) for spec, x in zip(
+            *(jax.tree.map(spec, x, is_leaf=lambda x: isinstance(x, Int8)) for spec, x in zip(
                 (of_rows, held, held, lambda x: slots_of(x, False), whole, whole), inputs)),
             pl.BlockSpec((None, tall, 1), lambda b, n, i, *_: (b, i, 0)),
         ],

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qkvjax.errors import UserError
 from qkvjax.kernels import cudnn, reference
 
 
@@ -41,3 +42,5 @@ def test_what_it_would_leave_out_silently_is_refused():
     assert "second part" in cudnn.refusal(x, q_pe=x)
     assert "up to 128, not 256" in cudnn.refusal(jnp.zeros((1, 8, 2, 256), jnp.bfloat16))
     assert "not float32" in cudnn.refusal(x.astype(jnp.float32))
+    with pytest.raises(UserError, match="no segment ids; use impl='auto'"):
+        cudnn.attention(x, x, segment_ids=jnp.zeros((1, 8), int))
