@@ -4,11 +4,12 @@
   qkvjax analyze --workdir=runs/qkv --workdir=runs/tied --data=text:my_book.txt
   qkvjax analyze --workdir=runs/tied --projections=q,kv --step=500
 
-For each layer and head: singular values, effective and stable rank of the projections and of
-W_q W_k^T; for each pair of projections the cosine of the weights, the angles between their
-spaces and the CKA of what they put out; asymmetry of the scores, attention to oneself, entropy
-and largest logit. qkvjax/evaluation/spectra.py defines each with its equation. WORKDIR gets
-analysis.jsonl (a line a measure) and analysis/ with plots: spectra, heads, attention.
+For each layer and head: singular values, effective and stable rank of the projections, of
+W_q W_k^T and of what the projections put out; for each pair of projections the cosine of the
+weights, the angles between their heads' spaces and the CKA of what they put out; asymmetry of the
+scores, attention to oneself, entropy and largest logit. qkvjax/evaluation/spectra.py defines each
+with its equation. WORKDIR gets analysis.jsonl (a line a measure) and analysis/ with plots: spectra,
+heads, attention.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qkvjax.errors import UserError
 
 FLAGS = {
     "workdir": (tuple, [], "a trained run; repeat it for several"),
-    "projections": (list, None, "which, as the sharing has them: q,kv; all if unset"),
+    "projections": (list, None, "which, as the sharings have them: q,kv; all if unset"),
     "data": (str, None, "another corpus, as data.source names it"),
     "step": (int, None, "which checkpoint; the newest if unset"),
     "num_sequences": (int, 8, "sequences that activations come from", 1),
@@ -46,15 +47,15 @@ def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
     """Writes analysis.jsonl and the plots of one run; returns a table to print."""
     from qkvjax.analysis import inside_plots
     from qkvjax.attention.spec import sharing_name
-    from qkvjax.data.open import open_dataset
+    from qkvjax.data.open import check_fits, open_dataset
     from qkvjax.evaluation import inside
     from qkvjax.training.metrics import write_lines
     from qkvjax.training.restore import load_model
 
     model, _, config, step = load_model(workdir, values.step)
-    for layer in model.spec.layers:  # before the data are read
-        inside.blocks_of(layer.blocks, values.projections)
+    inside.chosen(model.spec.layers, values.projections)  # before the data are read
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
+    check_fits(dataset, model.spec)
     inputs = inside.sequences(dataset, values.num_sequences)
     records, seen = inside.analyze(model, inputs, values.projections)
     num_tokens = len(inputs) * config.data.seq_len

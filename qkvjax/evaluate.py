@@ -61,12 +61,13 @@ def body(values: flags.FlagValues) -> None:
     if values.verify:
         verify(Path(values.workdir), values.step)
         return
-    from qkvjax.data.open import open_dataset
+    from qkvjax.data.open import check_fits, open_dataset
     from qkvjax.training.metrics import append_line
     from qkvjax.training.restore import load_model
 
     model, tokenizer, config, step = load_model(values.workdir, values.step)
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
+    check_fits(dataset, model.spec)
     for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
         for line in score(task, model, dataset, config, values.batch_size):
             line = {"task": task, **line, "step": step, "data": values.data or config.data.source}

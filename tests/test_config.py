@@ -259,3 +259,31 @@ def test_the_quickstart_is_a_valid_study(recipe):
     config = recipe("configs/quickstart.py", "seeds=2,depth=1,steps=5")
     configs.validate(config)
     assert len(config.study.points) == 5 and config.study.seeds == 2
+
+
+@pytest.mark.parametrize(
+    ("arg", "source", "length", "epochs", "settings", "reference"),
+    [
+        (None, "digits", 17, "20ep", 4, False),
+        ("dataset=mnist", "tfds:mnist", 50, "20ep", 4, True),
+        ("dataset=fashion_mnist,source=idx:x", "idx:x", 50, "20ep", 4, False),
+        ("dataset=cifar100,epochs=2,width=64", "tfds:cifar100", 65, "2ep", 2, True),
+        ("dataset=tiny_imagenet", "tfds:tiny_imagenet", 257, "20ep", 1, True),
+        ("source=npz:x,size=14,patch=7", "npz:x", 5, "20ep", 4, False),
+    ],
+)
+def test_data_sets_of_the_vision_study(recipe, arg, source, length, epochs, settings, reference):
+    config = recipe("configs/paper/vision.py", arg)
+    configs.validate(config)
+    assert (config.data.source, config.data.seq_len) == (source, length)
+    assert config.train.steps == epochs and len(config.study.settings) == settings
+    assert config.data.augment == ("crop_flip" if "cifar" in source else "none")
+    assert bool(config.study.reference) == reference
+    if reference:
+        names = {setting["label"] for setting in config.study.settings}
+        assert names <= set(configs.plain(config.study.reference)["values"])
+
+
+def test_a_data_set_that_the_paper_does_not_have(recipe):
+    with pytest.raises(UserError, match="dataset='minst' is none of mnist.*did you mean 'mnist'"):
+        recipe("configs/paper/vision.py", "dataset=minst")

@@ -58,7 +58,7 @@ def get_config(arg=None):
         "prompt": "The",
         "reference": {
             "source": "arXiv 2606.04032, validation perplexity with padding scored, one run each",
-            "metric": "perplexity",
+            "metric": "perplexity", "score_pads": True,
             "values": {"all": {label: [value] for label, (_, _, value) in variants.items()}},
         },
     })  # fmt: skip

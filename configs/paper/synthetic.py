@@ -34,7 +34,8 @@ def get_config(arg=None):
         max_length=max(128, given.length), norm="layernorm", mlp="gelu", mlp_ratio=4.0,
         qk_norm=False, use_bias=True, tie_embeddings=False, init="uniform",
     )  # fmt: skip
-    config.data.update(source="synthetic:reverse", seq_len=given.length, batch_size=128)
+    first = given.task or TASKS[0]  # the settings name each its own
+    config.data.update(source=f"synthetic:{first}", seq_len=given.length, batch_size=128)
     config.optimizer.update(
         learning_rate=1e-3, final_learning_rate=0.0, schedule="cosine", warmup_steps=7,
         weight_decay=0.0, b1=0.9, b2=0.999, clip_norm=5.0,

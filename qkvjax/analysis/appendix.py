@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from pathlib import Path
 
 from qkvjax.analysis.document import Code, Fold, Heading, Pairs, Paragraph, Terms, words
 from qkvjax.analysis.summary import Summary
 from qkvjax.config import flatten
 
-_DEFINITIONS = [
-    ("interval", "Student’s t over seeds, 95 %. A difference is paired: seed i of a variant minus"
-     " seed i of the baseline, which start from the same random numbers and see the same batches."
-     " Intervals are not widened for the number of variants: of twenty comparisons of equal"
-     " variants, about one is expected to be called different."),
-    ("verdict", "“better” or “worse” only where the paired 95 % interval excludes zero; else “no"
-     " difference shown”, which does not say that there is none. One seed gives no interval."),
-    ("smallest detectable effect", "the true difference that a study with this spread and this"
-     " number of seeds finds four times in five: (t.975 + t.80) standard errors, n − 1 degrees of"
-     " freedom."),
-    ("val. − train", "the score on held-out data minus that on training data."),
-    ("FLOPs per token", "of training: 2 per multiply-add, and three times the forward pass"
-     " (backward costs twice forward): 6 × forward multiply-adds of a sequence / its length."
-     " Attention counts all pairs of positions."),
-    ("cache per token", "bytes that decoding keeps for each token of context, over all layers;"
-     " one tensor where key and value are one state, else two."),
-]  # fmt: skip
+_DEFINITIONS = Path(__file__).with_name("definitions.toml").read_text(encoding="utf-8")
 
 
 def what_was_run(summary: Summary) -> list:
@@ -50,7 +36,8 @@ def what_was_run(summary: Summary) -> list:
     first = [(metric.name, metric.definition)]
     if metric.relative:
         first.append(("percent", f"of the baseline’s mean {metric.name}."))
-    return [*parts, Heading("What the words mean", 3), Terms(first + _DEFINITIONS)]
+    first += tomllib.loads(_DEFINITIONS).items()
+    return [*parts, Heading("What the words mean", 3), Terms(first)]
 
 
 def text(value) -> str:

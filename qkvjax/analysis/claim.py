@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from qkvjax.analysis import formats
 from qkvjax.analysis.statistics import Paired
@@ -13,11 +13,11 @@ SUPPORTED, CONTRADICTED = "supported", "contradicted"
 CANT_TELL, NOT_MEASURED = "can't tell at this size", "not measured"
 MIN_TOKENS_PER_PARAM = 10
 HARDLY = 0.005  # of the bits
-AT_300M, ARTICLE = (200e6, 400e6), (100e6, 7e9)
+# Parameters that claims speak of.
+SCOPES = {"any": None, "300m": (200e6, 400e6), "article": (100e6, 7e9)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What a study says about a claim: two texts for people, and the verdict in scope."""
 
     measured: str = formats.NONE
@@ -25,36 +25,32 @@ class Finding:
     verdict: str = NOT_MEASURED
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """One claim.
 
     Attributes:
-      id, source: A the article, P the paper, F the authors' follow-ups.
-      claim, measured_by: texts.
+      id: A... of the article, P... of the paper, F... of the authors' follow-ups.
+      claim, measured_by, scope, score_pads: see claims.toml.
       decide: computes a Finding, or None where the study lacks what it needs; None when no
         study of this kind measures it.
-      sizes: parameters the claim speaks of; None for exact arithmetic.
-      pads: whether padding was scored where the figure comes from; None when it does not say.
     """
 
     id: str
-    source: str
     claim: str
     measured_by: str
     decide: Callable[[Summary], Finding | None] | None = None
-    sizes: tuple[float, float] | None = ARTICLE
-    pads: bool | None = None
+    scope: str = "article"
+    score_pads: bool | None = None
 
 
 def in_scope(claim: Claim, summary: Summary) -> bool:
     """Whether this study may decide the claim at all (rules 1 to 3)."""
-    if claim.sizes is None:
+    if SCOPES[claim.scope] is None:
         return True
     size = summary.baseline.num_params or 0
     tokens = min((result.get("tokens") or 0 for result in summary.results), default=0)
-    low, high = claim.sizes
-    kind = claim.pads is None or claim.pads == summary.score_pads
+    low, high = SCOPES[claim.scope]
+    kind = claim.score_pads in (None, summary.score_pads)
     return low <= size <= high and tokens >= MIN_TOKENS_PER_PARAM * size and kind
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 from qkvjax.analysis import formats
 from qkvjax.analysis.metric import Metric
@@ -12,8 +12,7 @@ from qkvjax.analysis.summary import Row, Summary
 MARGIN = 0.01  # of the baseline's bits: "at most 1 % loss"
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """A wish, the variant that meets it (or why none is named), and the reason."""
 
     wish: str

@@ -6,7 +6,7 @@ strings, of which `Strong` ones are set off.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 
 class Strong(str):
@@ -16,40 +16,35 @@ class Strong(str):
 Text = str | list[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Title:
+class Title(NamedTuple):
     """The head of the report."""
 
     text: str
     subtitle: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """The head of a section (level 2) or of a part of it (level 3)."""
 
     text: str
     level: int = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Paragraph:
+class Paragraph(NamedTuple):
     """Running text. style: "", "lead" (large) or "question" (italic)."""
 
     text: Text
     style: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A message that must not be missed. tone: "alarm" or "note"."""
 
     text: Text
     tone: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A table cell: a value, a smaller second line, and a tone (good, bad, quiet)."""
 
     text: str
@@ -57,8 +52,7 @@ class Cell:
     tone: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table. The columns whose title stands in `left` hold words and are set left."""
 
     columns: list[str]
@@ -72,15 +66,13 @@ def words(columns: list[str], rows: list[list[Cell | str]], caption: str = "") -
     return Table(columns, rows, tuple(columns), caption)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """A table of names and values, without a head."""
 
     items: list[tuple[str, str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A plot: its file stem under plots/, the SVG, and what it shows in words."""
 
     name: str
@@ -88,8 +80,7 @@ class Figure:
     caption: Text
 
 
-@dataclasses.dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     """Fixed-width text. `prompt` is the part before it that was given, not produced."""
 
     text: str
@@ -97,16 +88,14 @@ class Code:
     prompt: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """Parts that a reader may open."""
 
     summary: str
     parts: list
 
 
-@dataclasses.dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """Definitions: word and meaning."""
 
     items: list[tuple[str, str]]

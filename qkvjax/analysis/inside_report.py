@@ -11,6 +11,7 @@ from qkvjax.analysis.summary import Row, Summary
 # What stands in the table behind the ranks, in order; a sharing may have no such pair.
 MEASURES = {
     "rank_scores": "rank W_q W_kᵀ", "cka_k_v": "CKA k, v", "cosine_k_v": "cos W_k, W_v",
+    "angles_k_v": "cos of angles k, v",
     "score_asymmetry": "Asymmetry", "diagonal_mass": "To oneself", "entropy": "Entropy",
     "max_logit": "Max logit",
 }  # fmt: skip
@@ -25,21 +26,27 @@ def look_inside(summary: Summary, figures: dict[str, str]) -> list:
     shown = [name for name in MEASURES if any(name in found for found in rows.values())]
     if rows:
         cells = [
-            [label, _ranks(found), *(_cell(found.get(name)) for name in shown)]
+            [
+                label,
+                Cell(_ranks(found, ""), _ranks(found, "_activations")),
+                *(_cell(found.get(name)) for name in shown),
+            ]
             for label, found in rows.items()
         ]
         columns = ["Variant", "Effective ranks", *(MEASURES[name] for name in shown)]
         parts.append(Table(
             columns, cells, left=("Variant",),
             caption="After training: means over layers and heads, of logits the largest; below,"
-            " the range over seeds. Effective ranks (Roy & Vetterli 2007) of the projections, and"
-            " by head of W_q W_kᵀ; linear CKA of what keys and values carry, and cosine of their"
-            " weights (near 0 for maps that differ by a rotation, whatever they carry); asymmetry"
-            " of the scores; attention to oneself; entropy in nats.",
+            " the range over seeds. Effective ranks (Roy & Vetterli 2007) of the projections (and"
+            " of what they put out), and by head of W_q W_kᵀ; linear CKA of what keys and values"
+            " carry, and cosine of their weights (near 0 for maps that differ by a rotation,"
+            " whatever they carry); mean cosine of the principal angles between a head's spaces;"
+            " asymmetry of the scores; attention to oneself; entropy in nats.",
         ))  # fmt: skip
     if "spectra" in figures:
         caption = (
-            "Singular values of the projections over the largest, mean over layers, first seed."
+            "Singular values of the projections over the largest, mean over layers, first seed"
+            f"{summary.settings and f' of {summary.settings[0]}' or ''}."
             " A line that stays high uses all its directions."
         )
         parts.append(Figure("spectra", figures["spectra"], caption))
@@ -81,10 +88,10 @@ def _measures(row: Row) -> dict[str, list[float]]:
     return found
 
 
-def _ranks(found: dict[str, list[float]]) -> str:
-    """ "q 101, kv 102"."""
-    ranks = {name.removeprefix("rank_"): values for name, values in found.items()
-             if name.startswith("rank_") and name not in MEASURES}  # fmt: skip
+def _ranks(found: dict[str, list[float]], of: str) -> str:
+    """ "q 101, kv 102", of the weights or of what they put out."""
+    names = {f"rank_{name}{of}": name for name in ("q", "k", "v", "qk", "kv", "qv", "qkv")}
+    ranks = {names[name]: values for name, values in found.items() if name in names}
     return ", ".join(f"{name}{formats.NBSP}{np.mean(v):.0f}" for name, v in ranks.items())
 
 

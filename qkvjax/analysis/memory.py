@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from qkvjax import config as configs
-from qkvjax.analysis import columns, formats, plots
+from qkvjax.analysis import columns, costs, formats, plots
 from qkvjax.analysis.document import Figure, Heading
 from qkvjax.analysis.summary import Summary
 from qkvjax.attention.spec import SHARINGS, sharing_name
@@ -16,7 +16,8 @@ MODES = {"train": "a training step", "decode": "decoding"}
 
 
 def measure(config, batches: list[int], contexts: list[int], log: Callable[[str], None]) -> list:
-    """A record a program: mode, sharing, batch, context, peak_bytes, and where it was compiled.
+    """A record a program: mode, sharing, batch, context, peak_bytes, where it was compiled, and
+    num_params of the model with three projections, which says what was compiled.
 
     Args:
       config: of a language model; its sharing is replaced by each in turn.
@@ -29,7 +30,9 @@ def measure(config, batches: list[int], contexts: list[int], log: Callable[[str]
         raise UserError(f"model.kind={config.model.kind!r}: memory is measured of kind lm")
     from qkvjax.parallel import host
 
-    facts = {"what": "memory", "device": host.device_name(), "environment": host.environment()}
+    exact = costs.recipe_costs(configs.changed(config, model={"sharing": "q-k-v"}))[1]
+    facts = {"what": "memory", "device": host.device_name(), "environment": host.environment(),
+             "num_params": exact["num_params"]}  # fmt: skip
     places = [(b, config.data.seq_len) for b in batches]
     places += [(config.data.batch_size, c) for c in contexts]
     records, refused = [], None

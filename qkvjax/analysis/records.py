@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from qkvjax.errors import UserError, parse_object, read_object
 
 
-@dataclasses.dataclass(frozen=True)
-class Records:
+class Records(NamedTuple):
     """The files of a study, checked.
 
     Attributes:

@@ -315,7 +315,8 @@ def _claims(summary: Summary) -> list:
     found = claims.findings(summary)
     tokens = {result.get("tokens") for result in summary.results} - {None}
     environment = summary.study.get("environment") or {}
-    here = [f"{formats.count(summary.baseline.num_params)} parameters"]
+    size = summary.baseline.num_params
+    here = [f"{formats.count(size)} parameters"] if size else []
     here += [f"{formats.count(max(tokens))} tokens"] if tokens else []
     here += [str(environment["device"])] if environment.get("device") else []
     seen = [(c, f) for c, f in found if f.verdict != claim.NOT_MEASURED]

@@ -9,27 +9,25 @@ from qkvjax.analysis.document import Cell, Fold, Heading, Paragraph, Table
 from qkvjax.analysis.summary import Summary
 from qkvjax.evaluation import SOLVED
 
-ALIKE = 0.005  # accuracies this close count as equal: single runs differ by as much
+# Metric -> how close two figures count as equal, and as a part of what: single runs differ by as
+# much.
+ALIKE = {"accuracy": (0.005, "0.005"), "perplexity": (0.01, "1 %")}
 
 Values = dict[tuple[str, str], list[float]]  # (setting, label) -> runs
 
 
 def by_setting(summary: Summary) -> list:
     """A section with the mean of each group of settings (the first word of their names), and
-    every setting in a fold; empty for a study of one setting without reference.
+    every setting in a fold; empty for a study of text without settings and reference.
     """
     reference = summary.study.get("reference") or {}
-    names = summary.settings or (["all"] if reference else [])
-    if not names:
-        return []
-    labels = [row.label for row in summary.rows]
     default = "score" if summary.metric.relative else "accuracy"
+    if not (summary.settings or reference or default == "accuracy"):
+        return []
+    names = _names(summary)
+    labels = [row.label for row in summary.rows]
     key = reference.get("metric") or default
-    ours: Values = {}
-    for row in summary.rows:
-        for line in row.results.values():
-            if line.get(key) is not None:
-                ours.setdefault((line.get("setting") or "all", row.label), []).append(line[key])
+    ours, by_class = _values(summary, key), _values(summary, "class_accuracy")
     given = reference.get("values") or {}
     theirs: Values = {(name, label): runs for name in given for label, runs in given[name].items()}
     groups: dict[str, list[str]] = {}
@@ -38,18 +36,23 @@ def by_setting(summary: Summary) -> list:
     what = key.replace("_", " ")
     columns = ["Settings", *labels]
 
-    def rows_of(write) -> list:
-        return [_row(_many(g, s, ours), s, labels, ours, theirs, write) for g, s in groups.items()]
+    def rows_of(write, ours=ours, theirs=theirs) -> list:
+        rows = [_row(_many(g, s, ours), s, labels, ours, theirs, write) for g, s in groups.items()]
+        if len(groups) > 1 and write is _mean:
+            rows.append(_row(_many("all", names, ours), names, labels, ours, theirs, write))
+        return rows
 
-    means = rows_of(_mean)
-    if len(groups) > 1:
-        means.append(_row(_many("all", names, ours), names, labels, ours, theirs, _mean))
     parts = [
         Heading("Setting by setting"),
-        *_agreement(ours, theirs, key, reference.get("source")),
-        Table(columns, means, left=("Settings",),
+        *_agreement(summary, ours, theirs, key, reference),
+        Table(columns, rows_of(_mean), left=("Settings",),
               caption=f"Mean {what} over settings and seeds" + _beside(theirs) + "."),
     ]  # fmt: skip
+    if by_class and by_class != ours:
+        caption = "The same with each class counting as much as any other (class accuracy)."
+        parts.append(
+            Table(columns, rows_of(_mean, by_class, {}), left=("Settings",), caption=caption)
+        )
     if key == "accuracy":
         parts.append(
             Table(columns, rows_of(_solved), left=("Settings",),
@@ -64,6 +67,20 @@ def by_setting(summary: Summary) -> list:
             table = Table(columns, rows, left=("Settings",), caption=caption + ".")
             parts.append(Fold(title, [table]))
     return parts
+
+
+def _names(summary: Summary) -> list[str]:
+    """The settings; of a study that has one, as its recipe or, failing that, we call it."""
+    return summary.settings or [summary.study.get("setting") or "all"]
+
+
+def _values(summary: Summary, key: str) -> Values:
+    alone, found = _names(summary)[0], {}
+    for row in summary.rows:
+        for line in row.results.values():
+            if line.get(key) is not None:
+                found.setdefault((line.get("setting") or alone, row.label), []).append(line[key])
+    return found
 
 
 def _many(name: str, settings: list[str], ours: Values) -> str:
@@ -103,20 +120,25 @@ def _span(values: list[float]) -> str:
     return f"{low:.3f}" if low == high else f"{low:.3f}{formats.NBSP}to{formats.NBSP}{high:.3f}"
 
 
-def _agreement(ours: Values, theirs: Values, key: str, source: str | None) -> list:
+def _agreement(summary: Summary, ours: Values, theirs: Values, key: str, reference: dict) -> list:
     """How often the reference's figures are met."""
     both = [place for place in ours if place in theirs]
     if not both:
         return []
-    room = ALIKE if key == "accuracy" else 0.0
+    told = f"The reference is {reference.get('source')}."
+    if reference.get("score_pads", summary.score_pads) != summary.score_pads:
+        pads = "scored" if summary.score_pads else "not scored"
+        return [Paragraph(f"{told} Padding is {pads} here, unlike there: figures do not compare.")]
+    room, alike = ALIKE.get(key, (0.0, "nothing more"))
     met, higher = 0, 0
     for place in both:
-        low, high = min(theirs[place]) - room, max(theirs[place]) + room
+        relative = np.mean(theirs[place]) if key == "perplexity" else 1
+        low, high = min(theirs[place]) - room * relative, max(theirs[place]) + room * relative
         met += min(ours[place]) <= high and max(ours[place]) >= low
         higher += min(ours[place]) > high
     text = (
-        f"The reference is {source}. Our runs and its overlap in {met} of {len(both)} cells"
-        f" (variant and setting; ranges over seeds, {ALIKE:g} counted as equal); ours lie above in"
-        f" {higher} and below in {len(both) - met - higher}. Both draw their own random numbers."
+        f"{told} Our runs and its overlap in {met} of {len(both)} cells (variant and setting;"
+        f" ranges over seeds, {alike} counted as equal); ours lie above in {higher} and below in"
+        f" {len(both) - met - higher}. Both draw their own random numbers."
     )
     return [Paragraph(text)]

@@ -7,9 +7,9 @@ sees the same batches in every variant, so differences are taken within seeds.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
 _MANY = 1000  # more seeds than this are reported as None: nobody trains them
 
 
-@dataclasses.dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A mean over n values with its interval; low and high are None when n is 1."""
 
     mean: float
@@ -27,8 +26,7 @@ class Interval:
     n: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Paired:
+class Paired(NamedTuple):
     """A difference other - baseline over the seeds that both have.
 
     Attributes:

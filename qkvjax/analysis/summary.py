@@ -158,8 +158,7 @@ def summarize(records: Records) -> Summary:
     rows = []
     for label, results in done.items():
         scores = {seed: line["score"] for seed, line in results.items()}
-        one = next(iter(results.values()), {})
-        costs = one.get("costs") or {}
+        costs = _common([line.get("costs") or {} for line in results.values()])
         macs, length = costs.get("forward_macs"), costs.get("seq_len")
         line = lines[label]
         rows.append(
@@ -208,6 +207,7 @@ def _csv_line(summary: Summary, row: Row) -> dict:
         "difference_high": pair and pair.high,
         "verdict": pair.verdict if pair else "baseline" if row is summary.baseline else "not run",
         "smallest_detectable_effect": pair and pair.smallest_detectable_effect,
+        **{name: _mean(row, name) for name in ("accuracy", "class_accuracy", "solved")},
         "train_validation_gap": row.train_validation_gap, "num_params": row.num_params,
         "flops_per_token": row.flops_per_token, "cache_bytes_per_token": row.cache_bytes_per_token,
         "step_ratio": first(measured.get("step_ratio")), "peak_bytes": measured.get("peak_bytes"),
@@ -216,6 +216,17 @@ def _csv_line(summary: Summary, row: Row) -> dict:
     for mark, steps, seconds in zip(summary.marks, row.steps_to, row.seconds_to, strict=True):
         line |= {f"steps_to_{mark:.3f}": steps, f"seconds_to_{mark:.3f}": seconds}
     return {name: "" if value is None else value for name, value in line.items()}
+
+
+def _mean(row: Row, name: str) -> float | None:
+    values = [line[name] for line in row.results.values() if line.get(name) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _common(costs: list[dict]) -> dict:
+    """What all runs of a variant have in common; settings of several sizes have none."""
+    one = costs[0] if costs else {}
+    return {name: v for name, v in one.items() if all(c.get(name) == v for c in costs)}
 
 
 def first(ratio):

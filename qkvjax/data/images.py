@@ -54,7 +54,7 @@ def open_images(source: str) -> Images:
     """
     kind, _, rest = source.partition(":")
     images = {"digits": _digits, "npz": _npz, "idx": _idx, "tfds": _tfds}[kind](source, rest)
-    return Images(*(_checked(source, *split, images[0][1]) for split in images))
+    return Images(*(_checked(source, *split, *images[0]) for split in images))
 
 
 def patches_of(
@@ -140,17 +140,26 @@ def _crop_flip(images, rng):
     return cut
 
 
-def _checked(source, images, labels, train_labels):
+def _checked(source, images, labels, train_images, train_labels):
     """Images with a channel axis, and int64 labels of classes that the training images have."""
     _paired(source, images, labels)
+    if images.shape[1:] != train_images.shape[1:]:
+        raise UserError(
+            f"{source}: images to score are {images.shape[1:]}, those to train on"
+            f" {train_images.shape[1:]}: make them of one size"
+        )
+    if images.dtype.kind not in "buif" or not np.isfinite(images).all():
+        raise UserError(f"{source}: pixels ({images.dtype}) must be finite real numbers")
     images = images[..., None] if images.ndim == 3 else images
     known = np.unique(train_labels)
-    strange = np.setdiff1d(labels, known)
-    if not np.issubdtype(labels.dtype, np.integer) or known[0] < 0 or len(strange):
-        found = known[0] if known[0] < 0 else strange[0] if len(strange) else labels[0]
+    strange = np.setdiff1d(labels, known) if known[0] >= 0 else known
+    if known[-1] >= len(train_labels):  # a head of so many classes would be mostly idle
+        strange = known[-1:]
+    if not np.issubdtype(labels.dtype, np.integer) or len(strange):
         raise UserError(
-            f"{source}: the label {found} is out of range: labels are whole numbers from 0 on, and"
-            f" those to score are among the training images' ({known[0]} to {known[-1]})"
+            f"{source}: the label {(*strange, labels[0])[0]} is out of range: labels are whole"
+            " numbers from 0 on, fewer than there are training images, and those to score are"
+            f" among the training images' ({known[0]} to {known[-1]})"
         )
     return images, labels.astype(np.int64)
 
@@ -232,6 +241,9 @@ def _load_idx(file: Path) -> np.ndarray:
     return np.frombuffer(content[ends:], np.uint8).reshape(shape)
 
 
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, IndexError, zlib.error, zipfile.BadZipFile)
+
+
 def _read_or_tell(source, file: Path, read: Callable[[Path], object]):
     try:
         return read(file)
@@ -239,7 +251,7 @@ def _read_or_tell(source, file: Path, read: Callable[[Path], object]):
         raise UserError(
             f"data.source={source!r}: nothing is at {file.absolute()}: check the path"
         ) from None
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise UserError(f"{file} is damaged or of another kind ({error}): copy it again") from None
 
 

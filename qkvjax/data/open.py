@@ -24,6 +24,21 @@ def reads_text(config) -> bool:
     return config.model.kind == "lm" and not config.data.source.startswith("synthetic:")
 
 
+def check_fits(dataset: Dataset | Examples, spec) -> None:
+    """Raises UserError unless a trained model, of this ModelSpec, reads and labels such data."""
+    if not isinstance(dataset, Examples):
+        return  # its tokenizer is the model's
+    wide, classes = dataset.num_inputs, dataset.num_outputs
+    symbols = dataset.name.startswith("synthetic:")  # of which data may have fewer
+    fits = wide <= spec.vocab_size if symbols else wide == spec.vocab_size
+    if not fits or classes > spec.num_outputs:
+        raise UserError(
+            f"{dataset.name} has tokens of {wide} {'symbols' if symbols else 'numbers'} and"
+            f" {classes} classes, the model {spec.vocab_size} and {spec.num_outputs}: choose data"
+            " like those it was trained on"
+        )
+
+
 def open_dataset(
     config, source: str | None = None, *, whole: bool = False,
     log: Callable[[str], None] = lambda line: None,

@@ -143,11 +143,12 @@ def open_task(source: str, seq_len: int) -> Examples:
                 f" with one of {among(knob, knobs)}"
             )
         knobs[knob] = int(number)
-    if knobs.get("pairs", 0) > knobs.get("symbols", 0):
-        raise UserError(
-            f"data.source={source!r}: {knobs['pairs']} pairs need as many different symbols, and"
-            f" there are {knobs['symbols']}: raise symbols"
-        )
+    for few, many, more in (("pairs", "symbols", 0), ("hops", "pairs", 1)):
+        if (least := knobs.get(few, 0) + more) > knobs.get(many, least):
+            raise UserError(
+                f"data.source={source!r}: {knobs[few]} {few} need {least} {many}, and there are"
+                f" {knobs[many]}: raise {many}"
+            )
     rng = np.random.default_rng([zlib.crc32(source.encode()), seq_len])
     splits = [Labelled(*task.draw(rng, knobs[n], seq_len, knobs)) for n in ("train", "test")]
     symbols = task.num_symbols(knobs)

@@ -2,29 +2,29 @@
 
 A record is a dict with layer, head (None for the layer as a whole), what (the thing measured,
 such as "W_q", "W_q W_k^T", "k activations"), metric and value; records of spectra also have
-`values`, largest first. Letters: B sequences, T tokens, D model width, N query heads, K
-key-value heads, H head width.
+`values`, largest first, those of principal angles (whose value is the mean cosine) the angles.
+Letters: B sequences, T tokens, D model width, N query heads, K key-value heads, H head width.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qkvjax.attention.layer import Attention
+from qkvjax.attention.spec import AttentionSpec
 from qkvjax.data.dataset import whole_rows
 from qkvjax.errors import UserError
 from qkvjax.evaluation import spectra
 from qkvjax.parallel import distributed
 
 
-@dataclasses.dataclass(frozen=True)
-class Looked:
+class Looked(NamedTuple):
     """What one layer computes of a batch, float32 on the host.
 
     Attributes:
@@ -38,21 +38,24 @@ class Looked:
     weights: np.ndarray
 
 
-def blocks_of(sharing_blocks, wanted: list[str] | None) -> list[str]:
-    """The projections to look at, "q" or "kv" as the sharing has them; None means all.
+def chosen(layers: Sequence[AttentionSpec], wanted: list[str] | None) -> list[list[str]]:
+    """The projections of each layer to look at, "q" or "kv" as its sharing has them.
+
+    Args:
+      wanted: names; without any, all.
 
     Raises:
-      UserError: one that this sharing does not have.
+      UserError: one that no layer has.
     """
-    there = ["".join(block) for block in sharing_blocks]
+    there = [["".join(block) for block in layer.blocks] for layer in layers]
+    known = dict.fromkeys(name for names in there for name in names)
     for name in wanted or ():
-        if name not in there:
+        if name not in known:
+            sharings = " and ".join(dict.fromkeys(repr(layer.sharing) for layer in layers))
             raise UserError(
-                f"there is no projection {name!r} in sharing"
-                f" {'-'.join('='.join(block) for block in sharing_blocks)!r}: it has"
-                f" {', '.join(there)}"
+                f"there is no projection {name!r} in sharing {sharings}: it has {', '.join(known)}"
             )
-    return [name for name in there if wanted is None or name in wanted]
+    return [[name for name in names if not wanted or name in wanted] for names in there]
 
 
 @jax.jit
@@ -97,7 +100,8 @@ def look(model, inputs) -> list[Looked]:
 
 def weight_records(layer: Attention, index: int, names: list[str]) -> Iterator[dict]:
     """Spectra and effective ranks of a layer's projections, whole and by head, and what two of
-    them have in common.
+    them have in common: their cosine, and by head the angles between what their columns span (all
+    heads together span every direction; mean squared cosine of two random heads: H / D).
     """
     spec = layer.spec
     weights = {name: np.asarray(layer.projections[name].weight[...], np.float64) for name in names}
@@ -107,20 +111,24 @@ def weight_records(layer: Attention, index: int, names: list[str]) -> Iterator[d
             yield from _spectrum(index, head, f"W_{name}", spectra.singular_values(part))
     query, key = ("".join(spec.block(role)) for role in "qk")
     if query in weights and key in weights:
-        keys = _heads(weights[key], spec.head_dim)
-        for head, part in enumerate(_heads(weights[query], spec.head_dim)):
-            shared = keys[head * len(keys) // spec.num_heads]
-            values = spectra.product_singular_values(part, shared)
+        both = list(_beside(weights[query], weights[key], spec.head_dim))
+        for head, parts in enumerate(both):
+            values = spectra.product_singular_values(*parts)
             yield from _spectrum(index, head, "W_q W_k^T", values)
+        whole = (np.concatenate(parts, axis=1) for parts in zip(*both))
+        values = spectra.product_singular_values(*whole)
+        yield from _spectrum(index, None, "W_q W_k^T", values)
     for a, b in _pairs(weights):
         if weights[a].shape == weights[b].shape:
             record = {"layer": index, "head": None, "what": f"W_{a}, W_{b}"}
             yield record | {"metric": "cosine", "value": spectra.cosine(weights[a], weights[b])}
-        angles = spectra.principal_angles(weights[a], weights[b])
-        yield {
-            "layer": index, "head": None, "what": f"W_{a}, W_{b}",
-            "metric": "mean_cosine_of_principal_angles", "value": float(np.cos(angles).mean()),
-        }  # fmt: skip
+        for head, parts in enumerate(_beside(weights[a], weights[b], spec.head_dim)):
+            angles = spectra.principal_angles(*parts)
+            yield {
+                "layer": index, "head": head, "what": f"W_{a}, W_{b}",
+                "metric": "principal_angles", "value": float(np.cos(angles).mean()),
+                "values": angles.tolist(),
+            }  # fmt: skip
 
 
 def activation_records(seen: Looked, index: int, names: list[str]) -> Iterator[dict]:
@@ -129,7 +137,10 @@ def activation_records(seen: Looked, index: int, names: list[str]) -> Iterator[d
             for name in names}  # fmt: skip
     for name, x in flat.items():
         centred = x - x.mean(0)
-        yield from _spectrum(index, None, f"{name} activations", spectra.singular_values(centred))
+        heads = np.split(centred, seen.states[name].shape[2], axis=1)
+        for head, part in (None, centred), *enumerate(heads):
+            values = spectra.singular_values(part)
+            yield from _spectrum(index, head, f"{name} activations", values)
     for a, b in _pairs(flat):
         yield {
             "layer": index, "head": None, "what": f"{a}, {b} activations",
@@ -158,11 +169,12 @@ def analyze(model, inputs, wanted: list[str] | None = None) -> tuple[list[dict],
       The records, and what each layer computed.
 
     Raises:
-      UserError: a projection that a layer does not have.
+      UserError: a projection that no layer has.
     """
-    seen, records = look(model, inputs), []
-    for index, (block, found) in enumerate(zip(model.stack.layers(), seen, strict=True)):
-        names = blocks_of(block.attention.spec.blocks, wanted)
+    names_of, records = chosen(model.spec.layers, wanted), []
+    seen = look(model, inputs)
+    layers = zip(model.stack.layers(), seen, names_of, strict=True)
+    for index, (block, found, names) in enumerate(layers):
         records += weight_records(block.attention, index, names)
         records += activation_records(found, index, names)
     return records, seen
@@ -184,8 +196,9 @@ def sequences(dataset, count: int) -> np.ndarray:
 def means(records: list[dict]) -> dict[str, float]:
     """One number for each measure: means over layers and heads, of logits the largest.
 
-    rank_q, ... are effective ranks of the projections, rank_scores those of W_q W_k^T by head;
-    cka_k_v and cosine_k_v compare two of them.
+    rank_q, ... are effective ranks of the projections, rank_q_activations, ... of what they put
+    out, rank_scores those of W_q W_k^T by head; cka_k_v, cosine_k_v and angles_k_v (cosines of
+    the principal angles by head) compare two of them.
     """
     found: dict[str, list[float]] = {}
     for record in records:
@@ -193,8 +206,9 @@ def means(records: list[dict]) -> dict[str, float]:
         names = "_".join(part.removeprefix("W_") for part in what.split()[:2]).replace(",", "")
         whole = record["head"] is None
         name = {
-            ("effective_rank", True): f"rank_{names}" if what.startswith("W_") else None,
+            ("effective_rank", True): None if what == "W_q W_k^T" else f"rank_{names}",
             ("effective_rank", False): "rank_scores" if what == "W_q W_k^T" else None,
+            ("principal_angles", False): f"angles_{names}",
             ("cosine", True): f"cosine_{names}",
             ("linear_cka", True): f"cka_{names}",
         }.get((metric, whole), metric if what == "attention" else None)
@@ -229,6 +243,14 @@ def spectra_of(model) -> dict[str, list[float]]:
 def _heads(weight: np.ndarray, head_dim: int) -> list[np.ndarray]:
     """[D, heads * H] -> a matrix [D, H] for each head."""
     return np.split(weight, weight.shape[1] // head_dim, axis=1)
+
+
+def _beside(a: np.ndarray, b: np.ndarray, head_dim: int) -> Iterator[tuple]:
+    """Head by head the parts of two weights; a key-value head stands beside each of its group."""
+    heads = _heads(a, head_dim), _heads(b, head_dim)
+    count = max(map(len, heads))
+    for head in range(count):
+        yield tuple(parts[head * len(parts) // count] for parts in heads)
 
 
 def _pairs(named: dict) -> list[tuple[str, str]]:

@@ -5,10 +5,10 @@ Letters: B sequences, T new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,7 @@ from qkvjax.parallel import host
 PREFILL = 512  # tokens of a prompt that enter the cache at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
+class Generation(NamedTuple):
     """Samples and what they took.
 
     Attributes:

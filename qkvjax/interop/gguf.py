@@ -14,10 +14,10 @@ Letters: D model width, N query heads, K key-value heads, H head width, V vocabu
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,8 +50,7 @@ _LAYER = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Imported:
+class Imported(NamedTuple):
     """A model from a file.
 
     Attributes:

@@ -6,14 +6,14 @@ import dataclasses
 import math
 import os
 import re
+from typing import NamedTuple
 
 from qkvjax.errors import UserError, did_you_mean
 
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """One device of a kind, by its maker's data sheet.
 
     Attributes:

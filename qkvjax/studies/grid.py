@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 from qkvjax import config as configs
 from qkvjax import sweep
@@ -15,8 +15,7 @@ from qkvjax.training.metrics import read_json, read_lines, require_keys, write_j
 MOST_SEEDS = 10_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One run: a point of the grid in one setting with one seed.
 
     Attributes:
@@ -26,8 +25,9 @@ class Task:
       overrides: the fields that differ from the base, the setting's first.
       seed: replaces `config.seed`.
       config: the resolved configuration.
-      identity: hash of the label and of the fields that fix the run. Two labels may stand for
-        the same run: what both measure is the noise between equals.
+      identity: hash of the label and of the fields that fix the run and are not at their
+        default. Two labels may stand for the same run: what both measure is the noise between
+        equals.
     """
 
     number: int
@@ -94,6 +94,7 @@ class Study:
         # Every point is trained in every setting, and compared with the baseline there.
         settings, names = _grid("settings", options.get("settings") or [{}])
         self.settings = dict(zip(names, settings)) if len(settings) > 1 else {"": settings[0]}
+        self.setting = names[0] if len(settings) == 1 and settings[0] else None
         self.reference = options.get("reference")
         # Seed by seed, so that a study cut short has whole rows.
         self._parts = [
@@ -138,7 +139,11 @@ class Study:
         except (UserError, TypeError, AttributeError) as error:
             told = f"the grid's point {label!r} is no legal configuration: {error}"
             raise UserError(told) from None
-        identity = sweep.identity_hash(configs.identity(config) | {"label": label})
+        # Fields at their default are left out: one that is added later leaves old runs what they
+        # are. A base whose default has changed is told by `claim`, which compares all of them.
+        fixed = configs.identity(config).items()
+        given = {name: value for name, value in fixed if value != _defaults().get(name)}
+        identity = sweep.identity_hash(given | {"label": label})
         return Task(number, label, setting, overrides, seed, config, identity)
 
     @property
@@ -260,11 +265,17 @@ class Study:
         data = {name: getattr(self.dataset, name) for name in ("description", "digest", *counts)}
         write_json(path, {
             "title": self.title, "baseline": self.labels[0], "points": points,
-            "settings": [name for name in self.settings if name], "reference": self.reference,
+            "settings": [name for name in self.settings if name], "setting": self.setting,
+            "reference": self.reference,
             "seeds": self.seeds, "config": self.base,
             "command": old["command"] if old and keep_command else command,
             "environment": environment, "data": {"source": self.base["data"]["source"]} | data,
         })  # fmt: skip
+
+
+@functools.cache
+def _defaults() -> dict:
+    return configs.identity(configs.default())
 
 
 def _grid(name: str, points) -> tuple[list[dict], list[str]]:

@@ -93,7 +93,7 @@ def _look(study: Study, task: Task, folder, summary: dict) -> dict:
     means = {name.removeprefix("inside/"): value for name, value in summary.items()
              if name.startswith("inside/")}  # fmt: skip
     found = {"sample": None, "inside": means or None, "spectra": None}
-    first = task.seed == study.seeds[0] and not task.setting
+    first = task.seed == study.seeds[0] and task.setting == next(iter(study.settings))
     if study.metric != "bits_per_byte" and not first:
         return found
     model, tokenizer, config, _ = load_model(folder)

@@ -9,6 +9,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,7 @@ from qkvjax.training.step import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Durations:
+class Durations(NamedTuple):
     """What the config's durations are in steps."""
 
     steps: int

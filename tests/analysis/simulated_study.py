@@ -134,6 +134,7 @@ def accuracy_study(workdir: Path, settings=("sort d32", "sort d64", "copy d32"),
     losses = {"QKV": 0.02, "Q=K-V": 0.10, "(Q=K-V)+": 0.03}
     results = []
     for setting in settings:
+        task = (setting or "sort").split()[0]
         for seed in range(3):
             for label, overrides in labels.items():
                 noise = np.random.default_rng([seed, len(label)]).uniform(0, 0.01)
@@ -146,9 +147,9 @@ def accuracy_study(workdir: Path, settings=("sort d32", "sort d64", "copy d32"),
                 results.append(line | {
                     "metric": "error", "score": error, "accuracy": 1 - error,
                     "solved": float(error <= 0.05), "setting": setting, "curve": curve,
-                    "overrides": overrides | {"data.source": f"synthetic:{setting.split()[0]}"},
-                    "data_digest": setting.split()[0], "train_score": None,
+                    "overrides": overrides | {"data.source": f"synthetic:{task}"},
+                    "data_digest": task, "train_score": None,
                 })  # fmt: skip
-    body = study(labels, "QKV", [0, 1, 2]) | {"settings": list(settings)} | fields
+    body = study(labels, "QKV", [0, 1, 2]) | {"settings": [s for s in settings if s]} | fields
     body["config"]["data"]["source"] = "synthetic:sort"
     return write(workdir, body, results)

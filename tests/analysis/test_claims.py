@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import simulated_study as simulated
 
@@ -51,6 +53,31 @@ def test_a_study_of_the_right_size_decides(tmp_path):
     assert padded["F1"] == CANT_TELL and padded["P1b"] == CONTRADICTED
 
 
+def test_memory_of_another_model_decides_nothing(tmp_path):
+    """A2: what `bench memory` compiled counts for the study of that model alone."""
+    workdir = study_of(tmp_path, TIED)
+    for params, verdict in ((300_000_000, SUPPORTED), (99, NOT_MEASURED)):
+        lines = [{"what": "memory", "mode": "train", "sharing": sharing, "batch": 1, "context": 16,
+                  "base_batch": 1, "base_context": 16, "peak_bytes": peak, "num_params": params}
+                 for sharing, peak in (("q-k-v", 100), ("q-k=v", 85))]  # fmt: skip
+        (workdir / "bench.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert verdicts(workdir)["A2"] == verdict
+
+
+def test_vision_is_decided_by_images_alone(tmp_path):
+    """P5: not by sets of them with an odd one out."""
+    for source, verdict in (
+        ("npz:mnist.npz", CONTRADICTED),
+        ("anomaly:npz:mnist.npz", NOT_MEASURED),
+    ):
+        workdir = simulated.accuracy_study(tmp_path / verdict)
+        text = (workdir / "results.jsonl").read_text()
+        for task in ("sort", "copy"):
+            text = text.replace(f'"synthetic:{task}"', f'"{source}"')
+        (workdir / "results.jsonl").write_text(text)
+        assert verdicts(workdir)["P5"] == verdict
+
+
 def test_too_few_tokens_or_one_seed_decide_nothing(tmp_path):
     assert verdicts(study_of(tmp_path / "a", TIED, tokens=10**8))["F1"] == CANT_TELL
     assert verdicts(study_of(tmp_path / "b", TIED, seeds=1))["F1"] == CANT_TELL
@@ -98,6 +125,7 @@ def test_a_tie_regularises_only_by_its_best_dropout(tmp_path):
     found = {c.id: f for c, f in claims.findings(summarize(records.read(workdir)))}["A8"]
     assert "against QKV dropout=0.1" in found.measured
     assert "Q-K=V dropout=0.1 −" in found.measured and "dropout=0.0" not in found.measured
+    assert found.verdict == SUPPORTED  # of little data, whatever the size
 
 
 def test_feed_forwards_that_share_and_experts(tmp_path):

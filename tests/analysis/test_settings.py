@@ -1,6 +1,7 @@
 """Studies of accuracy, in several settings, beside the figures of a paper."""
 
 import csv
+import json
 
 import pytest
 import simulated_study as simulated
@@ -58,6 +59,65 @@ def test_each_setting_stands_beside_the_reference(tmp_path):
     assert solved.rows[0][1].text == "100\u00a0%" and solved.rows[0][2].text == "0\u00a0%"
     folds = [part for part in parts if isinstance(part, Fold)]
     assert len(folds) == 2 and len(folds[0].parts[0].rows) == 2
+
+
+def test_the_only_setting_stands_beside_its_reference(tmp_path):
+    workdir = simulated.accuracy_study(tmp_path, ("",), reference=REFERENCE, setting="sort d32")
+    parts = by_setting(summary_of(workdir))
+    means = next(part for part in parts if isinstance(part, Table))
+    assert means.rows[0][0] == "sort" and means.rows[0][1].below == "0.975"
+    assert "overlap in 1 of 3 cells" in parts[1].text
+
+
+def test_how_many_learned_the_task_without_settings_or_reference(tmp_path):
+    summary = summary_of(simulated.accuracy_study(tmp_path, ("",)))
+    means, solved = [part for part in by_setting(summary) if isinstance(part, Table)]
+    assert [cell.text for cell in solved.rows[0][1:]] == ["100\u00a0%", "0\u00a0%", "100\u00a0%"]
+
+
+def test_classes_that_count_alike_have_a_table_of_their_own(tmp_path):
+    workdir = simulated.accuracy_study(tmp_path, ("",))
+    lines = [json.loads(line) for line in open(workdir / "results.jsonl")]
+    lines = [json.dumps(line | {"class_accuracy": 0.5}) + "\n" for line in lines]
+    (workdir / "results.jsonl").write_text("".join(lines))
+    tables = [part for part in by_setting(summary_of(workdir)) if isinstance(part, Table)]
+    assert len(tables) == 3 and tables[1].rows[0][1].text == "0.500"
+    write_report(workdir)
+    (first, *_) = csv.DictReader((workdir / "results.csv").open())
+    assert first["class_accuracy"] == "0.5" and float(first["accuracy"]) > 0.9
+    assert first["solved"] == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("pads", "told"),
+    [
+        (True, "overlap in 1 of 2 cells (variant and setting; ranges over seeds, 1 % counted"),
+        (False, "Padding is not scored here, unlike there: figures do not compare."),
+    ],
+)
+def test_perplexities_beside_a_reference(tmp_path, pads, told):
+    """Of a single run each: within one percent they are the same; padding must be scored alike."""
+    labels = {"QKV": {"model.sharing": "q-k-v"}, "Q-K=V": {"model.sharing": "q-k=v"}}
+    found = {"QKV": 5.15, "Q-K=V": 5.40}
+    results = [simulated.result(label, labels[label], 0)
+               | {"perplexity": found[label], "score_pads": pads, "pad_fraction": 0.0}
+               for label in labels]  # fmt: skip
+    reference = {"source": "a paper", "metric": "perplexity", "score_pads": True,
+                 "values": {"all": {"QKV": [5.11], "Q-K=V": [5.27]}}}  # fmt: skip
+    study = simulated.study(labels, "QKV", [0]) | {"reference": reference}
+    parts = by_setting(summary_of(simulated.write(tmp_path, study, results)))
+    assert told in parts[1].text
+
+
+def test_sizes_that_settings_change_are_no_variant_s(tmp_path):
+    workdir = simulated.accuracy_study(tmp_path)
+    lines = [json.loads(line) for line in open(workdir / "results.jsonl")]
+    for line in lines:
+        line["costs"]["num_params"] += 1_000 * ("d64" in line["setting"])
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "results.jsonl").write_text(text)
+    row = summary_of(workdir).rows[0]
+    assert row.num_params is None and row.flops_per_token
 
 
 def test_the_report_speaks_of_errors(tmp_path):

@@ -111,6 +111,17 @@ def test_every_set_has_one_odd_image(npz):
             {"x_train": PIXELS, "y_train": LABELS, "x_test": PIXELS, "y_test": LABELS + 1},
             "label 3 is out of range",
         ),
+        (
+            {"images": PIXELS, "labels": LABELS.astype(int) + 2**40},
+            r"1099511627778 is out of range.*fewer",
+        ),
+        ({"images": np.where(PIXELS == 7, np.nan, PIXELS), "labels": LABELS}, "finite real"),
+        ({"images": PIXELS * 1j, "labels": LABELS}, r"pixels \(complex128\) must be finite real"),
+        ({"images": PIXELS.astype(str), "labels": LABELS}, "must be finite real"),
+        (
+            {"x_train": PIXELS, "y_train": LABELS, "x_test": PIXELS[:, 2:], "y_test": LABELS},
+            r"to score are \(6, 12\), those to train on \(8, 12\): make them of one size",
+        ),
     ],
 )
 def test_arrays_that_are_no_labelled_images(npz, arrays, told):
@@ -125,11 +136,20 @@ def test_damaged_files_are_told(npz, idx, tmp_path):
         file.write_bytes(content)
         with pytest.raises(UserError, match="is damaged or of another kind"):
             open_images(source)
+    with open(file, "wb") as alone:
+        np.save(alone, PIXELS)  # an array, and not a file of several
+    with pytest.raises(UserError, match="is damaged or of another kind"):
+        open_images(source)
     with pytest.raises(UserError, match="nothing is at"):
         open_images("npz:/nowhere.npz")
     source, folder = idx
     packed = folder / "train-images-idx3-ubyte.gz"
-    for content in (packed.read_bytes()[:99], gzip.compress(b"\0\0\x08\x03"), b"\x1f\x8b junk"):
+    for content in (
+        packed.read_bytes()[:99],
+        gzip.compress(b"\0\0\x08"),
+        gzip.compress(b"\0\0\x08\x03"),
+        b"\x1f\x8b junk",
+    ):
         packed.write_bytes(content)
         with pytest.raises(UserError, match="is damaged or of another kind"):
             open_images(source)

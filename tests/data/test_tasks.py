@@ -87,6 +87,7 @@ def test_the_same_name_draws_the_same_examples():
         ("synthetic:recall:pairs=0", "is no setting"),
         ("synthetic:recall:pairs=7", "take 18 tokens and data.seq_len is 16"),
         ("synthetic:khop:pairs=17", "raise symbols"),
+        ("synthetic:khop:pairs=4:hops=4", "4 hops need 5 pairs, and there are 4: raise pairs"),
     ],
 )
 def test_what_is_no_task(source, told):

@@ -19,6 +19,12 @@ def test_two_runs(door, tied, untied, copy, lines):
         }  # fmt: skip
 
 
+def test_projections_named_by_nothing_are_all(door, tied, copy, lines):
+    place = copy(tied, "all")
+    assert door("analyze", f"--workdir={place}", "--projections=", "--num_sequences=1").code == 0
+    assert {"W_q", "W_kv"} <= {r["what"] for r in lines(place / "analysis.jsonl")}
+
+
 def test_bad_input(door, tied, tmp_path):
     told = door("analyze", f"--workdir={tied}", "--projections=k")
     assert told.code == 2 and "no projection 'k' in sharing 'q-k=v': it has q, kv" in told.err

@@ -38,6 +38,12 @@ def test_peaks_are_those_of_the_programs(measured, lines):
     )
 
 
+def test_what_was_compiled_is_told_by_its_size(measured, lines):
+    """A study takes as its own only what was compiled for its model."""
+    sizes = {r["num_params"] for r in lines(measured[1] / "bench.jsonl")}
+    assert len(sizes) == 1 and sizes.pop() > 1_000
+
+
 def test_sharings_that_the_heads_forbid_are_told(door, recipe, tmp_path):
     told = door(
         "bench", "memory", f"--config={recipe}", "--config.model.num_kv_heads=1", "--batches=4",

@@ -81,6 +81,19 @@ def test_analyze_and_generate(door, encoder, copy):
     assert told.code == 2 and "generate needs a language model of text" in told.err
 
 
+def test_data_that_the_model_was_not_made_for(door, encoder):
+    for source, told in (
+        (
+            "synthetic:induction:symbols=30",
+            "has tokens of 31 symbols and 31 classes, the model 10 and 10",
+        ),
+        ("anomaly:digits", "sets of 10 images: set data.seq_len=10"),
+    ):
+        for name in ("evaluate", "analyze"):
+            said = door(name, f"--workdir={encoder}", f"--data={source}")
+            assert said.code == 2 and told in said.err, said.err
+
+
 def test_plan_counts_an_encoder_without_a_cache(door, task, tmp_path):
     told = door("plan", f"--config={task}", f"--workdir={tmp_path}")
     assert told.code == 0, told.err
@@ -103,9 +116,12 @@ def test_a_study_with_settings(door, task, tmp_path, lines):
     assert {r["metric"] for r in results} == {"error"}
     assert all(r["status"] == "done" and r["inside"]["entropy"] > 0 for r in results)
     assert len({r["data_digest"] for r in results}) == 2
+    looked = {(r["label"], r["setting"]) for r in results if r["spectra"]}
+    assert looked == {("QKV", "copy"), ("Q=K-V", "copy")}
     study = json.loads((tmp_path / "study.json").read_text())
     assert study["environment"]["jax"] and study["command"].endswith("--jobs=2")
     page = (tmp_path / "report.md").read_text()
+    assert "mean over layers, first seed of copy." in page
     assert "Setting by setting" in page and "The reference is nobody" in page
     assert not (tmp_path / ".compiled").exists()  # nothing is left to share
     told = door("study", *flags)

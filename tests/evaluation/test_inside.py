@@ -61,6 +61,28 @@ def test_records_of_every_sharing(model, ids):
         assert third == pytest.approx(np.linalg.norm(part @ np.asarray(other).T, 2), rel=1e-5)
 
 
+def test_whole_layers_and_heads(model, ids):
+    """Grouped heads: each query head meets its group's keys, in products and in angles."""
+    m = model(sharing="q-k-v", num_kv_heads=2, num_layers=1)
+    records, (seen,) = inside.analyze(m, ids)
+    layer = m.stack.layers()[0].attention
+    weights = {n: np.asarray(p.weight[...], np.float64) for n, p in layer.projections.items()}
+    keys = np.repeat(weights["k"].reshape(32, 2, 8), 2, axis=1).reshape(32, 32)
+    (whole,) = values(records, head=None, what="W_q W_k^T", metric="singular_values")
+    assert whole == pytest.approx(np.linalg.norm(weights["q"] @ keys.T, 2))
+    found = [r for r in records if r["metric"] == "principal_angles"]
+    assert [(r["what"], r["head"]) for r in found] == [
+        *(("W_q, W_k", h) for h in range(4)), *(("W_q, W_v", h) for h in range(4)),
+        ("W_k, W_v", 0), ("W_k, W_v", 1),
+    ]  # fmt: skip
+    angles = spectra.principal_angles(weights["q"][:, 24:], weights["k"][:, 8:])
+    np.testing.assert_allclose(found[3]["values"], angles)
+    assert found[3]["value"] == pytest.approx(np.cos(angles).mean()) and angles.max() > 0.1
+    part = seen.states["k"][:, :, 1].reshape(-1, 8)
+    (largest,) = values(records, head=1, what="k activations", metric="singular_values")
+    assert largest == pytest.approx(np.linalg.norm(part - part.mean(0), 2), rel=1e-5)
+
+
 def test_only_what_is_asked_for(model, ids):
     records, _ = inside.analyze(model(sharing="q-k=v"), ids, ["kv"])
     assert {r["what"] for r in records} == {"W_kv", "kv activations", "attention"}
@@ -78,6 +100,11 @@ def test_a_pattern_of_layers_is_drawn(model, ids, tmp_path):
     assert [place.name for place in places] == ["spectra.svg", "heads.svg", "attention.svg"]
     assert all("<svg" in place.read_text() for place in places)
     assert len(inside_plots.table(records)) == 2 + 3
+    records, seen = inside.analyze(m, ids, ["kv"])  # which one of three layers has
+    assert {r["layer"] for r in records if r["what"] == "W_kv"} == {1}
+    assert len(inside_plots.write(records, seen, tmp_path)) == 3
+    with pytest.raises(UserError, match="sharing 'q-k-v' and 'q-k=v': it has q, k, v, kv"):
+        inside.analyze(m, ids, ["qk"])
 
 
 def test_the_model_is_left_as_it_was(model, ids):
@@ -93,13 +120,24 @@ def test_the_means_of_a_model(model, ids):
     assert found["rank_q"] == pytest.approx(
         np.mean(values(records, head=None, what="W_q", metric="effective_rank"))
     )
-    scores = values(records, what="W_q W_k^T", metric="effective_rank")
+    scores = [r["value"] for r in records
+              if (r["what"], r["metric"]) == ("W_q W_k^T", "effective_rank")
+              and r["head"] is not None]  # fmt: skip
     assert found["rank_scores"] == pytest.approx(np.mean(scores))
     assert found["max_logit"] == max(values(records, metric="max_logit"))
     assert found["cka_k_v"] == pytest.approx(np.mean(values(
         records, what="k, v activations", metric="linear_cka")))  # fmt: skip
+    assert found["rank_k_activations"] == pytest.approx(np.mean(
+        values(records, head=None, what="k activations", metric="effective_rank")))  # fmt: skip
+    assert found["angles_k_v"] == pytest.approx(np.mean(values(
+        records, what="W_k, W_v", metric="principal_angles")))  # fmt: skip
     tied = inside.means(inside.analyze(model(sharing="q=k-v"), ids)[0])
-    assert {"rank_qk", "rank_v", "rank_scores"} <= tied.keys() and "cka_k_v" not in tied
+    assert {
+        "rank_qk",
+        "rank_v",
+        "rank_scores",
+        "angles_qk_v",
+    } <= tied.keys() and "cka_k_v" not in tied
     assert tied["score_asymmetry"] < 1e-6
 
 

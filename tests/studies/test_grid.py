@@ -1,15 +1,19 @@
 """The tasks of a study, and which of them are done. Nothing is trained here."""
 
 import json
+from pathlib import Path
 
 import ml_collections
 import pytest
 
 from qkvjax import config as configs
 from qkvjax.errors import UserError
+from qkvjax.studies import grid
 from qkvjax.studies.grid import Study
 from qkvjax.sweep import axis
 from qkvjax.training.metrics import append_line
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/synthetic"
 
 
 @pytest.fixture
@@ -59,6 +63,43 @@ def test_what_a_run_is_fixes_its_identity(study):
     assert study(SHARED, train__log_every=7).tasks[0].identity == first
     for field, value in (("optimizer__b1", 0.8), ("train__steps", 7), ("data__batch_size", 4)):
         assert study(SHARED, **{field: value}).tasks[0].identity != first
+
+
+def test_a_field_that_is_added_leaves_old_runs_what_they_are(study, monkeypatch):
+    first = study(SHARED).tasks[0].identity
+    default = configs.default
+
+    def later():
+        config = default()
+        with config.unlocked():
+            config.model.invented = 3
+        return config
+
+    monkeypatch.setattr(configs, "default", later)
+    grid._defaults.cache_clear()
+    try:
+        assert study(SHARED).tasks[0].identity == first
+        assert study(SHARED, model__invented=4).tasks[0].identity != first
+    finally:
+        grid._defaults.cache_clear()
+
+
+def test_the_results_in_the_repository_are_those_of_its_recipe(recipe):
+    """What is finished is skipped, by its configuration and data as they are now."""
+    lines = [json.loads(line) for line in open(RESULTS / "results.jsonl")]
+    study = Study(recipe("configs/paper/synthetic.py"), RESULTS)
+    done = study.done()
+    assert len(done) == len(lines) and {line["identity"] for line in lines} == done.keys()
+
+
+def test_the_only_setting_keeps_its_name(study, recipe, tmp_path):
+    config = recipe("configs/paper/synthetic.py", "task=sort,width=64,layers=2,heads=2")
+    made = Study(config, tmp_path)
+    made.claim("typed")
+    written = json.loads((tmp_path / "study.json").read_text())
+    assert written["settings"] == [] and written["setting"] == "sort d64 L2 H2"
+    assert written["setting"] in written["reference"]["values"]
+    assert written["data"]["source"] == "synthetic:sort"
 
 
 def test_done_is_by_identity_and_data(study, tmp_path):
