@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qkvjax.attention import cache
 from qkvjax.attention.layer import Attention
 from qkvjax.attention.position import sincos
 from qkvjax.attention.score import Score
@@ -24,6 +25,9 @@ LISTS = [
     ("score_scale", "column_bias"),
     ("column_bias", "score_scale"),
     ("role_bias",),
+    ("role_gain",),
+    ("score_scale",),
+    ("column_bias",),
     ("role_gain", "score_scale"),
     ("role_bias", "role_gain", "score2d(2)", "column_bias"),
 ]
@@ -86,6 +90,29 @@ def test_rows_and_offset_are_dead(make, x, positions):
     mix = layer.score.params["mix"][...]
     columns = (sincos(positions, 5) @ mix[5:])[:, None, None, :]
     np.testing.assert_allclose(whole, jax.nn.softmax(scores * mix.sum() + columns), atol=1e-6)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_what_of_role_bias_is_dead(make, x, positions, dead):
+    """(q + b_q) (k + b_k)^T = q k^T + q b_k^T + b_q k^T + b_q b_k^T: what a query adds for all keys
+    alike is gone after softmax, unless keys are rotated."""
+    layer = make(("role_bias",), causal=False, sharing="q=k-v", position="none" if dead else "rope")
+    (name,) = (n for n in layer.score.params if n.endswith("_k"))
+    before = layer(x, positions)
+    layer.score.params[name][...] = jnp.zeros_like(layer.score.params[name][...])
+    assert (float(jnp.abs(layer(x, positions) - before).max()) < 1e-5) == dead
+
+
+@pytest.mark.parametrize("layout", ["kv", "shared"])
+@pytest.mark.parametrize("score", [one for one in LISTS if len(one) == 1], ids="+".join)
+def test_decoding_with_each_is_attending_to_all(make, x, positions, score, layout):
+    layer = make(score, sharing="q-k=v", position="rope")
+    held = cache.empty(layer.spec, 2, T, layout=layout)
+    outs = []
+    for start, stop in ((0, 4), (4, 5), (5, 7)):
+        out, held = cache.attend(layer, x[:, start:stop], held, jnp.int32(start))
+        outs.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), layer(x, positions), atol=1e-5)
 
 
 def test_score2d_is_a_scale_and_a_column_bias(make, x, positions):
