@@ -22,8 +22,15 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert Program(text).collectives() == {}
 
 
-@pytest.mark.parametrize("num_layers", [2, 13])  # unrolled, and a scan
-@pytest.mark.parametrize("sharing", ["q-k-v", "q=k=v"])
+@pytest.mark.parametrize(
+    ("sharing", "num_layers"),  # unrolled, and a scan
+    [
+        ("q-k-v", 2),
+        ("q=k=v", 13),
+        pytest.param("q-k-v", 13, marks=pytest.mark.slow),
+        pytest.param("q=k=v", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_flops_are_the_models_formula(sharing, num_layers):
     """Within 2 %, where no tile of attention is skipped."""
     config = configs.default()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--rounds=3", "--only=kill"),
+        ("--rounds=1", "--only=kill"),
         pytest.param(("--rounds=10", "--only=kill"), marks=pytest.mark.slow),
         pytest.param(("--minutes=3",), marks=pytest.mark.slow),
     ],
