@@ -33,6 +33,8 @@ DATASETS = {
     "mnist": (28, 20, "none"), "fashion_mnist": (28, 20, "none"), "cifar10": (32, 40, "crop_flip"),
     "cifar100": (32, 50, "crop_flip"), "tiny_imagenet": (64, 20, "none"),
 }  # fmt: skip
+# layers, images a step, learning rate, widths, heads
+SMALL, LARGE = (2, 128, 1e-3, (64, 256), (2, 4)), (12, 32, 1e-4, (768,), (12,))
 
 
 def get_config(arg=None):
@@ -44,7 +46,7 @@ def get_config(arg=None):
     if name not in (None, *DATASETS):
         raise UserError(f"dataset={name!r} is none of {among(name, DATASETS)}")
     given.source = given.source or (f"tfds:{name}" if name else "digits")
-    tiny = name == "tiny_imagenet"
+    layers, batch, rate, widths, counts = LARGE if name == "tiny_imagenet" else SMALL
     known = DATASETS.get(name) or (8 if given.source == "digits" else 28, 20, "none")
     size, epochs, augment = (
         a or b for a, b in zip((given.size, given.epochs, given.augment), known)
@@ -54,15 +56,13 @@ def get_config(arg=None):
         raise UserError(f"patch={patch} does not divide size={size}: choose a divisor")
     config = base.default()
     config.model.update(
-        kind="vit", d_model=64, num_layers=12 if tiny else 2, num_heads=2, position="learned",
+        kind="vit", d_model=64, num_layers=layers, num_heads=2, position="learned",
         norm="layernorm", mlp="gelu", mlp_ratio=4.0, qk_norm=False, use_bias=True,
         tie_embeddings=False, init="uniform", dropout=0.1, patch_size=patch,
     )  # fmt: skip
     config.data.update(
-        source=given.source, seq_len=(size // patch) ** 2 + 1, batch_size=32 if tiny else 128,
-        augment=augment,
-    )  # fmt: skip
-    rate = 1e-4 if tiny else 1e-3
+        source=given.source, seq_len=(size // patch) ** 2 + 1, batch_size=batch, augment=augment
+    )
     config.optimizer.update(
         learning_rate=rate, final_learning_rate=rate / 100, schedule="multistep", warmup_steps=0,
         weight_decay=0.0, b1=0.9, b2=0.999, clip_norm=0.0,
@@ -79,14 +79,10 @@ def get_config(arg=None):
         "points": sweep.paper_variants(50),
         "settings": tuple(
             {"label": f"d{width} H{heads}", "model.d_model": width, "model.num_heads": heads}
-            for width in _some(given.width, (768,) if tiny else (64, 256))
-            for heads in _some(given.heads, (12,) if tiny else (2, 4))
+            for width in ((given.width,) if given.width else widths)
+            for heads in ((given.heads,) if given.heads else counts)
         ),
         "seeds": given.seeds,
         "reference": tables.get(name),
     })  # fmt: skip
     return config
-
-
-def _some(value, all_):
-    return (value,) if value else all_

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from qkvjax.analysis import formats, plots
@@ -26,11 +28,7 @@ def look_inside(summary: Summary, figures: dict[str, str]) -> list:
     shown = [name for name in MEASURES if any(name in found for found in rows.values())]
     if rows:
         cells = [
-            [
-                label,
-                Cell(_ranks(found, ""), _ranks(found, "_activations")),
-                *(_cell(found.get(name)) for name in shown),
-            ]
+            [label, _ranks(found), *(_cell(found.get(name)) for name in shown)]
             for label, found in rows.items()
         ]
         columns = ["Variant", "Effective ranks", *(MEASURES[name] for name in shown)]
@@ -88,11 +86,16 @@ def _measures(row: Row) -> dict[str, list[float]]:
     return found
 
 
-def _ranks(found: dict[str, list[float]], of: str) -> str:
-    """ "q 101, kv 102", of the weights or of what they put out."""
-    names = {f"rank_{name}{of}": name for name in ("q", "k", "v", "qk", "kv", "qv", "qkv")}
-    ranks = {names[name]: values for name, values in found.items() if name in names}
-    return ", ".join(f"{name}{formats.NBSP}{np.mean(v):.0f}" for name, v in ranks.items())
+def _ranks(found: dict[str, list[float]]) -> Cell:
+    """ "q 101, kv 102" of the weights; below, of what they put out."""
+
+    def text(of: str) -> str:
+        ranks = {match[1]: values for name, values in found.items()
+                 if (match := re.fullmatch(f"rank_([a-z]+){of}", name))}  # fmt: skip
+        ranks.pop("scores", None)  # which have a column
+        return ", ".join(f"{name}{formats.NBSP}{np.mean(v):.0f}" for name, v in ranks.items())
+
+    return Cell(text(""), text("_activations"))
 
 
 def _cell(values: list[float] | None) -> Cell | str:
