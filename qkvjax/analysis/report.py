@@ -6,6 +6,7 @@ plots/. It trains nothing and imports no jax, so that a report can be written an
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 from qkvjax.analysis import claim, claims, columns, decisions, formats, memory, plots, records
@@ -23,6 +24,7 @@ from qkvjax.analysis.summary import Row, Summary, summarize, write_csv
 TONES = {BETTER: "good", WORSE: "bad", claim.SUPPORTED: "good", claim.CONTRADICTED: "bad"}
 _SYMBOLS = {BETTER: "▲", WORSE: "▼", claim.SUPPORTED: "✓", claim.CONTRADICTED: "✗",
             claim.CANT_TELL: "?", claim.NOT_MEASURED: "–"}  # fmt: skip
+_CAPTIONS = Path(__file__).with_name("captions.toml").read_text(encoding="utf-8")
 
 
 def write_report(workdir: Path) -> Path:
@@ -70,8 +72,7 @@ def closing_lines(workdir: Path) -> list[str]:
             told, word = measured_difference(summary, row), row.paired.verdict
             word = word if row.paired.low is not None else "no interval"
         rows.append([row.label, told, score, word])
-    header = [("variant",), ("difference", metric.of), ("", metric.name), ("", "verdict")]
-    header[0] = ("", "variant")
+    header = [("", "variant"), ("difference", metric.of), ("", metric.name), ("", "verdict")]
     return columns.table(header, rows)
 
 
@@ -255,31 +256,17 @@ def _races(row: Row) -> list[str]:
 
 
 def _plots(summary: Summary, figures: dict[str, str]) -> list:
-    base = summary.baseline.label
-    marks = ""
-    if is_sharing_study(summary) and summary.metric.relative:
-        marks = (
-            " Dotted: what the paper reports for Q-K=V at 300M parameters (+3.1 % perplexity,"
-            " padding scored; in bits, over its loss of 1.63 nats), and what its authors’ rerun"
-            " with padding masked gives (20.82 against 21.28 perplexity). Read the"
-            " direction of a line, not only its end."
-        )
+    captions = tomllib.loads(_CAPTIONS)
+    paper = captions.pop("paper") if is_sharing_study(summary) and summary.metric.relative else ""
     over = "seeds; the bands reach from the best to the worst seed"
-    if summary.settings:
-        over = "settings and seeds"
-    captions = {
-        "curves": f"Validation score during training, mean over {over}. The steep first part is cut"
-        " off.",
-        "gap": f"The gap to {base}, paired within seeds, against training tokens; bands are 95 %"
-        f" intervals, drawn from three seeds up.{marks}",
-        "pareto": "Decode cache against score; lower left is better. Bars are 95 % intervals of"
-        " the score itself, which hold what all variants share in a seed: judge differences by"
-        " the next plot. Long ones are cut. The line joins the variants that no other beats in"
-        " both; points with one cache size are drawn side by side.",
-        "forest": f"Paired differences from {base} with 95 % intervals. Filled markers: the"
-        " interval excludes zero.",
-    }
-    shown = [d.Figure(name, figures[name], captions[name]) for name in figures if name in captions]
+    words = {
+        "base": summary.baseline.label, "paper": paper,
+        "over": "settings and seeds" if summary.settings else over,
+    }  # fmt: skip
+    shown = [
+        d.Figure(name, svg, captions[name].format(**words))
+        for name, svg in figures.items() if name in captions
+    ]  # fmt: skip
     return [d.Heading("Plots"), *shown] if shown else []
 
 

@@ -126,8 +126,7 @@ def _facts(what: str, config, batch: int, context: int, variant) -> dict:
     return {
         "what": what, "sharing": sharing, "rotary_values": values, "impl": impl, "batch": batch,
         "context": context, "dtype": config.train.compute_dtype, "device": host.device_name(),
-        "environment": _environment(),
-        "date": host.now(),
+        "environment": _environment(), "date": host.now(),
     }  # fmt: skip
 
 

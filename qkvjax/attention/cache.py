@@ -123,7 +123,7 @@ def attend(
     slots = jnp.arange(k.shape[2] * (1 if table is None else table.shape[1]))
     if layout == "shared" and not spec.values_are_keys:  # keys are made on read
         key, v = layer.key_of_state(), None
-        if key and dispatch.makes_keys(impl, key, spec.head_dim):
+        if key and dispatch.makes_keys(impl, q, spec.num_kv_heads, key):
             known = (turns or {}).get((key.base, key.width))
             key = dataclasses.replace(key, turns=known)
         else:

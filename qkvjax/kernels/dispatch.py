@@ -134,14 +134,15 @@ def _tell(chosen: str, refused: tuple) -> None:
     print("; ".join([f"attention: {chosen}", *why]), file=sys.stderr, flush=True)
 
 
-def makes_keys(impl: str, key: KeyOfState, head_width: int) -> bool:
-    """Whether decoding by `impl` makes keys of stored states as it reads them."""
-    name = candidates(impl)[0]
+def makes_keys(impl: str, q: jax.Array, num_kv_heads: int, key: KeyOfState) -> bool:
+    """Whether decoding queries [B, T, N, H] by `impl` makes keys of stored states while reading."""
+    name = choose(impl, q, None, decodes=True)
     if name in KERNELS and not key.width:  # a norm alone
         return False
     if name in KERNELS and KERNELS[name][1] is triton_decode:
-        return not triton_decode.cannot_make(key, head_width)
-    return name != "reference"
+        return not triton_decode.cannot_make(key, q.shape[-1])
+    rows = q.shape[1] * q.shape[2] // num_kv_heads
+    return name in KERNELS or (name == "xla" and rows <= xla_decode.FEW)
 
 
 def attention(

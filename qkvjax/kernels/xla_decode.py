@@ -6,10 +6,17 @@ width, R = G T rows of a key-value head.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 from qkvjax.kernels.stored import KeyOfState, merged
+
+# Up to so many rows of queries (G T) it pays to turn them to each state; for more, as a prompt has,
+# keys are better made first (`dispatch.makes_keys`).
+FEW = 8
 
 
 def decode(
@@ -17,9 +24,9 @@ def decode(
 ) -> jax.Array:
     """As `reference.attention`; with `key`, k holds states that are the values.
 
-    Keys of states are left in pieces, so that nothing is concatenated, and the norm's factor
-    multiplies the scores, one number for each slot instead of H: three times as fast on a CPU as
-    keys that are made first.
+    Keys of states are never written: inside the sum each query is turned to each slot instead,
+    q R_s x = (R_-s q) x, which costs a CPU little more than reading x. The norm's factor, one
+    number for each slot, multiplies the scores.
     """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -56,24 +63,47 @@ def decode(
 
 def _onto_states(q, x, key: KeyOfState, product, wide):
     """Unscaled scores [..., R, S] of queries [..., R, H] and states [..., S, H]."""
-    width, half = x.shape[-1], key.width // 2
-
-    def split(array):
-        return jnp.split(array, [half, key.width], axis=-1)
-
-    a, b, rest = split(x)
-    gains = split(jnp.ones(width, wide) if key.gain is None else key.gain.astype(wide))
-    keys = [rest * gains[2]]
-    if half:
-        cos, sin = key.at(x.shape[-2], wide)
-        keys = [
-            a * (gains[0] * cos) - b * (gains[1] * sin),
-            b * (gains[1] * cos) + a * (gains[0] * sin),
-            *keys,
-        ]
-    queries = split(q) if half else [q]
-    scores = sum(product(*pair) for pair in zip(queries, keys) if pair[0].shape[-1])
+    gain = jnp.ones(x.shape[-1], wide) if key.gain is None else key.gain.astype(wide)
+    scores = squares = 0
+    if key.width:
+        scores, squares = _turned(q[..., : key.width], x[..., : key.width], gain[: key.width], key)
+    rest = x[..., key.width :]
+    if rest.shape[-1]:
+        scores += product(q[..., key.width :] * gain[key.width :], rest)
     if key.gain is None:
         return scores
-    squares = jnp.mean(x.astype(wide) ** 2, axis=-1)
-    return scores * jax.lax.rsqrt(squares + key.epsilon)[..., None, :]
+    squares += jnp.sum(rest.astype(wide) ** 2, axis=-1)[..., None, :]
+    return scores * jax.lax.rsqrt(squares / x.shape[-1] + key.epsilon)
+
+
+def _turned(q, x, gain, key: KeyOfState):
+    """q R_s (gain x) and, where there is a norm, x x: [..., R, S] each.
+
+    With c and s the cosines and sines of slot and frequency, halves a and b, gain g,
+
+        q R_s (g x) = sum c (q_a g_a x_a + q_b g_b x_b) + s (q_b g_a x_a - q_a g_b x_b)
+
+    Always two sums at a time, over 4 lanes each: XLA's CPU fuses a pair of sums with what they add,
+    and writes out what a single one adds.
+    """
+    wide, half = gain.dtype, key.width // 2
+    lanes = math.gcd(half, 4)
+
+    def pieces(array):
+        return array.astype(wide).reshape(*array.shape[:-1], -1, lanes)
+
+    def halves(array):
+        return map(pieces, jnp.split(array, 2, axis=-1))
+
+    q = q.astype(wide)[..., None, :]
+    # Products of matrices, since factors would be multiplied again for each cached number.
+    scaled = functools.partial(jnp.matmul, b=jnp.diag(gain), precision="highest")
+    (q_a, q_b), (crossed_a, crossed_b) = halves(scaled(q)), halves(scaled(jnp.roll(q, half, -1)))
+    (a, b), (cos, sin) = halves(x[..., None, :, :]), map(pieces, key.at(x.shape[-2], wide))
+    sums = cos * (q_a * a + q_b * b), sin * (crossed_a * a - crossed_b * b)
+    if key.gain is not None:
+        sums = sum(sums), jnp.broadcast_to(a * a + b * b, sums[0].shape)
+    zero, axis = jnp.zeros((), wide), sums[0].ndim - 2
+    for _ in range(2):  # the pieces; then the lanes, which have moved to their axis
+        sums = jax.lax.reduce(sums, (zero, zero), lambda x, y: tuple(map(jnp.add, x, y)), (axis,))
+    return sums if key.gain is not None else (sum(sums), 0)
