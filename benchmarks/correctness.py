@@ -108,12 +108,12 @@ def function(case: Case, impl: str):
             return lambda *arrays: (decode(*arrays),)
         run = functools.partial(dispatch.decode_attention, impl=impl)
         if impl in dispatch.KERNELS:
-            run = dispatch.KERNELS[impl][1].decode
+            run = dispatch.kernel(impl, decodes=True).decode
         return lambda *arrays: (run(*arrays, **options, key=key),)
     options = {"causal": case.causal, "window": case.window, "segment_ids": segments(case)}
     attend = functools.partial(dispatch.attention, **options, impl=impl)
     if impl in dispatch.KERNELS:  # without what dispatch does for meshes
-        attend = functools.partial(dispatch.KERNELS[impl][0].attention, **options)
+        attend = functools.partial(dispatch.kernel(impl).attention, **options)
     if not case.kv_heads:
         attend = functools.partial(triton_symmetric.attention, **options)
         if impl == "reference":

@@ -17,6 +17,7 @@ prefer a kernel. A named implementation that cannot run raises.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 
 import jax
@@ -24,28 +25,15 @@ import jax.numpy as jnp
 
 from qkvjax import kernels
 from qkvjax.errors import UserError, did_you_mean
-from qkvjax.kernels import (
-    IMPLEMENTATIONS,
-    cudnn,
-    hopper,
-    reference,
-    tpu,
-    tpu_decode,
-    trial,
-    triton,
-    triton_decode,
-    triton_symmetric,
-    xla,
-    xla_decode,
-)
+from qkvjax.kernels import IMPLEMENTATIONS, reference, trial, xla, xla_decode
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.parallel import local, rules
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
-# Kernels: of whole sequences, and of a cache.
+# Kernels: the modules of whole sequences, and of a cache.
 KERNELS = {
-    "hopper": (hopper, triton_decode), "triton": (triton, triton_decode),
-    "cudnn": (cudnn, triton_decode), "tpu": (tpu, tpu_decode),
+    "hopper": ("hopper", "triton_decode"), "triton": ("triton", "triton_decode"),
+    "cudnn": ("cudnn", "triton_decode"), "tpu": ("tpu", "tpu_decode"),
 }  # fmt: skip
 NO_CACHE = ("hopper", "cudnn")  # triton's kernel reads it for them
 # What "auto" tries, the fastest first, by compute capability (platform where there is none) and
@@ -55,6 +43,11 @@ MEASURED = {
     ("9.0", True): ("hopper", "triton", "cudnn", "xla"),
     ("9.0", False): ("cudnn", "hopper", "triton", "xla"),
 }
+
+
+def kernel(impl: str, decodes: bool = False):
+    """A module of KERNELS. Loaded when it is wanted: Pallas takes a fifth of a door's start."""
+    return importlib.import_module(f"qkvjax.kernels.{KERNELS[impl][decodes]}")
 
 
 def missing(impl: str) -> str | None:
@@ -103,14 +96,14 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
     for name in names:
         why = None
         if name in KERNELS:
-            whole, decoding = KERNELS[name]
-            why = (decoding if decodes else whole).refusal(q, v, **others)
+            module = kernel(name, decodes)
+            why = module.refusal(q, v, **others)
             if why is None and rules.shards_sequence():
                 why = "it wants whole sequences (mesh.context=1)"
             if why is None and len(names) > 1:
-                kernel = decoding.decode if decodes else whole.attention
+                run = module.decode if decodes else module.attention
                 packed = others.get("segment_ids") is not None
-                why = trial.failure(kernel, decodes, packed, q.shape[-1], str(q.dtype), v is None)
+                why = trial.failure(run, decodes, packed, q.shape[-1], str(q.dtype), v is None)
         if why is None:
             _tell(name, tuple(refused.items()))
             return name
@@ -139,8 +132,8 @@ def makes_keys(impl: str, q: jax.Array, num_kv_heads: int, key: KeyOfState) -> b
     name = choose(impl, q, None, decodes=True)
     if name in KERNELS and not key.width:  # a norm alone
         return False
-    if name in KERNELS and KERNELS[name][1] is triton_decode:
-        return not triton_decode.cannot_make(key, q.shape[-1])
+    if name in KERNELS and KERNELS[name][1] == "triton_decode":
+        return not kernel(name, decodes=True).cannot_make(key, q.shape[-1])
     rows = q.shape[1] * q.shape[2] // num_kv_heads
     return name in KERNELS or (name == "xla" and rows <= xla_decode.FEW)
 
@@ -184,11 +177,13 @@ def attention(
     if name in KERNELS:
         options = {"causal": causal, "window": window, "scale": scale}
         if name == "triton" and k is None and q_pe is None:
+            from qkvjax.kernels import triton_symmetric
+
             run = functools.partial(triton_symmetric.attention, **options)
             return local.on_each_device(run, q, {"v": v, "segment_ids": segment_ids})
         k = rules.gather_sequence(q) if k is None else k
         arrays = {"k": k, "v": v, "segment_ids": segment_ids, "q_pe": q_pe, "k_pe": k_pe}
-        run = functools.partial(KERNELS[name][0].attention, **options)
+        run = functools.partial(kernel(name).attention, **options)
         return local.on_each_device(run, q, arrays)
     k = rules.gather_sequence(q) if k is None else k
     places = jnp.arange(q.shape[1])[None]
@@ -244,7 +239,7 @@ def decode_attention(
             "k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key,
             "table": table,
         }  # fmt: skip
-        run = functools.partial(KERNELS[name][1].decode, **options)
+        run = functools.partial(kernel(name, decodes=True).decode, **options)
         return local.on_each_device(run, q, arrays)
     k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))
     slots = jnp.arange(k.shape[1])[None]
