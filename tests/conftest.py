@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import settings
+from jax._src import compiler
 
 from qkvjax import cli
 from qkvjax import config as configs
@@ -33,17 +34,41 @@ def pytest_collection_modifyitems(items):
 # be compiled well, which takes a quarter of the time.
 QUICKLY_COMPILED = {
     "attention", "evaluation", "generation", "interop", "kernels", "models", "notebooks",
-    "test_analyze_door.py", "test_bench_door.py", "test_compiled_plan.py", "test_covering.py",
-    "test_examples.py", "test_program.py", "test_readme.py", "test_study_door.py",
+    "test_analyze_door.py", "test_bad_input.py", "test_bad_steps.py", "test_bench_door.py",
+    "test_compiled_plan.py", "test_covering.py", "test_evaluate_door.py", "test_examples.py",
+    "test_failures.py", "test_generate_door.py", "test_hostile.py", "test_loss.py",
+    "test_mesh_invariance.py", "test_processes.py", "test_program.py", "test_readme.py",
+    "test_study_door.py",
 }  # fmt: skip
+
+
+jax.devices()  # reads XLA_FLAGS, which change below
+FLAGS = os.environ.get("XLA_FLAGS", "")
+# jax 0.10 still has XLA's earlier emitter of fused loops, which takes half as long to compile.
+EARLIER_EMITTER = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+
+
+def compile_options(*args, get=compiler.get_compile_options, **options):
+    """What jax tells XLA. It has no setting for this but XLA_FLAGS, which a process reads once."""
+    if EARLIER_EMITTER and jax.config.read("jax_disable_most_optimizations"):
+        given = options["env_options_overrides"] or {}
+        options["env_options_overrides"] = EARLIER_EMITTER | given
+    return get(*args, **options)
+
+
+compiler.get_compile_options = compile_options
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
     """How this module's programs are, in the test's process and in those that it starts."""
     quickly = bool({request.path.parent.name, request.path.name} & QUICKLY_COMPILED)
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # what another module compiled in the other way has other bits
     jax.config.update("jax_disable_most_optimizations", quickly)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quickly)
+    flags = [f"--{name}={value}".lower() for name, value in EARLIER_EMITTER.items() if quickly]
+    os.environ["XLA_FLAGS"] = " ".join([FLAGS, *flags]).strip()
 
 
 @pytest.fixture(scope="session")

@@ -127,10 +127,14 @@ def tied_flags(recipe):
 
 @pytest.fixture(scope="session")
 def kept(folders):
-    """Makes each trained run once: kept("name", flags) -> its workdir."""
+    """Makes each trained run once: kept("name", flags) -> its workdir.
+
+    Once for modules that are compiled quickly and once for the others: the bits differ.
+    """
 
     def make(name, *flags):
-        workdir = folders / name
+        quickly = jax.config.read("jax_disable_most_optimizations")
+        workdir = folders / f"{name}-{quickly}"
         if not workdir.exists():
             told = run_door("train", *flags, f"--workdir={workdir}")
             assert told.code == 0, told.err

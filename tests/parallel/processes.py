@@ -22,8 +22,10 @@ TINY = (
 
 def environment(folder, devices, **more):
     """Of a process with so many virtual CPU devices that prepares its data in `folder`."""
+    flags = more.pop("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
+        "JAX_PLATFORMS": "cpu",
         "QKVJAX_DATA_DIR": str(folder / "prepared"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), **more,
     }  # fmt: skip

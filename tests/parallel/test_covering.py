@@ -107,7 +107,8 @@ def run_points(folder, points, count=1, x64=True):
     """What `train` finds at each point, in so many processes."""
     (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     program = f"import {__name__} as t; t.main({str(folder)!r}, {points!r})"
-    return found(folder, program, count, JAX_ENABLE_X64=str(int(x64)))
+    # XLA's own emitter: with the earlier one, losses in float64 do not agree to 1e-9.
+    return found(folder, program, count, JAX_ENABLE_X64=str(int(x64)), XLA_FLAGS="")
 
 
 def check(points, ones, manies, rtol=1e-9):
