@@ -259,14 +259,10 @@ def _plots(summary: Summary, figures: dict[str, str]) -> list:
     captions = tomllib.loads(_CAPTIONS)
     paper = captions.pop("paper") if is_sharing_study(summary) and summary.metric.relative else ""
     over = "seeds; the bands reach from the best to the worst seed"
-    words = {
-        "base": summary.baseline.label, "paper": paper,
-        "over": "settings and seeds" if summary.settings else over,
-    }  # fmt: skip
-    shown = [
-        d.Figure(name, svg, captions[name].format(**words))
-        for name, svg in figures.items() if name in captions
-    ]  # fmt: skip
+    over = "settings and seeds" if summary.settings else over
+    words = {"base": summary.baseline.label, "over": over, "paper": paper}
+    told = {name: text.format(**words) for name, text in captions.items()}
+    shown = [d.Figure(name, figures[name], told[name]) for name in figures if name in told]
     return [d.Heading("Plots"), *shown] if shown else []
 
 

@@ -112,6 +112,11 @@ def _here() -> list[str]:
 def _places(config, batches, contexts) -> list[tuple[int, int]]:
     if config.model.kind != "lm":
         raise UserError(f"model.kind={config.model.kind!r}: speed is measured of kind lm")
+    spec, dtype = _spec(config, "q-k-v", "raw", max(contexts)), config.train.compute_dtype
+    needed = max(batches) * max(contexts) * spec.cache_bytes_per_token(dtype)
+    if min(contexts) < TOKENS or needed > (host.free_memory() or needed):
+        free = f"what is free here, of which the largest would take {needed:,} bytes"
+        raise UserError(f"--contexts, --batches: from {TOKENS} tokens on, up to caches of {free}")
     return [(batch, context) for batch in batches for context in contexts]
 
 

@@ -55,7 +55,8 @@ def num_bytes(cache) -> int:
 def block_table(lengths: Sequence[int], page_size: int, num_pages: int) -> np.ndarray:
     """Pages for sequences of these lengths, int32 [B, n], handed out in order.
 
-    n is what the longest needs; what a shorter one does not need names page 0 and is never read.
+    n is what the longest needs; what a shorter one does not need names page `num_pages`, which is
+    not there: what is written to it is dropped.
 
     Raises:
       UserError: the pool has too few pages.
@@ -67,7 +68,7 @@ def block_table(lengths: Sequence[int], page_size: int, num_pages: int) -> np.nd
             f" pages of {page_size}, and the pool has {num_pages:,}: give it more, or decode fewer"
             " sequences at a time"
         )
-    table = np.zeros((len(lengths), max(needed)), np.int32)
+    table = np.full((len(lengths), max(needed)), num_pages, np.int32)
     ends = np.cumsum(needed)
     for row, end, count in zip(table, ends, needed, strict=True):
         row[:count] = np.arange(end - count, end)
@@ -120,15 +121,20 @@ def attend(
     q, entry = layer.project(x, positions, layout)
     cache = {name: write(cache[name], entry[name], start, table) for name in cache}
     k, v, held, key = cache.get("kv", cache.get("k")), cache.get("v"), table, None
+    page = None if table is None else k.shape[2]
     slots = jnp.arange(k.shape[2] * (1 if table is None else table.shape[1]))
     if layout == "shared" and not spec.values_are_keys:  # keys are made on read
         key, v = layer.key_of_state(), None
-        if key and dispatch.makes_keys(impl, q, spec.num_kv_heads, key):
+        if key and dispatch.makes_keys(impl, q, spec.num_kv_heads, key, page):
             known = (turns or {}).get((key.base, key.width))
             key = dataclasses.replace(key, turns=known)
         else:
             v = widen(in_order(k, table), x.dtype)
-            k, held, key = _keys(layer, v, slots, by_head=key is not None), None, None
+            # Where keys do not depend on the head, heads count as sequences: v is read as it lies.
+            split = v.shape[:2] if key is None else (-1, 1)
+            state = _turned(v.reshape(*split, *v.shape[2:]))
+            made = _turned(layer.expand({"kv": state}, slots[None])[0])
+            k, held, key = made.reshape(v.shape), None, None
     out = dispatch.decode_attention(
         q, _turned(k), _turned(v), positions=positions, window=spec.window, key=key, table=held,
         impl=impl, **layer.columns(q, slots[None]),
@@ -139,16 +145,3 @@ def attend(
 def _turned(x):
     """[B, S, K, ...] <-> [B, K, S, ...] of any tree."""
     return jax.tree.map(lambda array: jnp.swapaxes(array, 1, 2), x)
-
-
-def _keys(layer: Attention, state: jax.Array, slots: jax.Array, by_head: bool) -> jax.Array:
-    """Keys of a shared state, both [B, K, S, H].
-
-    Where they do not depend on the head, heads count as sequences of `layer.expand`, so that the
-    state is read as it is stored.
-    """
-    if not by_head:
-        return _turned(layer.expand({"kv": _turned(state)}, slots[None])[0])
-    batch, heads, length, width = state.shape
-    alone = state.reshape(batch * heads, length, 1, width)
-    return layer.expand({"kv": alone}, slots[None])[0].reshape(state.shape)

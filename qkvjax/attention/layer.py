@@ -105,7 +105,8 @@ class Attention(nnx.Module):
         """How a kernel makes a key of the shared state; None where the key is the state, or where
         score modifiers change it."""
         spec = self.spec
-        own = type(self)._scored is not Attention._scored  # a variant that makes keys its own way
+        makers = "_scored", "_rotate", "expand"  # of keys: a variant may make them its own way
+        own = any(getattr(type(self), name) is not getattr(Attention, name) for name in makers)
         if spec.values_are_keys or spec.modifies_roles or own:
             return None
         norm = self.norms["".join(spec.block("k"))] if spec.qk_norm else None

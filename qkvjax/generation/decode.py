@@ -133,6 +133,8 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
     if page_size is not None and not 1 <= page_size < 2**31:
         raise UserError(f"page_size={page_size} must be at least 1 and below 2^31")
     itemsize(dtype)
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise UserError(f"a cache of {jnp.dtype(dtype)} wants JAX_ENABLE_X64=1: use float32")
     length, pages, table = needed if length is None else length, None, None
     per_token = model.spec.cache_bytes_per_token(dtype, layout)
     if page_size is not None:

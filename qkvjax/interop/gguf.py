@@ -87,7 +87,7 @@ def read(path: str | Path) -> Imported:
         file = _File(path, reader)
         file.require_plain()
         return _model(file, gguf.dequantize)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+    except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, struct.error) as error:
         raise UserError(
             f"{path} is damaged, truncated or no GGUF file ({type(error).__name__}: {error}): copy"
             " it again"

@@ -91,6 +91,8 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
       UserError: none does.
     """
     refused, names = {}, candidates(impl, v is None)
+    if len(names) > 1 and q.dtype == jnp.float32:  # not measured
+        names = ["xla"]
     if decodes and len(names) > 1:
         names = [name for name in names if name not in NO_CACHE]
     for name in names:
@@ -127,15 +129,17 @@ def _tell(chosen: str, refused: tuple) -> None:
     print("; ".join([f"attention: {chosen}", *why]), file=sys.stderr, flush=True)
 
 
-def makes_keys(impl: str, q: jax.Array, num_kv_heads: int, key: KeyOfState) -> bool:
-    """Whether decoding queries [B, T, N, H] by `impl` makes keys of stored states while reading."""
-    name = choose(impl, q, None, decodes=True)
-    if name in KERNELS and not key.width:  # a norm alone
-        return False
-    if name in KERNELS and KERNELS[name][1] == "triton_decode":
+def makes_keys(impl: str, q: jax.Array, num_kv_heads: int, key: KeyOfState, page=None) -> bool:
+    """Whether decoding queries [B, T, N, H] by `impl` makes keys of stored states while reading.
+
+    Args:
+      page: slots of a page, of a cache in pages.
+    """
+    name = choose(impl, q, None, decodes=True, page=page)
+    if name in KERNELS:
         return not kernel(name, decodes=True).cannot_make(key, q.shape[-1])
-    rows = q.shape[1] * q.shape[2] // num_kv_heads
-    return name in KERNELS or (name == "xla" and rows <= xla_decode.FEW)
+    few = q.shape[1] * q.shape[2] // num_kv_heads <= xla_decode.FEW
+    return name == "xla" and few and q.shape[-1] % 2 == 0
 
 
 def attention(
@@ -171,6 +175,8 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise UserError(f"segment_ids {segment_ids.shape}: give one a token, {q.shape[:2]}")
     masks = {"causal": causal, "segment_ids": segment_ids, "window": window}
     name = choose(impl, q, v, **masks, softcap=softcap, q_pe=q_pe)
     k, v, k_pe = (None if x is None else rules.spread_heads(x, q.shape[2]) for x in (k, v, k_pe))
@@ -232,12 +238,14 @@ def decode_attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    name = choose(impl, q, v, decodes=True)
+    name = choose(impl, q, v, decodes=True, page=None if table is None else k.shape[1])
     if name in KERNELS:
         options = {"window": window, "scale": scale}
+        # A page that a sequence does not need is used nowhere, but may be fetched.
+        there = None if table is None else jnp.minimum(table, k.shape[0] - 1)
         arrays = {
             "k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key,
-            "table": table,
+            "table": there,
         }  # fmt: skip
         run = functools.partial(kernel(name, decodes=True).decode, **options)
         return local.on_each_device(run, q, arrays)
@@ -245,6 +253,8 @@ def decode_attention(
     slots = jnp.arange(k.shape[1])[None]
     mask = reference.visible(positions, slots, causal=True, window=window)
     if name == "reference":
+        if key is not None:
+            raise UserError("the reference makes no keys of states: make them first")
         return reference.attention(q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
     return xla_decode.decode(q, k, v, mask=mask, key=key, scale=scale, q_pe=q_pe, k_pe=k_pe)
 

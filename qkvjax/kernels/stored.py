@@ -56,7 +56,8 @@ def in_order(x: Stored, table: jax.Array | None) -> Stored:
         return x
 
     def gather(pages):
-        taken = jnp.swapaxes(pages[table], 1, 2)  # [B, K, n, E, ...]
+        # [B, K, n, E, ...]; a page that is not there is needed by no one.
+        taken = jnp.swapaxes(pages[jnp.minimum(table, len(pages) - 1)], 1, 2)
         return taken.reshape(*taken.shape[:2], -1, *taken.shape[4:])
 
     return jax.tree.map(gather, x)
@@ -88,8 +89,7 @@ def _put(old, new, start, table):
     if table is None and jnp.ndim(start) == 0:
         flat, new = merged(old), merged(jnp.swapaxes(new, 1, 2))
         slots = 0 if old.shape[0] * old.shape[1] == 1 else 1
-        at = tuple(start if axis == slots else 0 for axis in range(flat.ndim))
-        return jax.lax.dynamic_update_slice(flat, new, at).reshape(old.shape)
+        return jax.lax.dynamic_update_slice_in_dim(flat, new, start, slots).reshape(old.shape)
     batch, length = new.shape[:2]
     slots = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(length), (batch, length))
     row = jnp.arange(batch)[:, None]

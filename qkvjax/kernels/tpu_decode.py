@@ -38,6 +38,11 @@ def heads_a_step(k, rows: int, size: int) -> int:
     return max(n for n in range(1, max(fit, 1) + 1) if k.shape[1] % n == 0)
 
 
+def cannot_make(key: KeyOfState, head_width: int) -> str | None:
+    """Why the kernel cannot make such keys; None where it can."""
+    return None if key.width else "it makes no keys that are normed and not rotated"
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is fixed when the kernel is compiled; `turned` numbers of a head are rotated."""

@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 
 from qkvjax.errors import UserError
 from qkvjax.kernels import rows as rows_of
-from qkvjax.kernels import tile
+from qkvjax.kernels import tile, triton
 from qkvjax.kernels.stored import Int8, KeyOfState
-from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, refusal, widened
+from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, widened
 
 # Two programs fit each of the 132 processors of a Hopper GPU where a tile of all that is cached
 # has so many bytes and three stages; larger tiles where there are more programs than that. Timed
@@ -38,10 +38,18 @@ def block_of(width: int, itemsize: int, tied: bool, programs: int, makes_keys: b
     return Blocks(64, min(256, size if tied else size // 2), 4, 3)
 
 
-def cannot_make(key: KeyOfState | None, head_width: int) -> str | None:
+def refusal(q, v=None, *, page: int | None = None, **_) -> str | None:
+    """Why the kernel does not take such arguments (`page`: slots of one); None where it does."""
+    why = triton.refusal(q, v)
+    if why or page is None or (page >= NARROWEST and page & (page - 1) == 0):
+        return why
+    return f"a page has a power of two of slots from {NARROWEST} on, not {page}"
+
+
+def cannot_make(key: KeyOfState, head_width: int) -> str | None:
     """Why the kernel cannot make such keys; None where it can."""
-    if key is None:
-        return None
+    if not key.width:
+        return "it makes no keys that are normed and not rotated"
     pieces = [piece for piece in (key.width // 2, head_width - key.width) if piece]
     if all(piece >= NARROWEST and piece & (piece - 1) == 0 for piece in pieces):
         return None
@@ -49,14 +57,6 @@ def cannot_make(key: KeyOfState | None, head_width: int) -> str | None:
         f"it rotates {key.width} of {head_width} numbers only where half of the former and what is"
         f" left of the latter are powers of two from {NARROWEST} on"
     )
-
-
-def _odd_pages(k, table) -> str | None:
-    """Why the kernel cannot read such pages [P, E, K, H]; None where it can."""
-    size = k.shape[1]
-    if table is None or (size >= NARROWEST and size & (size - 1) == 0):
-        return None
-    return f"a page has a power of two of slots from {NARROWEST} on, not {size}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +86,10 @@ def decode(
     Raises:
       UserError: `refusal` or `cannot_make` has an answer.
     """
-    why = refusal(q, v) or cannot_make(key, q.shape[-1]) or _odd_pages(k, table)
+    why = refusal(q, v, page=None if table is None else k.shape[1])
+    why = why or (key and cannot_make(key, q.shape[-1]))
     if why:
-        raise UserError(f"the triton kernel takes no such attention: {why}")
+        raise UserError(f"the triton kernel takes no such attention: {why}; use impl='auto'")
     batch, length, heads, width = q.shape
     num_kv_heads, group = k.shape[2], heads // k.shape[2]
     block = block or block_of(
@@ -129,7 +130,7 @@ def decode(
         gains = None if key.gain is None else key.gain.astype(jnp.float32)
     second = None
     if q_pe is not None:
-        second = packed(widened(q_pe.astype(q.dtype))), widened(k_pe.astype(k.dtype))
+        second = packed(widened(q_pe.astype(q.dtype))), widened(k_pe.astype(q.dtype))
 
     value_pieces = options.pieces if v is None else (v.shape[3],)
     inputs = spans, packed(q), k, v, table, second, turns, gains, places

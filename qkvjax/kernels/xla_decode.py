@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qkvjax.kernels.rows import packed, unpacked
 from qkvjax.kernels.stored import KeyOfState, merged
 
 # Up to so many rows of queries (G T) it pays to turn them to each state; for more, as a prompt has,
@@ -29,12 +30,11 @@ def decode(
     number for each slot, multiplies the scores.
     """
     batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, group = k.shape[2], heads // k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
     def rows(x):  # [B, T, N, P] -> [B K, R, P]
-        x = x.reshape(batch, length, kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
-        return merged(x.reshape(batch, kv_heads, -1, x.shape[-1]))
+        return merged(packed(x, kv_heads, length * group))
 
     def slots(x):  # [B, S, K, P] -> [B K, S, P], as a cache lies
         return merged(x.swapaxes(1, 2))
@@ -44,39 +44,35 @@ def decode(
             "...rh,...sh->...rs", part, key.astype(part.dtype), preferred_element_type=wide
         )
 
-    held = slots(k)
-    if key is None:
-        scores = product(rows(q), held)
-    else:
-        scores = _onto_states(rows(q), held, key, product, wide)
+    held, asking = slots(k), rows(q)
+    scores = product(asking, held) if key is None else _onto_states(asking.astype(wide), held, key)
     if q_pe is not None:
         scores = scores + product(rows(q_pe), slots(k_pe))
     scores = scores * (width**-0.5 if scale is None else scale)
-    mask = jnp.broadcast_to(mask[:, None, None], (batch, kv_heads, 1, *mask.shape[1:]))
-    seen = merged(jnp.tile(mask[:, :, 0], (1, 1, heads // kv_heads, 1)))
+    mask = jnp.repeat(mask, group, axis=1)[:, None]
+    seen = merged(jnp.broadcast_to(mask, (batch, kv_heads, *mask.shape[2:])))
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
     values = held if v is None else slots(v)
     out = jnp.einsum("...rs,...sh->...rh", weights.astype(q.dtype), values.astype(q.dtype))
-    out = out.reshape(batch, kv_heads, -1, length, out.shape[-1])
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+    return unpacked(out.reshape(batch, kv_heads, *out.shape[-2:]), length, heads)
 
 
-def _onto_states(q, x, key: KeyOfState, product, wide):
-    """Unscaled scores [..., R, S] of queries [..., R, H] and states [..., S, H]."""
-    gain = jnp.ones(x.shape[-1], wide) if key.gain is None else key.gain.astype(wide)
-    scores = squares = 0
-    if key.width:
-        scores, squares = _turned(q[..., : key.width], x[..., : key.width], gain[: key.width], key)
-    rest = x[..., key.width :]
-    if rest.shape[-1]:
-        scores += product(q[..., key.width :] * gain[key.width :], rest)
+def _onto_states(q, x, key: KeyOfState):
+    """Unscaled scores [..., R, S] of queries [..., R, H] and states [..., S, H]; H is even."""
+    gain = jnp.ones(x.shape[-1], q.dtype) if key.gain is None else key.gain.astype(q.dtype)
+    turns = key.at(x.shape[-2], q.dtype) if key.width else None
+    found = [
+        _sums(q[..., part], x[..., part], gain[part], turned, normed=key.gain is not None)
+        for part, turned in ((slice(key.width), turns), (slice(key.width, None), None))
+        if gain[part].size
+    ]
+    scores, squares = map(sum, zip(*found))
     if key.gain is None:
         return scores
-    squares += jnp.sum(rest.astype(wide) ** 2, axis=-1)[..., None, :]
     return scores * jax.lax.rsqrt(squares / x.shape[-1] + key.epsilon)
 
 
-def _turned(q, x, gain, key: KeyOfState):
+def _sums(q, x, gain, turns, normed: bool):
     """q R_s (gain x) and, where there is a norm, x x: [..., R, S] each.
 
     With c and s the cosines and sines of slot and frequency, halves a and b, gain g,
@@ -86,24 +82,27 @@ def _turned(q, x, gain, key: KeyOfState):
     Always two sums at a time, over 4 lanes each: XLA's CPU fuses a pair of sums with what they add,
     and writes out what a single one adds.
     """
-    wide, half = gain.dtype, key.width // 2
+    half = x.shape[-1] // 2
     lanes = math.gcd(half, 4)
 
     def pieces(array):
-        return array.astype(wide).reshape(*array.shape[:-1], -1, lanes)
+        return array.astype(q.dtype).reshape(*array.shape[:-1], -1, lanes)
 
     def halves(array):
         return map(pieces, jnp.split(array, 2, axis=-1))
 
-    q = q.astype(wide)[..., None, :]
     # Products of matrices, since factors would be multiplied again for each cached number.
     scaled = functools.partial(jnp.matmul, b=jnp.diag(gain), precision="highest")
-    (q_a, q_b), (crossed_a, crossed_b) = halves(scaled(q)), halves(scaled(jnp.roll(q, half, -1)))
-    (a, b), (cos, sin) = halves(x[..., None, :, :]), map(pieces, key.at(x.shape[-2], wide))
-    sums = cos * (q_a * a + q_b * b), sin * (crossed_a * a - crossed_b * b)
-    if key.gain is not None:
+    rows = q[..., None, :]
+    (q_a, q_b), (a, b) = halves(scaled(rows)), halves(x[..., None, :, :])
+    sums = q_a * a, q_b * b
+    if turns is not None:
+        crossed_a, crossed_b = halves(scaled(jnp.roll(rows, half, -1)))
+        cos, sin = map(pieces, turns)
+        sums = cos * sum(sums), sin * (crossed_a * a - crossed_b * b)
+    if normed:
         sums = sum(sums), jnp.broadcast_to(a * a + b * b, sums[0].shape)
-    zero, axis = jnp.zeros((), wide), sums[0].ndim - 2
+    zero, axis = jnp.zeros((), q.dtype), sums[0].ndim - 2
     for _ in range(2):  # the pieces; then the lanes, which have moved to their axis
         sums = jax.lax.reduce(sums, (zero, zero), lambda x, y: tuple(map(jnp.add, x, y)), (axis,))
-    return sums if key.gain is not None else (sum(sums), 0)
+    return sums if normed else (sum(sums), 0)

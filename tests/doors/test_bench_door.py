@@ -61,6 +61,8 @@ def test_sharings_that_the_heads_forbid_are_told(door, recipe, tmp_path):
         (("memory", "--batches=0"), "--batches=0: write whole numbers"),
         (("memory", "--contexts=many"), "write whole numbers from 1 on"),
         (("memory",), "--workdir=DIR is missing"),
+        (("decode", "--workdir=W", "--contexts=7"), "from 8 tokens on"),
+        (("decode", "--workdir=W", "--contexts=2000000000"), "up to caches of what is free here"),
         (("memory", "--workdir=W", "--config.model.kind=encoder",
           "--config.model.tie_embeddings=False"), "memory is measured of kind lm"),
     ],

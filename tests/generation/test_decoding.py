@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qkvjax.attention import cache as caches
-from qkvjax.attention.spec import SHARINGS
+from qkvjax.attention.layer import LAYERS, Attention
+from qkvjax.attention.spec import SHARINGS, AttentionSpec
 from qkvjax.generation import decode as decoding
 from qkvjax.models.lm import LanguageModel
 
@@ -134,6 +135,56 @@ def test_sequences_of_different_lengths(model, ids, fields, page):
         logits, cache = step(cache, jnp.take_along_axis(ids, at[:, None], 1), at)
         wanted = full[np.arange(B), at]
         np.testing.assert_allclose(logits[:, 0], wanted, atol=1e-5 * abs(full).max())
+
+
+@pytest.mark.parametrize("sharing", ["q-k-v", "q-k=v"])
+def test_a_shared_prompt_leaves_the_pages_of_others_alone(model, ids, sharing):
+    """What a short sequence reads of a padded prompt beyond its own pages is dropped."""
+    m = model(num_layers=1, sharing=sharing, position="rope")
+    full, lengths = np.asarray(one_by_one(m, ids)), jnp.array([8, 2])
+    table = jnp.asarray(caches.block_table([9, 3], 4, 4))
+    cache = decoding.empty_caches(m, 4, 4, jnp.float32)
+    options = {"table": table, "dtype": jnp.float32}
+    _, cache = decoding.decode(m, m.stack.layers(), cache, ids[:, :8], jnp.array([0, 0]), **options)
+    last = jnp.take_along_axis(ids, lengths[:, None], 1)
+    logits, _ = decoding.decode(m, m.stack.layers(), cache, last, lengths, **options)
+    np.testing.assert_allclose(logits[:, 0], full[np.arange(B), lengths], atol=1e-5)
+
+
+class Stretched(Attention):
+    def _rotate(self, x, positions, inverse=False):
+        return super()._rotate(x, 3 * positions, inverse)
+
+
+class Opposed(Attention):
+    def expand(self, entry, positions):
+        k, v = super().expand(entry, positions)
+        return -k, v
+
+
+@pytest.mark.parametrize("own", [Stretched, Opposed])
+def test_a_variant_that_makes_keys_its_own_way(model, ids, own, monkeypatch):
+    """It is decoded as it reads, where a kernel could make the keys of the usual layer."""
+    fields = {"num_layers": 1, "sharing": "q-k=v", "position": "rope", "rotary_values": "raw"}
+    usual = np.asarray(one_by_one(model(**fields), ids))
+    monkeypatch.setitem(LAYERS, AttentionSpec, own)
+    m = model(**fields)
+    full = np.asarray(one_by_one(m, ids))
+    assert abs(full - usual).max() > 0.1 * abs(full).max()
+    check(m, ids, full, ["shared"])
+
+
+def test_tokens_are_written_in_place(model):
+    """The loop over tokens keeps no second cache beside the one that it is given."""
+    for fields in ({"sharing": "q-k-v"}, {"sharing": "q-k=v", "rotary_values": "raw"}):
+        m = model(num_layers=2, position="rope", **fields)
+        cache = decoding.empty_caches(m, 2, 2048, jnp.float32)
+        lowered = decoding.sample_tokens.lower(
+            m, m.stack.layers(), cache, jnp.zeros((2, 64)), jnp.int32(9), jax.random.key(0),
+            jnp.float32(1), dtype=jnp.float32, max_tokens=8, num_ids=61, greedy=True,
+        )  # fmt: skip
+        beside = lowered.compile().memory_analysis().temp_size_in_bytes
+        assert beside < caches.num_bytes(cache) / 2, fields
 
 
 @pytest.mark.parametrize("page", [None, 4])

@@ -104,6 +104,7 @@ def test_what_a_model_cannot(model, fields, options, message):
         ({"temperature": -0.5}, "temperature at least 0"),
         ({"dtype": "float12"}, "dtype 'float12' is unknown"),
         ({"cache_dtype": "int3"}, "dtype 'int3' is unknown"),
+        ({"cache_dtype": "float64"}, "wants JAX_ENABLE_X64=1: use float32"),
         ({"page_size": 0}, "page_size=0 must be at least 1"),
         ({"page_size": 4, "cache_length": 7}, r"cache of 8 tokens .* need 11 \(1,408 bytes\)"),
     ],

@@ -11,6 +11,7 @@ import pytest
 
 from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch, xla
+from qkvjax.kernels.stored import KeyOfState
 
 B, T, N, H, P = 2, 13, 4, 6, 3
 OTHERS = [name for name in dispatch.PLAIN if name != "reference"]
@@ -199,13 +200,13 @@ def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypa
     assert dispatch.choose("auto", narrow, None) == "hopper"
     assert dispatch.choose("auto", narrow, None, q_pe=narrow) == "triton"
     for _ in range(2):  # told once
-        assert dispatch.choose("auto", narrow.astype(jnp.float32), None) == "triton"
+        assert dispatch.choose("auto", narrow.astype(jnp.float32), None) == "xla"
     assert dispatch.choose("auto", narrow[..., :24], None) == "cudnn"
     assert dispatch.choose("auto", narrow[..., :24], None, segment_ids=jnp.zeros((1, 8))) == "xla"
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "attention: hopper"
     assert told[1].startswith("attention: triton; not hopper: it has no second part")
-    assert told[2].startswith("attention: triton; not hopper: its dtype is one of bfloat16")
+    assert told[2].startswith("attention: xla; hopper could run here but was not measured")
     assert told[3].startswith("attention: cudnn; ") and told[3].count("head width") == 2
     assert told[4].endswith("not cudnn: it has no segment ids") and len(told) == 5
     assert dispatch.choose("auto", narrow, narrow) == "cudnn"
@@ -220,3 +221,33 @@ def test_a_kernel_that_cannot_run_here_says_so():
     q, k, v, *_ = inputs(2)
     with pytest.raises(UserError, match="needs an NVIDIA GPU .*this machine has xla, reference"):
         dispatch.attention(q, k, v, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["xla", "reference"])
+@pytest.mark.parametrize("shape", [(2, T - 1), (T,), (3, T), (2, T, 1), (1, T)])
+def test_segment_ids_are_one_a_token(impl, shape):
+    q, k, v, *_ = inputs(2)
+    with pytest.raises(UserError, match=rf"segment_ids .*\({len(q)}, {T}\)"):
+        dispatch.attention(q, k, v, segment_ids=jnp.zeros(shape, int), impl=impl)
+
+
+def test_pages_that_the_kernel_does_not_take_go_to_xla(monkeypatch):
+    """On a Hopper GPU, which is pretended; and keys that it does not make are made first."""
+    monkeypatch.setattr(dispatch, "candidates", lambda *_: ("triton", "xla"))
+    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
+    monkeypatch.setattr(dispatch.trial, "failure", lambda *given: None)
+    q = jnp.zeros((1, 1, 2, 64), jnp.bfloat16)
+    for page, name in ((None, "triton"), (16, "triton"), (7, "xla"), (8, "xla")):
+        assert dispatch.choose("auto", q, None, decodes=True, page=page) == name
+    for width, made in ((64, True), (32, True), (16, False), (0, False)):
+        assert dispatch.makes_keys("auto", q, 2, KeyOfState(1e4, width), 16) == made
+    assert dispatch.makes_keys("auto", q, 2, KeyOfState(1e4, 16), page=7)  # xla, of few rows
+    assert not dispatch.makes_keys("auto", jnp.tile(q, (1, 9, 1, 1)), 2, KeyOfState(1e4, 16), 7)
+
+
+def test_the_reference_makes_no_keys():
+    q = jnp.zeros((1, 1, 2, 8))
+    with pytest.raises(UserError, match="make them first"):
+        dispatch.decode_attention(
+            q, q, positions=jnp.zeros((1, 1), int), key=KeyOfState(1e4, 8), impl="reference"
+        )

@@ -50,6 +50,14 @@ def read_back(x, codes):
 
 def test_pages_are_handed_out_once():
     table = block_table([5, 9, 1], 4, 6)
-    np.testing.assert_array_equal(table, [[0, 1, 0], [2, 3, 4], [5, 0, 0]])
+    np.testing.assert_array_equal(table, [[0, 1, 6], [2, 3, 4], [5, 6, 6]])
     with pytest.raises(UserError, match=r"tokens need 6 pages of 4, and the pool has 5"):
         block_table([5, 9, 1], 4, 5)
+
+
+@pytest.mark.parametrize("start", [np.int32(3), np.int64(3)])
+def test_places_of_any_integer_are_taken_in_float64(start):
+    with jax.enable_x64(True):
+        found = write(jnp.zeros((2, 2, 8, 4)), jnp.ones((2, 1, 2, 4)), jnp.asarray(start), None)
+        found = np.asarray(found)
+    assert found.dtype == np.float64 and found.sum() == found[:, :, 3].sum() == 16

@@ -14,7 +14,7 @@ from qkvjax.attention.projection import RMSNorm
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
 from qkvjax.kernels import dispatch, reference, triton_decode
-from qkvjax.kernels.stored import KeyOfState
+from qkvjax.kernels.stored import KeyOfState, quantize, widen
 
 B, S, N, H = 3, 150, 4, 64
 PLACES = jnp.array([[10, 11], [100, 101], [148, 149]])  # of the new tokens, rubbish behind them
@@ -137,6 +137,18 @@ def test_a_model_decodes_as_its_forward_pass(model, interpreted, values):
     np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=1e-5 * abs(full).max())
     assert all(call["v"] is None for call in interpreted) and len(interpreted) == 4
     assert all((call["key"] is not None) == (values == "raw") for call in interpreted)
+
+
+def test_codes_with_a_second_part_of_the_scores():
+    q, given, truth = case("two tensors", 2, 1, second=True)
+    codes = {name: quantize(given[name]) for name in "kv"}
+    truth |= {name: widen(codes[name], jnp.float32) for name in "kv"}
+    positions = PLACES[:, -1:]
+    mask = reference.visible(positions, jnp.arange(S)[None], causal=True)
+    with jax.default_matmul_precision("highest"):
+        expected = reference.attention(q, mask=mask, **truth)
+        found = triton_decode.decode(q, positions=positions, interpret=True, **(given | codes))
+    assert relative(found, expected) < 2e-6
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
