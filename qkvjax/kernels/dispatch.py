@@ -46,7 +46,7 @@ MEASURED = {
 
 
 def kernel(impl: str, decodes: bool = False):
-    """A module of KERNELS. Loaded when it is wanted: Pallas takes a fifth of a door's start."""
+    """A module of KERNELS. Loaded when it is wanted: Pallas takes a quarter of a start."""
     return importlib.import_module(f"qkvjax.kernels.{KERNELS[impl][decodes]}")
 
 
