@@ -132,9 +132,8 @@ def attend(
             v = widen(in_order(k, table), x.dtype)
             # Where keys do not depend on the head, heads count as sequences: v is read as it lies.
             split = v.shape[:2] if key is None else (-1, 1)
-            state = _turned(v.reshape(*split, *v.shape[2:]))
-            made = _turned(layer.expand({"kv": state}, slots[None])[0])
-            k, held, key = made.reshape(v.shape), None, None
+            made = layer.expand({"kv": _turned(v.reshape(*split, *v.shape[2:]))}, slots[None])[0]
+            k, held, key = _turned(made).reshape(v.shape), None, None
     out = dispatch.decode_attention(
         q, _turned(k), _turned(v), positions=positions, window=spec.window, key=key, table=held,
         impl=impl, **layer.columns(q, slots[None]),

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from qkvjax.errors import UserError
+from qkvjax.kernels.stored import NORM_EPSILON
 from qkvjax.models.spec import scan_period
 
-NORM_EPSILON = 1e-6  # of attention.projection.RMSNorm
 # Keys that stand for something our model does not compute, with the values that do not.
 _PLAIN = {
     "expert_count": (0,), "rope.scaling.type": ("none",), "attention.sliding_window": (0,),

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+NORM_EPSILON = 1e-6  # of every RMSNorm
+
 
 class Int8(NamedTuple):
     """Numbers codes * scales, with one scale for each head of each slot.
@@ -110,7 +112,7 @@ def turns(base: float, width: int, length: int, dtype) -> tuple[jax.Array, jax.A
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["gain", "turns"],
-    meta_fields=["base", "width", "epsilon"],
+    meta_fields=["base", "width"],
 )
 @dataclasses.dataclass(frozen=True)
 class KeyOfState:
@@ -120,14 +122,12 @@ class KeyOfState:
       base, width: of `attention.position.rotate`; the width is even, 0 without rotation.
       gain: [H] of the norm, or None without a norm.
       turns: of `turns`, where they were computed before; None means when they are needed.
-      epsilon: of the norm.
     """
 
     base: float
     width: int
     gain: jax.Array | None = None
     turns: tuple[jax.Array, jax.Array] | None = None
-    epsilon: float = 1e-6
 
     def at(self, length: int, dtype) -> tuple[jax.Array, jax.Array]:
         """(cos, sin) of slots 0, ..., length - 1."""

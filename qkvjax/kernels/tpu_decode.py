@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as lowering
 from qkvjax.errors import UserError
 from qkvjax.kernels import rows as rows_of
 from qkvjax.kernels import tile
-from qkvjax.kernels.stored import Int8, KeyOfState
+from qkvjax.kernels.stored import NORM_EPSILON, Int8, KeyOfState
 from qkvjax.kernels.tpu import refusal, turned
 from qkvjax.kernels.tpu_grid import pallas
 
@@ -52,7 +52,6 @@ class Options:
     slots: int
     tile: int
     turned: int
-    epsilon: float
 
     @property
     def ragged(self) -> bool:
@@ -90,7 +89,7 @@ def decode(
     k, v = (x._replace(scales=x.scales[:, :, None]) if isinstance(x, Int8) else x for x in (k, v))
     options = Options(
         window, width**-0.5 if scale is None else float(scale), slots, size,
-        0 if key is None else key.width, 0.0 if key is None else key.epsilon,
+        0 if key is None else key.width,
     )  # fmt: skip
 
     # Rows go by tiles as well: a prompt that enters a cache has many.
@@ -244,5 +243,5 @@ def _normed(options, held, gain):
         return wide
     mean = jnp.sum(wide * wide, axis=1, keepdims=True) / wide.shape[1]
     # Rounded where the layer rounds: what leaves the norm has the dtype of the state.
-    wide = wide * jax.lax.rsqrt(mean + options.epsilon) * gain[...]
+    wide = wide * jax.lax.rsqrt(mean + NORM_EPSILON) * gain[...]
     return wide.astype(held.dtype).astype(jnp.float32)

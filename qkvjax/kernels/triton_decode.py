@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from qkvjax.errors import UserError
 from qkvjax.kernels import rows as rows_of
 from qkvjax.kernels import tile, triton
-from qkvjax.kernels.stored import Int8, KeyOfState
+from qkvjax.kernels.stored import NORM_EPSILON, Int8, KeyOfState
 from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, widened
 
 # Two programs fit each of the 132 processors of a Hopper GPU where a tile of all that is cached
@@ -50,13 +50,20 @@ def cannot_make(key: KeyOfState, head_width: int) -> str | None:
     """Why the kernel cannot make such keys; None where it can."""
     if not key.width:
         return "it makes no keys that are normed and not rotated"
-    pieces = [piece for piece in (key.width // 2, head_width - key.width) if piece]
+    pieces = pieces_of(key.width, head_width)
     if all(piece >= NARROWEST and piece & (piece - 1) == 0 for piece in pieces):
         return None
     return (
-        f"it rotates {key.width} of {head_width} numbers only where half of the former and what is"
-        f" left of the latter are powers of two from {NARROWEST} on"
+        f"it rotates {key.width} of {head_width} numbers only where half of the former is one of"
+        f" the powers of two from {NARROWEST} on and what is left a multiple of {NARROWEST}"
     )
+
+
+def pieces_of(turned: int, width: int) -> tuple[int, ...]:
+    """How a head is cut into tiles: the halves that turn, and the rest by powers of two."""
+    rest = width - turned
+    powers = (1 << i for i in reversed(range(rest.bit_length())) if rest >> i & 1)
+    return (turned // 2, turned // 2, *powers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,6 @@ class Options:
     tile: int
     page: int
     pieces: tuple[int, ...]
-    epsilon: float
 
 
 def decode(
@@ -109,10 +115,9 @@ def decode(
         splits = max(1, min(PROGRAMS // (batch * num_kv_heads), slots // FEWEST_SLOTS))
     per_split = -(-slots // splits // size) * size if slots // splits >= size else size
     splits = -(-slots // per_split)
-    pieces = (width,) if key is None else (key.width // 2, key.width // 2, width - key.width)
     options = Options(
         window, width**-0.5 if scale is None else float(scale), slots, per_split, size, k.shape[2],
-        tuple(piece for piece in pieces if piece), 0.0 if key is None else key.epsilon,
+        (width,) if key is None else pieces_of(key.width, width),
     )  # fmt: skip
 
     # Rows go by tiles as well: a prompt that enters a cache has many.
@@ -248,7 +253,7 @@ def _keys(options, held, gain, cos, sin):
     if gain is not None:
         squares = [jnp.sum(piece * piece, axis=1) for piece in wide]
         mean = sum(squares[1:], squares[0]) / sum(options.pieces)
-        factor = jax.lax.rsqrt(mean + options.epsilon)[:, None]
+        factor = jax.lax.rsqrt(mean + NORM_EPSILON)[:, None]
         # Rounded where the layer rounds: what leaves the norm has the dtype of the state.
         wide = [(p * factor * g[None, :]).astype(held[0].dtype) for p, g in zip(wide, gain)]
         wide = [piece.astype(jnp.float32) for piece in wide]

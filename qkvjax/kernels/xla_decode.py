@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qkvjax.kernels.rows import packed, unpacked
-from qkvjax.kernels.stored import KeyOfState, merged
+from qkvjax.kernels.stored import NORM_EPSILON, KeyOfState, merged
 
 # Up to so many rows of queries (G T) it pays to turn them to each state; for more, as a prompt has,
 # keys are better made first (`dispatch.makes_keys`).
@@ -69,7 +69,7 @@ def _onto_states(q, x, key: KeyOfState):
     scores, squares = map(sum, zip(*found))
     if key.gain is None:
         return scores
-    return scores * jax.lax.rsqrt(squares / x.shape[-1] + key.epsilon)
+    return scores * jax.lax.rsqrt(squares / x.shape[-1] + NORM_EPSILON)
 
 
 def _sums(q, x, gain, turns, normed: bool):

@@ -139,6 +139,17 @@ def test_a_model_decodes_as_its_forward_pass(model, interpreted, values):
     assert all((call["key"] is not None) == (values == "raw") for call in interpreted)
 
 
+def test_what_does_not_turn_may_be_several_powers_of_two(monkeypatch):
+    """A quarter of 128 numbers: two halves of 16, and 64 + 32."""
+    assert triton_decode.pieces_of(32, 128) == (16, 16, 64, 32)
+    for name in ("H", "N"):
+        monkeypatch.setitem(globals(), name, {"H": 128, "N": 2}[name])
+    check("raw, normed, in part", 2, 1, None, False, 2)
+    assert triton_decode.cannot_make(KeyOfState(1e4, 32), 128) is None
+    assert "a multiple of 16" in triton_decode.cannot_make(KeyOfState(1e4, 32), 72)
+    assert "not rotated" in triton_decode.cannot_make(KeyOfState(1e4, 0), 64)
+
+
 def test_codes_with_a_second_part_of_the_scores():
     q, given, truth = case("two tensors", 2, 1, second=True)
     codes = {name: quantize(given[name]) for name in "kv"}
@@ -152,12 +163,14 @@ def test_codes_with_a_second_part_of_the_scores():
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-@pytest.mark.parametrize("mode", ["two tensors", "one tensor", "raw"])
+@pytest.mark.parametrize("mode", ["two tensors", "one tensor", "raw", "raw, in part"])
 def test_lowers_for_cuda(width, mode):
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
     q, k = shape(2, 1, 8, width), shape(2, 1000, 2, width)
     v = k if mode == "two tensors" else None
-    key = KeyOfState(1e4, width) if mode == "raw" else None
+    key = None
+    if mode.startswith("raw"):
+        key = KeyOfState(1e4, max(32, width // 4) if "in part" in mode else width)
     run = functools.partial(triton_decode.decode, key=key)
     gain = shape(width, dtype=jnp.float32)
 

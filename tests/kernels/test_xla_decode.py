@@ -7,7 +7,7 @@ import pytest
 
 from qkvjax.attention.position import rotate
 from qkvjax.kernels import reference, xla_decode
-from qkvjax.kernels.stored import KeyOfState, turns
+from qkvjax.kernels.stored import NORM_EPSILON, KeyOfState, turns
 
 SLOTS = 19
 
@@ -25,7 +25,7 @@ def made_first(x, key):
     keys = x.astype(jnp.float32)
     if key.gain is not None:
         squares = jnp.mean(keys**2, axis=-1, keepdims=True)
-        keys = keys * jax.lax.rsqrt(squares + key.epsilon) * key.gain.astype(jnp.float32)
+        keys = keys * jax.lax.rsqrt(squares + NORM_EPSILON) * key.gain.astype(jnp.float32)
     if not key.width:
         return keys
     return rotate(keys, jnp.arange(SLOTS)[None], base=key.base, width=key.width)
