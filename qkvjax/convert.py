@@ -103,9 +103,9 @@ def tie(values: flags.FlagValues) -> None:
         )
     old = config.model.sharing
     config.model.sharing = values.sharing
-    output = new_workdir(values.output)
     names = list(abstract_model(config)[1])
     tied = tied_arrays(arrays, names, old, values.sharing)
+    output = new_workdir(values.output)
     origin = {
         "source": str(Path(values.workdir).absolute()), "step": step, "sharing": str(old),
         "method": values.method, "date": host.now(),

@@ -142,7 +142,7 @@ def test_ties_that_cannot_be(tmp_path, capsys, flags, message):
     where = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'tied'}"]
     assert main(["convert", "tie", *where, *flags]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "tied" / "config.json").exists()
+    assert not (tmp_path / "tied").exists()
 
 
 def test_what_should_be_converted(capsys):
