@@ -118,7 +118,7 @@ def train(
     with contextlib.ExitStack() as held, requests() as asked, jax.set_mesh(run.mesh):
         first(lambda: held.enter_context(only_one(workdir)))
         # ---- state: restored or new -------------------------------------------------------------
-        now, steps = resume.surroundings(run.mesh), run.durations.steps
+        now, steps = resume.surroundings(run.mesh, config.train.compute_dtype), run.durations.steps
         checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, now)
         held.callback(checkpoints.close)
         evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import tomllib
-from pathlib import Path
 
 from qkvjax.analysis.document import Code, Fold, Heading, Pairs, Paragraph, Terms, words
 from qkvjax.analysis.summary import Summary
+from qkvjax.analysis.texts import texts
 from qkvjax.config import flatten
-
-_DEFINITIONS = Path(__file__).with_name("definitions.toml").read_text(encoding="utf-8")
 
 
 def what_was_run(summary: Summary) -> list:
@@ -36,7 +33,7 @@ def what_was_run(summary: Summary) -> list:
     first = [(metric.name, metric.definition)]
     if metric.relative:
         first.append(("percent", f"of the baseline’s mean {metric.name}."))
-    first += tomllib.loads(_DEFINITIONS).items()
+    first += texts("definitions.toml").items()
     return [*parts, Heading("What the words mean", 3), Terms(first)]
 
 

@@ -19,9 +19,7 @@ The rule for verdicts, so that nothing here is typed by hand:
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable
-from pathlib import Path
 
 from qkvjax.analysis import claim, curves, formats, memory
 from qkvjax.analysis.claim import CANT_TELL, CONTRADICTED, SUPPORTED, Claim, Finding
@@ -29,6 +27,7 @@ from qkvjax.analysis.feedforward_claims import combines_with_experts, shared_fee
 from qkvjax.analysis.sharings import field, is_uniform, pure, pure_rows
 from qkvjax.analysis.statistics import Paired, paired
 from qkvjax.analysis.summary import Row, Summary
+from qkvjax.analysis.texts import texts
 
 
 def findings(summary: Summary) -> list[tuple[Claim, Finding]]:
@@ -315,5 +314,4 @@ _DECIDE = {
     "P4": _synthetic_averages, "P5": _equal_vision, "P7": _cosines, "P8": _plus,
     "F1": _perplexity(("q-k=v", 0.022)),
 }  # fmt: skip
-_TEXTS = Path(__file__).with_name("claims.toml").read_text(encoding="utf-8")
-CLAIMS = tuple(Claim(id=i, decide=_DECIDE.get(i), **c) for i, c in tomllib.loads(_TEXTS).items())
+CLAIMS = tuple(Claim(id=i, decide=_DECIDE.get(i), **c) for i, c in texts("claims.toml").items())

@@ -6,7 +6,6 @@ plots/. It trains nothing and imports no jax, so that a report can be written an
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from qkvjax.analysis import claim, claims, columns, decisions, formats, memory, plots, records
@@ -20,11 +19,11 @@ from qkvjax.analysis.settings import by_setting
 from qkvjax.analysis.sharings import is_sharing_study
 from qkvjax.analysis.statistics import BETTER, WORSE
 from qkvjax.analysis.summary import Row, Summary, summarize, write_csv
+from qkvjax.analysis.texts import texts
 
 TONES = {BETTER: "good", WORSE: "bad", claim.SUPPORTED: "good", claim.CONTRADICTED: "bad"}
 _SYMBOLS = {BETTER: "▲", WORSE: "▼", claim.SUPPORTED: "✓", claim.CONTRADICTED: "✗",
             claim.CANT_TELL: "?", claim.NOT_MEASURED: "–"}  # fmt: skip
-_CAPTIONS = Path(__file__).with_name("captions.toml").read_text(encoding="utf-8")
 
 
 def write_report(workdir: Path) -> Path:
@@ -256,7 +255,7 @@ def _races(row: Row) -> list[str]:
 
 
 def _plots(summary: Summary, figures: dict[str, str]) -> list:
-    captions = tomllib.loads(_CAPTIONS)
+    captions = texts("captions.toml")
     paper = captions.pop("paper") if is_sharing_study(summary) and summary.metric.relative else ""
     over = "seeds; the bands reach from the best to the worst seed"
     over = "settings and seeds" if summary.settings else over

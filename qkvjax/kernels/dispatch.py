@@ -36,9 +36,9 @@ KERNELS = {
     "cudnn": ("cudnn", "triton_decode"), "tpu": ("tpu", "tpu_decode"),
 }  # fmt: skip
 NO_CACHE = ("hopper", "cudnn")  # triton's kernel reads it for them
-# What "auto" tries, the fastest first, by compute capability (platform where there is none) and
-# whether K = V: benchmarks/results/h200/tiles.jsonl, forward and backward together. Whatever is
-# missing here takes xla.
+# What "auto" tries for numbers of 16 bits, the fastest first, by compute capability (platform where
+# there is none) and whether K = V: benchmarks/results/h200/tiles.jsonl, forward and backward
+# together. Whatever is missing here takes xla.
 MEASURED = {
     ("9.0", True): ("hopper", "triton", "cudnn", "xla"),
     ("9.0", False): ("cudnn", "hopper", "triton", "xla"),
@@ -63,13 +63,14 @@ def missing(impl: str) -> str | None:
     return None if fits else f"an NVIDIA GPU of compute capability {wanted}"
 
 
-def candidates(impl: str = "auto", tied: bool = True) -> tuple[str, ...]:
+def candidates(impl: str = "auto", tied: bool = True, dtype="bfloat16") -> tuple[str, ...]:
     """What to try for `impl`, the best first; raises UserError for one that is not here."""
     impl = kernels.preferred if impl == "auto" else impl
     if impl == "auto":
         device = jax.devices()[0]
         kind = getattr(device, "compute_capability", device.platform)
-        return MEASURED.get((kind, tied), ("xla",))
+        known = MEASURED if jnp.dtype(dtype).itemsize == 2 else {}
+        return known.get((kind, tied), ("xla",))
     here = [name for name in IMPLEMENTATIONS if not missing(name)]
     if impl not in IMPLEMENTATIONS:
         raise UserError(
@@ -90,9 +91,7 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
     Raises:
       UserError: none does.
     """
-    refused, names = {}, candidates(impl, v is None)
-    if len(names) > 1 and q.dtype == jnp.float32:  # not measured
-        names = ["xla"]
+    refused, names = {}, candidates(impl, v is None, q.dtype)
     if decodes and len(names) > 1:
         names = [name for name in names if name not in NO_CACHE]
     for name in names:

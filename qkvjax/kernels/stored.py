@@ -58,8 +58,8 @@ def in_order(x: Stored, table: jax.Array | None) -> Stored:
         return x
 
     def gather(pages):
-        # [B, K, n, E, ...]; a page that is not there is needed by no one.
-        taken = jnp.swapaxes(pages[jnp.minimum(table, len(pages) - 1)], 1, 2)
+        # [B, K, n, E, ...]; for a page that is not there jax takes the last, which no one needs.
+        taken = jnp.swapaxes(pages[table], 1, 2)
         return taken.reshape(*taken.shape[:2], -1, *taken.shape[4:])
 
     return jax.tree.map(gather, x)

@@ -13,10 +13,14 @@ from qkvjax.parallel.distributed import program
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def surroundings(mesh: jax.sharding.Mesh) -> dict[str, object]:
-    """What a step's last bits depend on beside the state: equal means bitwise the same."""
+def surroundings(mesh: jax.sharding.Mesh, dtype: str) -> dict[str, object]:
+    """What a step's last bits depend on beside the state: equal means bitwise the same.
+
+    Args:
+      dtype: that it computes in.
+    """
     return program() | {
-        "attention": dispatch.candidates()[0],
+        "attention": dispatch.candidates(dtype=dtype)[0],
         "device": host.device_name(),
         "mesh": "x".join(str(size) for size in mesh.shape.values()),
         "processes": jax.process_count(),

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -190,9 +191,8 @@ def test_unknown_implementation_lists_what_is_here():
 
 def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypatch, capsys):
     """On a Hopper GPU, which is pretended: what is chosen, and why not what is faster."""
-    monkeypatch.setattr(
-        dispatch, "candidates", lambda impl="auto", tied=True: dispatch.MEASURED["9.0", tied]
-    )
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [hopper])
     monkeypatch.setattr(dispatch, "missing", lambda impl: None)
     monkeypatch.setattr(dispatch.trial, "failure", lambda *given: None)
     dispatch._tell.cache_clear()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from qkvjax.attention.position import rotate
+from qkvjax.attention.projection import RMSNorm
 from qkvjax.kernels import reference, xla_decode
-from qkvjax.kernels.stored import NORM_EPSILON, KeyOfState, turns
+from qkvjax.kernels.stored import KeyOfState, turns
 
 SLOTS = 19
 
@@ -22,10 +23,10 @@ def states(batch, tokens, heads, kv_heads, width, dtype=jnp.float32):
 
 def made_first(x, key):
     """The keys, in float32."""
-    keys = x.astype(jnp.float32)
+    keys, norm = x.astype(jnp.float32), RMSNorm(x.shape[-1])
     if key.gain is not None:
-        squares = jnp.mean(keys**2, axis=-1, keepdims=True)
-        keys = keys * jax.lax.rsqrt(squares + NORM_EPSILON) * key.gain.astype(jnp.float32)
+        norm.gain[...] = key.gain.astype(jnp.float32)
+        keys = norm(keys)
     if not key.width:
         return keys
     return rotate(keys, jnp.arange(SLOTS)[None], base=key.base, width=key.width)
