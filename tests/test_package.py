@@ -3,12 +3,10 @@
 import ast
 import configparser
 import importlib.metadata
-import io
 import os
 import re
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -187,26 +185,9 @@ def test_nothing_is_left_to_do():
         assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text), file
 
 
-def code_lines(file):
-    """Lines of code: without blank lines, comments and docstrings."""
-    skipped = {
-        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    }  # fmt: skip
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
-        if token.type not in skipped:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(TREES[file]):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            lines -= set(range(node.lineno, node.end_lineno + 1))
-    return len(lines)
-
-
 def test_files_stay_small():
     long = {str(f): n for f in FILES if (n := len(f.read_text().splitlines())) > 400}
     assert not long
-    assert sum(map(code_lines, IN_PACKAGE)) < 12_500
 
 
 def test_requirements_are_what_is_imported():
