@@ -22,7 +22,7 @@ from qkvjax.fields import DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (
     "seed", "model", "data", "optimizer", "train.steps", "train.accumulation",
-    "train.compute_dtype", "train.param_dtype",
+    "train.compute_dtype", "train.param_dtype", "train.gradient_dtype", "train.init_from",
 )  # fmt: skip
 DEFAULT_EVALS = {"eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 200_000}}
 EVALUATOR_FIELDS = ("kind", "split", "max_labels")
@@ -261,6 +261,7 @@ def validate(config) -> None:
     one_of("optimizer.decay", ("matrices", "all"))
     one_of("train.compute_dtype", ("float32", "bfloat16"))
     one_of("train.param_dtype", ("float32", "bfloat16"))
+    one_of("train.gradient_dtype", ("float32", "bfloat16"))
     one_of("train.remat", ("none", "block", "dots"))
     require(optimizer.learning_rate > 0, "config.optimizer.learning_rate=0 trains nothing")
     for name, options in plain(config.evals).items():

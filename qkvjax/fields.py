@@ -58,17 +58,25 @@ FIELDS = {
     "optimizer.z_loss": (0.0, "weight of log(Z)^2, which keeps logits near zero"),
     "optimizer.skip_spikes": (FLOAT, "leaves out steps whose loss or gradient is so many robust"
                               " deviations too high; 10, say"),
+    "optimizer.average": (FLOAT, "decay of an exponential moving average of the weights, which is"
+                          " then what evaluation uses; 0.999, say"),
     "train.steps": (ANY, "a duration"),
+    "train.init_from": (STR, "RUN or RUN@STEP: starts from that checkpoint, with its optimizer and"
+                        " step if only train.steps differs, else from its weights alone"),
     "train.max_seconds": (FLOAT, "stop and save after this long, however many steps are left"),
     "train.accumulation": (1, "micro-batches a step; does not change the loss"),
     "train.compute_dtype": ("float32", "float32 or bfloat16, of activations and products"),
     "train.param_dtype": ("float32", "of the blocks' matrices; bfloat16 keeps float32 masters"),
+    "train.gradient_dtype": ("float32", "of the matrices' gradients, also where they cross devices:"
+                             " float32 or bfloat16"),
     "train.remat": ("none", "what gradients compute again: none, block, dots (all but products)"),
     "train.unroll": (1, "repetitions of the layer pattern in a turn of the scan over a deep stack"),
     "train.log_every": (ANY, "a duration"),
     "train.eval_every": (ANY, "a duration; the last step is always evaluated"),
     "train.checkpoint_every": (ANY, "a duration; the last step is always saved"),
     "train.keep_checkpoints": (2, "how many of the newest stay"),
+    "train.keep_every": (ANY, "a duration: checkpoints of its multiples stay as well"),
+    "train.keep_best": (False, "the checkpoint of the best evaluation stays as well"),
     "train.wandb": (STR, "a Weights & Biases project; needs the extra qkvjax[wandb]"),
     "mesh.replica": (1, "devices that hold whole copies; -1 means all that are left"),
     "mesh.fsdp": (1, "devices that parameters are sharded over; -1 means all that are left"),
@@ -91,7 +99,7 @@ RANGES = {
     "optimizer.learning_rate": (0, math.inf), "optimizer.final_learning_rate": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 1), "optimizer.b2": (0, 1),
     "optimizer.clip_norm": (0, math.inf), "optimizer.z_loss": (0, math.inf),
-    "optimizer.skip_spikes": (0, math.inf),
+    "optimizer.skip_spikes": (0, math.inf), "optimizer.average": (0, 1),
     "train.accumulation": (1, math.inf), "train.keep_checkpoints": (1, math.inf),
     "train.unroll": (1, math.inf), "train.max_seconds": (0, math.inf),
 }  # fmt: skip

@@ -34,6 +34,8 @@ FLAGS = {
     "dry_run": (bool, False, "print the cost table and stop"),
     "stall_seconds": (int, 1800, "without progress for so long it ends with stack traces; 0: never",
                       0),
+    "profile_steps": (list, [], "FIRST,STOP: steps FIRST to STOP - 1 leave a trace for xprof in"
+                      " WORKDIR/profile"),
     **cli.ATTENTION,
     **distributed.FLAGS,
 }  # fmt: skip
@@ -49,23 +51,40 @@ def body(values: flags.FlagValues) -> int:
         return 0
     from qkvjax.training.watchdog import watchdog
 
+    profile_steps = parse_profile_steps(values.profile_steps)
     host.keep_freed_memory()  # before jax starts
     with (
         distributed.job(values),
         watchdog(values.stall_seconds, start=values.init_seconds) as alive,
     ):
-        _train_in(values.workdir, values.config, alive)
+        _train_in(values.workdir, values.config, alive=alive, profile_steps=profile_steps)
     return 0
 
 
-def _train_in(folder: str | None, config, alive: Callable[[], None]) -> None:
+def parse_profile_steps(words: Sequence[str]) -> tuple[int, int] | None:
+    """(first, stop) of --profile_steps=FIRST,STOP; None where the flag is not given."""
+    from qkvjax.errors import UserError
+
+    if not words:
+        return None
+    if len(words) == 2 and all(word.strip().isdecimal() for word in words):
+        first, stop = (int(word) for word in words)
+        if 1 <= first < stop:
+            return first, stop
+    raise UserError(
+        f"--profile_steps={','.join(words)}: write FIRST,STOP with 1 <= FIRST < STOP, as 10,13 for"
+        " the steps 10, 11 and 12"
+    )
+
+
+def _train_in(folder: str | None, config, **options) -> None:
     from qkvjax.errors import UserError
     from qkvjax.training.run import open_workdir
 
     there = distributed.first(lambda: folder is not None and Path(folder).exists())
     workdir = distributed.together(lambda: open_workdir(folder))
     try:
-        train(config, workdir, alive=alive)
+        train(config, workdir, **options)
     except UserError:
         if distributed.is_first() and not there and not any(workdir.iterdir()):
             workdir.rmdir()  # a refused run leaves nothing
@@ -73,9 +92,12 @@ def _train_in(folder: str | None, config, alive: Callable[[], None]) -> None:
 
 
 def train(
-    config, workdir: Path | None, log: Callable[[str], None] = print,
+    config,
+    workdir: Path | None,
+    log: Callable[[str], None] = print,
     alive: Callable[[], None] = lambda: None,
-) -> dict:  # fmt: skip
+    profile_steps: tuple[int, int] | None = None,
+) -> dict:
     """Trains to the end of `config`, from the newest intact checkpoint in `workdir` if any.
 
     Args:
@@ -83,6 +105,7 @@ def train(
       workdir: None only prints the cost table.
       log: gets every line, on process 0.
       alive: called at each sign of progress.
+      profile_steps: (first, stop): the steps from first on and before stop leave a trace.
 
     Returns:
       The summary: step, seconds, and the last evaluation ("eval/bits_per_byte", ...).
@@ -91,12 +114,15 @@ def train(
     import jax
 
     from qkvjax import config as configs
-    from qkvjax.evaluation.evaluators import make_evaluators
+    from qkvjax.evaluation.evaluators import compile_evaluators, make_evaluators
+    from qkvjax.progress import working
     from qkvjax.training import guard, loop, resume
     from qkvjax.training.checkpoint import Checkpoints, check_copies
+    from qkvjax.training.fits import compile_all, peak_bytes
+    from qkvjax.training.init_from import growth_note, start_from
     from qkvjax.training.metrics import Metrics, append_line, check_wandb, read_lines, write_json
     from qkvjax.training.report import cost_table, goodput
-    from qkvjax.training.run import check_workdir, only_one, prepare_run
+    from qkvjax.training.run import check_workdir, only_one, prepare_run, steps_of
     from qkvjax.training.signals import requests
 
     # ---- data, model, mesh ------------------------------------------------------------------
@@ -114,12 +140,18 @@ def train(
     if workdir is None:
         return {}
     first(lambda: check_workdir(workdir, config, run.dataset.digest))
+    before = first(lambda: saved_config(workdir))
 
     with contextlib.ExitStack() as held, requests() as asked, jax.set_mesh(run.mesh):
         first(lambda: held.enter_context(only_one(workdir)))
-        # ---- state: restored or new -------------------------------------------------------------
+        # ---- state: restored, another run's, or new ---------------------------------------------
         now, steps = resume.surroundings(run.mesh, config.train.compute_dtype), run.durations.steps
-        checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, now)
+        checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            config.train.keep_checkpoints,
+            now,
+            keep_every=run.durations.keep_every,
+        )
         held.callback(checkpoints.close)
         evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))
         account, needed = workdir / "rollbacks.jsonl", {"step": int, "to": int, "skip": int}
@@ -127,52 +159,81 @@ def train(
 
         def begin():
             """(state, step): of the newest intact checkpoint, or before the first step."""
-            if not checkpoints.steps():
-                return run.init(), 0
-            state, done = together(lambda: checkpoints.restore(run.abstract, log=log))
+            with working("restoring", log=log, alive=alive):
+                if not checkpoints.steps():
+                    return start_from(run, log) if config.train.init_from else (run.init(), 0)
+                state, done = together(lambda: checkpoints.restore(run.abstract, log=log))
             checkpoints.set_aside(after=done, log=log)
             likeness = resume.continuation(checkpoints.surroundings(done), now)
             log(f"resumed after step {done} of {steps}, {likeness}")
             return state, done
 
         state, done = begin()
-        lines = read_lines(workdir / "metrics.jsonl", step=int)
+        lines = first(lambda: read_lines(workdir / "metrics.jsonl", step=int))
         earlier = [line for line in lines if line["step"] <= done]
-        if done >= steps:
+        if before is not None:
+            old = configs.from_dict(before)
+            if note := growth_note(old, config, done, lambda value: steps_of(run, value)):
+                log(note)
+        if done >= steps and not loop.is_unscored(earlier, done, run, evaluators):
             log(f"nothing left to train: {workdir} is at step {done} of {steps}")
             return earlier[-1] if earlier else {"step": done}
         first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
 
         # ---- compile ----------------------------------------------------------------------------
         began = time.perf_counter()
-        train_step = run.compile_step(state)
-        checkpoints.prepare(state)
+        with working("compiling", log=log, alive=alive):
+            average = run.abstract.average
+            scored = run.abstract.model if average is None else average
+            programs = together(
+                lambda: compile_all(
+                    {
+                        "the train step": lambda: [run.compile_step(state)],
+                        "the evaluation": lambda: compile_evaluators(evaluators, scored),
+                    }
+                )
+            )
+            checkpoints.prepare(state)
+        [train_step] = programs["the train step"]
         compile_seconds = time.perf_counter() - began
         log(f"compiled in {compile_seconds:.1f} s")
         counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
         described = {n: getattr(run.dataset, n) for n in ("description", "digest", *counts)}
-        peak = getattr(train_step.memory_analysis(), "peak_memory_in_bytes", None)
         facts = {
-            "environment": host.environment(), "costs": costs(run),
+            "environment": host.environment(),
+            "costs": costs(run),
             "data": {"source": config.data.source} | described,
-            "compile_seconds": compile_seconds, "peak_bytes": peak,
-        }  # fmt: skip
+            "compile_seconds": compile_seconds,
+            "peak_bytes": peak_bytes(train_step),
+        }
         first(lambda: write_json(workdir / "run.json", facts))
+        profile = None
+        if profile_steps is not None:
+            profile = loop.Profile(*profile_steps, str(workdir / "profile"))
 
         # ---- train ------------------------------------------------------------------------------
         while True:
             metrics = Metrics(workdir, done, configs.to_dict(config)) if is_first else None
             try:
-                state, summary = loop.fit(
-                    run, state, train_step,
+                training = loop.Loop(
+                    run,
+                    state,
+                    train_step,
                     make_batch=lambda step: run.batch(guard.data_step(step, rollbacks)),
-                    evaluators=evaluators, checkpoints=checkpoints, metrics=metrics,
-                    seconds=earlier[-1]["seconds"] if earlier else 0.0, requests=asked, alive=alive,
-                    check=check_copies, log=log,
-                )  # fmt: skip
+                    evaluators=evaluators,
+                    checkpoints=checkpoints,
+                    metrics=metrics,
+                    earlier=earlier,
+                    requests=asked,
+                    alive=alive,
+                    check=check_copies,
+                    profile=profile,
+                    log=log,
+                )
+                state, summary = training()
                 break
             except guard.Rollback as back:
-                del state  # its arrays were given away
+                del state, training  # the arrays were given away
                 checkpoints.wait()
                 if len(rollbacks) >= guard.MOST_ROLLBACKS:
                     raise guard.Diverged(rollbacks) from None
@@ -185,10 +246,18 @@ def train(
             finally:
                 if metrics is not None:
                     metrics.close()
-    before = earlier[-1]["seconds"] if earlier else 0.0
-    log(goodput(summary, time.perf_counter() - started, compile_seconds, before))
+    trained_before = earlier[-1]["seconds"] if earlier else 0.0
+    log(goodput(summary, time.perf_counter() - started, compile_seconds, trained_before))
     log(f"done: {workdir}")
     return summary
+
+
+def saved_config(workdir: Path) -> dict | None:
+    """The configuration with which a workdir was trained, or None."""
+    from qkvjax import config as configs
+
+    path = workdir / "config.json"
+    return configs.to_dict(configs.load(path)) if path.exists() else None
 
 
 def costs(run) -> dict:

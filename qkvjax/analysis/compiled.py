@@ -1,4 +1,5 @@
-"""The train step compiled for hardware that is not here: does it fit, and what does it send."""
+"""Training, evaluation and generation compiled for hardware that is not here: do they fit, and what
+does a train step send."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from qkvjax.analysis.costs import UNITS
 from qkvjax.attention.spec import SHARINGS, sharing_name
 from qkvjax.errors import UserError
 
+# How messages call the programs of a record.
+SAID_OF = {"train": "the train step", "evaluate": "the evaluation", "generate": "generation"}
 ROWS = 12  # of the sharding table: the largest parameters; plan.json has all
 
 
 def plan(config, name: str, *, memory=None, all_sharings=False, batches=()) -> tuple:
-    """(lines, record) of a language model's train step on a topology.
+    """(lines, record) of a language model's programs on a topology.
 
     Args:
       config: what is trained; a mesh of one device takes all by mesh.fsdp=-1.
@@ -43,7 +46,8 @@ def plan(config, name: str, *, memory=None, all_sharings=False, batches=()) -> t
     own = _compiled(config, found)
     record = {"topology": name, "devices": where.count, "device_kind": found[0].device_kind}
     record |= {"memory_bytes_per_device": memory, **own}
-    record["fits"] = own["peak_bytes_per_device"] <= memory
+    record["programs"] = _programs(config, found, own)
+    record["fits"] = all(program["fits"] for program in _judged(record).values())
     if "sharding" not in own:  # the compiler gave up
         return [], record
     record |= _largest(config, found, own, memory)
@@ -59,20 +63,72 @@ def plan(config, name: str, *, memory=None, all_sharings=False, batches=()) -> t
     return [*lines, "", *columns.notes(_notes(record, where.chip))], record
 
 
+def _programs(config, devices, train: dict) -> dict[str, dict]:
+    """Name of a program -> its `peak_bytes_per_device`, for all that a run of a config does.
+
+    Args:
+      train: of `_compiled`.
+    """
+    from qkvjax.evaluation.evaluators import compile_scoring
+    from qkvjax.generation.compiled import compile_generation
+    from qkvjax.parallel.mesh import for_generation, make_mesh
+    from qkvjax.training.run import abstract_state, planned_spec
+    from qkvjax.training.step import make_optimizer
+
+    spec = planned_spec(config)
+    mesh = make_mesh(dict(config.mesh), devices)
+    optimizer_bytes = train.get("optimizer_bytes_per_device", 0)
+    length = config.data.seq_len
+
+    def evaluation():
+        optimizer, _ = make_optimizer(config, 1000, 10)
+        model = abstract_state(spec, optimizer, mesh, config).model
+        return [compile_scoring(config, model, mesh)]
+
+    def generation():
+        where = for_generation(spec, devices) or make_mesh({}, devices[:1])
+        dtype = config.train.compute_dtype
+        return compile_generation(spec, where, batch=1, context=length, dtype=dtype)
+
+    return {
+        "train": {"peak_bytes_per_device": train["peak_bytes_per_device"]},
+        # While a run is evaluated, what its optimizer keeps stays where it is.
+        "evaluate": {"peak_bytes_per_device": _peak_of(evaluation) + optimizer_bytes},
+        "generate": {"peak_bytes_per_device": _peak_of(generation)},
+    }
+
+
+def _peak_of(compile_programs) -> int:
+    """The largest peak of compiled programs, or what the compiler asked for in vain."""
+    import jax
+
+    from qkvjax.training.fits import peak_bytes
+
+    try:
+        return max(peak_bytes(program) or 0 for program in compile_programs())
+    except jax.errors.JaxRuntimeError as error:
+        return _asked_for(error)
+
+
+def _judged(record: dict) -> dict[str, dict]:
+    """The programs of a record, each with whether it fits."""
+    memory = record["memory_bytes_per_device"]
+    for program in record["programs"].values():
+        program["fits"] = program["peak_bytes_per_device"] <= memory
+    return record["programs"]
+
+
 def _compiled(config, devices) -> dict:
     """What the compiler says of a config's train step on these devices."""
     import jax
 
-    from qkvjax.analysis.measure import peak_bytes
     from qkvjax.analysis.program import Program
-    from qkvjax.data.tokenizers import tokenizer_size
-    from qkvjax.models.spec import model_spec
     from qkvjax.parallel.mesh import make_mesh
     from qkvjax.training.checkpoint import named_arrays
-    from qkvjax.training.run import check_mesh, compile_for
+    from qkvjax.training.fits import peak_bytes
+    from qkvjax.training.run import check_mesh, compile_for, planned_spec
 
-    num_ids = tokenizer_size(config.data.tokenizer)
-    spec = model_spec(configs.plain(config.model), num_ids, config.data.seq_len)
+    spec = planned_spec(config)
     mesh = make_mesh(dict(config.mesh), devices)
     micro_batch = config.data.batch_size // config.train.accumulation
     check_mesh(mesh, spec, config.data.seq_len, micro_batch)
@@ -135,14 +191,18 @@ def _asked_for(error: Exception) -> int:
 
 def too_large(record: dict) -> str:
     """What to say of a plan that does not fit."""
-    more = record["peak_bytes_per_device"] - record["memory_bytes_per_device"]
-    return (
-        f"the train step does not fit {record['topology']}: it needs"
-        f" {formats.num_bytes(record['peak_bytes_per_device'])} a device,"
-        f" {formats.num_bytes(more)} more than there is. Take a smaller data.batch_size, more"
-        " train.accumulation, train.remat=block, a larger mesh.fsdp, mesh.tensor or mesh.context,"
-        " or train.compute_dtype=bfloat16"
-    )
+    from qkvjax.training.fits import REMEDY
+
+    memory = record["memory_bytes_per_device"]
+    needs = [
+        f"{SAID_OF[name]} does not fit {record['topology']}: it needs"
+        f" {formats.num_bytes(program['peak_bytes_per_device'])} a device,"
+        f" {formats.num_bytes(program['peak_bytes_per_device'] - memory)} more than there is"
+        for name, program in record["programs"].items()
+        if not program["fits"]
+    ]
+    remedy = REMEDY[0].upper() + REMEDY[1:]
+    return f"{'; '.join(needs)}. {remedy}"
 
 
 def _local_bytes(leaf) -> int:
@@ -222,6 +282,9 @@ def _lines(config, record: dict) -> list[str]:
                      f" {of('optimizer')}; all temporaries, gradients and activations among"
                      f" them, {of('temporary')}"),
         ("peak", f"{of('peak')} a device: {verdict}"),
+        ("evaluation", _program_text(record, "evaluate")),
+        ("generation", f"{_program_text(record, 'generate')}; one sequence of"
+                       f" {config.data.seq_len:,} tokens"),
         ("micro-batch", f"about {record['largest_micro_batch']:,} sequences fit at once, over"
                         " all devices"),
         ("FLOPs", f"{record['matmul_flops_per_device']:.3g} in matrix products a device and"
@@ -241,6 +304,13 @@ def _lines(config, record: dict) -> list[str]:
     rows = [[*key, size(n)] for key, n in merged.most_common(ROWS)]
     header = [("", "parameter"), ("", "shape"), ("", "sharded over"), ("bytes", "a device")]
     return [*columns.aligned(pairs), "", *columns.table(header, rows)]
+
+
+def _program_text(record: dict, name: str) -> str:
+    """Peak memory of a program, and whether that fits."""
+    program = record["programs"][name]
+    verdict = "fits" if program["fits"] else "does not fit"
+    return f"peak {formats.num_bytes(program['peak_bytes_per_device'])} a device: {verdict}"
 
 
 def _kind(name: str) -> str:
@@ -281,7 +351,8 @@ def _batch_table(rows: list[dict]) -> list[str]:
 
 def _notes(record: dict, chip) -> list[str]:
     notes = [
-        "Peak: arguments, results and temporaries that the compiler plans. Bytes of collectives:"
+        "Evaluation: while the optimizer's state stays in memory, as during training."
+        " Peak: arguments, results and temporaries that the compiler plans. Bytes of collectives:"
         " of their results on one device, loops counted as often as they run. The largest"
         " micro-batch lies on a line through two compiled peaks."
         " FLOPs by the formula: of the tiles of attention that are computed, and of the layers"

@@ -18,20 +18,12 @@ from qkvjax.analysis.statistics import mean_interval
 from qkvjax.generation.decode import empty_caches, sample_tokens
 from qkvjax.models.build import build
 from qkvjax.parallel import host
+from qkvjax.training.fits import peak_bytes
 from qkvjax.training.run import Run, prepare_run
 
 ROUNDS = 15
 DECODE_BATCH = 8
 DECODE_TOKENS = 32
-
-
-def peak_bytes(compiled) -> int | None:
-    """Peak device memory of a compiled program: arguments, outputs and temporaries."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def measure(points: Mapping[str, object], log: Callable[[str], None] = print) -> dict:

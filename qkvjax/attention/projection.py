@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkvjax.kernels.stored import NORM_EPSILON
-from qkvjax.parallel import rules
+from qkvjax.parallel.products import matmul
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
@@ -40,7 +40,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(shift) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = rules.matmul(x, self.weight[...].astype(x.dtype))
+        y = matmul(x, self.weight[...])
         return y if self.bias is None else wide_add(y, self.bias[...])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax.data.order import batch_rows, scored_rows, training_rows
-from qkvjax.data.packing import num_windows, packed_rows, scored_batch, training_batch, window
+from qkvjax.data.packing import (
+    num_windows,
+    packed_rows,
+    rows_of_windows,
+    scored_batch,
+    training_batch,
+    window,
+    windows_batch,
+)
 from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
 from qkvjax.data.split import SPLITS, check_split, divide
@@ -22,6 +31,7 @@ from qkvjax.data.tokenizers import Tokenizer, load_tokenizer
 from qkvjax.errors import UserError
 
 _FORMAT = 1  # of a prepared copy; another number prepares anew
+READ_ROWS = 64  # windows that are read at a time for scoring
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +106,8 @@ class Dataset:
           batch_size: rows of a batch; the last one is filled up with rows of weight 0.
           max_labels: about so many labels, from rows spaced evenly; which rows does not depend
             on batch_size. None scores all.
-          split: "validation", or "train": the packed rows, separators not scored.
+          split: "validation": windows of documents, several in a row where they fit; or "train":
+            the packed rows, separators not scored.
 
         Yields:
           The arrays of `batch`, each [batch_size, T]; num_bytes, int32 [batch_size], bytes of
@@ -105,10 +116,20 @@ class Dataset:
         """
         check_split(split)
         rows = self.train if split == "train" else self.validation
-        labels = self.num_train_tokens if split == "train" else self.num_validation_tokens
+        chosen = scored_rows(len(rows), self.num_labels(split), max_labels)
+        if split == "train" or self.score_pads:
+            yield from self._batches_of_rows(rows, chosen, batch_size)
+        else:
+            yield from self._batches_of_windows(rows, chosen, batch_size)
+
+    def num_labels(self, split: str) -> int:
+        """Labels of a split that count."""
+        return self.num_train_tokens if split == "train" else self.num_validation_tokens
+
+    def _batches_of_rows(self, rows, chosen, batch_size):
         separator = self.tokenizer.separator
-        for chosen in scored_rows(len(rows), labels, max_labels, batch_size):
-            block = rows.read(chosen)
+        for start in range(0, len(chosen), batch_size):
+            block = rows.read(chosen[start : start + batch_size])
             missing = batch_size - len(block)
             block = np.pad(block, ((0, missing), (0, 0)), constant_values=separator)
             batch = scored_batch(block, separator, self.score_pads, self.tokenizer.num_bytes)
@@ -116,6 +137,15 @@ class Dataset:
                 batch["weights"][-missing:] = 0
                 batch["pad_labels"][-missing:] = 0
             yield batch
+
+    def _batches_of_windows(self, rows, chosen, batch_size):
+        separator = self.tokenizer.separator
+        blocks = (chosen[i : i + READ_ROWS] for i in range(0, len(chosen), READ_ROWS))
+        windows = (window for block in blocks for window in rows.read(block))
+        packed = rows_of_windows(windows, separator)
+        while batch := list(itertools.islice(packed, batch_size)):
+            batch += [[] for _ in range(batch_size - len(batch))]
+            yield windows_batch(batch, self.seq_len, separator, self.tokenizer.num_bytes)
 
 
 def prepare(

@@ -140,10 +140,16 @@ class Examples:
         """
         check_split(split)
         labelled = self.train if split == "train" else self.validation
-        for rows in scored_rows(len(labelled), labelled.num_labels, max_labels, batch_size):
+        chosen = scored_rows(len(labelled), labelled.num_labels, max_labels)
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
             arrays = self._read(labelled, np.resize(rows, batch_size), None)
             arrays["weights"][len(rows) :] = 0
             yield arrays
+
+    def num_labels(self, split: str) -> int:
+        """Labels of a split that count."""
+        return (self.train if split == "train" else self.validation).num_labels
 
     def _read(self, labelled: Labelled, rows, rng) -> dict[str, np.ndarray]:
         targets = labelled.targets[rows]

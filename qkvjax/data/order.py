@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -35,21 +34,17 @@ def training_rows(numbers: list[int], count: int, seed: int) -> list[int]:
     ]
 
 
-def scored_rows(
-    count: int, labels: int, max_labels: int | None, batch_size: int
-) -> Iterator[np.ndarray]:
-    """Rows spaced evenly over `count`, so many that they hold about `max_labels` of all `labels`
-    (None takes all rows), batch by batch. On a terminal a bar shows how far they are.
-    """
-    from tqdm import tqdm
+def scored_rows(count: int, labels: int, max_labels: int | None) -> np.ndarray:
+    """Rows to score, int64 [n]: all `count` rows, or rows spaced evenly over them.
 
+    Args:
+      labels: that all rows have together.
+      max_labels: about so many labels are scored; None scores all.
+    """
     some = count
     if max_labels is not None and max_labels < labels:
         some = max(1, round(count * max_labels / labels))
-    rows = (np.arange(some) * 2 + 1) * count // (2 * some)
-    starts = range(0, some, batch_size)
-    for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None, delay=5):
-        yield rows[start : start + batch_size]
+    return (np.arange(some) * 2 + 1) * count // (2 * some)
 
 
 @functools.lru_cache(maxsize=16)

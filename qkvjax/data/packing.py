@@ -109,3 +109,74 @@ def scored_batch(
     batch["num_bytes"] = bytes_of_id[targets].sum(1, dtype=np.int32)
     batch["pad_labels"] = (is_pad & (batch["weights"] > 0)).sum(1, dtype=np.int32)
     return batch
+
+
+def rows_of_windows(
+    windows: Iterable[np.ndarray], separator: int
+) -> Iterator[list[np.ndarray]]:
+    """Puts document windows, in order, into as few rows of T labels as this order allows.
+
+    Which windows share a row follows from the windows alone, not from a batch size, so a score
+    that sums over rows does not depend on one.
+
+    Args:
+      windows: int32 [T + 1] each, as `window` makes them.
+
+    Yields:
+      The windows of one row without their padding, int32 [n + 1] each; the labels n add up to at
+      most T.
+    """
+    row: list[np.ndarray] = []
+    used = 0
+    for tokens in windows:
+        num_labels = int(np.count_nonzero(tokens[1:] != separator))
+        if row and used + num_labels > len(tokens) - 1:
+            yield row
+            row = []
+            used = 0
+        row.append(tokens[: num_labels + 1])
+        used += num_labels
+    if row:
+        yield row
+
+
+def windows_batch(
+    rows: list[list[np.ndarray]], seq_len: int, separator: int, bytes_of_id: np.ndarray
+) -> dict[str, np.ndarray]:
+    """A batch of rows of windows: each window is a segment, so that it sees nothing else.
+
+    Args:
+      rows: R rows as `rows_of_windows` yields them.
+      seq_len: T.
+      bytes_of_id: int32 [ids], bytes that each id stands for.
+
+    Returns:
+      The arrays of `scored_batch`, [R, T] and [R]. Padding weighs 0 and is a segment of its own.
+    """
+    shape = (len(rows), seq_len)
+    inputs = np.full(shape, separator, np.int32)
+    targets = np.full(shape, separator, np.int32)
+    positions = np.zeros(shape, np.int32)
+    segment_ids = np.zeros(shape, np.int32)
+    weights = np.zeros(shape, np.float32)
+    num_bytes = np.zeros(len(rows), np.int32)
+    for i, windows in enumerate(rows):
+        start = 0
+        for segment, tokens in enumerate(windows, 1):
+            labels = slice(start, start + len(tokens) - 1)
+            inputs[i, labels] = tokens[:-1]
+            targets[i, labels] = tokens[1:]
+            positions[i, labels] = np.arange(len(tokens) - 1)
+            segment_ids[i, labels] = segment
+            weights[i, labels] = 1
+            num_bytes[i] += bytes_of_id[tokens[1:]].sum()
+            start = labels.stop
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "positions": positions,
+        "segment_ids": segment_ids,
+        "weights": weights,
+        "num_bytes": num_bytes,
+        "pad_labels": np.zeros(len(rows), np.int32),
+    }

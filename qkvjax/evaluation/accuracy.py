@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qkvjax.errors import UserError
-from qkvjax.evaluation import SOLVED
+from qkvjax.evaluation import SOLVED, scoring
+from qkvjax.models.lm import LanguageModel
 from qkvjax.parallel import rules
-from qkvjax.training.loss import cross_entropy
+from qkvjax.training.loss import cross_entropy, label_scores
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def judge(model, batch: Mapping[str, jax.Array], *, dtype) -> tuple[jax.Array, jax.Array]:
     """(whether each label is the likeliest class, its -log p), bool and float [B, labels]."""
-    logits = model(batch["inputs"], batch["positions"], batch.get("segment_ids"), dtype=dtype)
-    nats, _ = cross_entropy(logits, batch["targets"], batch["weights"])
-    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    inputs = batch["inputs"], batch["positions"], batch.get("segment_ids")
+    labels = batch["targets"], batch["weights"]
+    if isinstance(model, LanguageModel):  # a vocabulary is too wide to hold all logits
+        x, _ = model.hidden(*inputs, dtype=dtype)
+        nats, right = label_scores(x, model.head_matrix(), *labels)
+    else:
+        logits = model(*inputs, dtype=dtype)
+        nats, _ = cross_entropy(logits, *labels)
+        right = jnp.argmax(logits, axis=-1) == batch["targets"]
     return rules.replicate(right), rules.replicate(nats)
 
 
-def score(model, dataset, *, batch_size: int, split="validation", max_labels=None,
-          dtype=jnp.float32, mesh=None) -> dict[str, float]:  # fmt: skip
+def score(
+    model,
+    dataset,
+    *,
+    batch_size: int,
+    split: str = "validation",
+    max_labels: int | None = None,
+    dtype=jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    num_labels: float = 0,
+    program: Callable | None = None,
+    pulse: Callable[[], None] = lambda: None,
+    log: Callable[[str], None] | None = None,
+) -> dict[str, float]:
     """Scores a model on the labels of one split.
+
+    Args:
+      program: a compiled `judge` for batches of this size; None compiles one.
+      num_labels, pulse, log: of `scoring.run`.
 
     Returns:
       accuracy: the part of the scored labels whose class is the likeliest.
@@ -41,26 +66,30 @@ def score(model, dataset, *, batch_size: int, split="validation", max_labels=Non
     Raises:
       UserError: nothing to score.
     """
-    nats, right, there = 0.0, np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for batch in dataset.scored_batches(batch_size, max_labels, split):
+    batches = dataset.scored_batches(batch_size, max_labels, split)
+    run_program = program or functools.partial(judge, dtype=dtype)
+    nats: list[float] = []
+    labels_of_class = collections.Counter()
+    right_of_class = collections.Counter()
+    scored = scoring.run(
+        functools.partial(run_program, model), batches, mesh, num_labels, pulse=pulse, log=log
+    )
+    for batch, (correct, loss) in scored:
         counts = batch["weights"] > 0
+        nats.append(math.fsum(loss.ravel().astype(np.float64)))
         targets = batch["targets"][counts]
-        named = ("inputs", "targets", "positions", "segment_ids", "weights")
-        batch = {name: batch[name] for name in named if name in batch}
-        placed = batch if mesh is None else rules.place(batch, mesh)
-        correct, loss = jax.device_get(judge(model, placed, dtype=dtype))
-        nats += float(loss.astype(np.float64).sum())
-        classes = max(len(there), targets.max(initial=-1) + 1)
-        count = lambda labels: np.bincount(labels, minlength=classes)  # noqa: B023, E731
-        there = count(targets) + np.pad(there, (0, classes - len(there)))
-        right = count(targets[correct[counts]]) + np.pad(right, (0, classes - len(right)))
-    labels = int(there.sum())
+        labels_of_class.update(targets.tolist())
+        right_of_class.update(targets[correct[counts]].tolist())
+    labels = labels_of_class.total()
     if not labels:
         raise UserError("there is no label to score")
-    accuracy = float(right.sum() / labels)
-    seen = there > 0
+    right = right_of_class.total()
+    by_class = [right_of_class[label] / count for label, count in labels_of_class.items()]
     return {
-        "accuracy": accuracy, "error": float((labels - right.sum()) / labels),
-        "class_accuracy": float(np.mean(right[seen] / there[seen])),
-        "solved": float(accuracy >= SOLVED), "loss": nats / labels, "num_labels": labels,
-    }  # fmt: skip
+        "accuracy": right / labels,
+        "error": (labels - right) / labels,
+        "class_accuracy": math.fsum(by_class) / len(by_class),
+        "solved": float(right / labels >= SOLVED),
+        "loss": math.fsum(nats) / labels,
+        "num_labels": labels,
+    }

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qkvjax.errors import UserError
+from qkvjax.evaluation import scoring
 from qkvjax.parallel import rules
-from qkvjax.training.loss import cross_entropy
+from qkvjax.training.loss import label_scores
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
@@ -21,7 +22,7 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     What is scored (`qkvjax.data.dataset.Dataset.scored_batches`): each document on its own is
     s = [separator, t1, ..., tn], cut into windows of T = `data.seq_len`. Window w reads
     s[wT : wT + T] and predicts s[wT + 1 : wT + T + 1]; positions restart in each window and it
-    sees nothing before it.
+    sees nothing before it. Short windows share a row and do not see each other.
 
     - The first token of a document is scored: the separator stands before it. The first target
       of a later window has the last token of the window before as its whole context.
@@ -46,17 +47,34 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 @functools.partial(jax.jit, static_argnames="dtype")
 def row_nats(model, batch: Mapping[str, jax.Array], *, dtype) -> jax.Array:
     """Sum of -log p over the scored labels of each row: arrays [B, T] -> float32 [B]."""
-    logits = model(batch["inputs"], batch["positions"], batch["segment_ids"], dtype=dtype)
-    nats, _ = cross_entropy(logits, batch["targets"], batch["weights"])
+    x, _ = model.hidden(batch["inputs"], batch["positions"], batch["segment_ids"], dtype=dtype)
+    nats, _ = label_scores(x, model.head_matrix(), batch["targets"], batch["weights"])
     return rules.replicate(jnp.sum(nats, axis=-1))
 
 
-def score(model, dataset, *, batch_size: int, split="validation", max_labels=None,
-          dtype=jnp.float32, mesh=None) -> dict[str, float]:  # fmt: skip
+def score(
+    model,
+    dataset,
+    *,
+    batch_size: int,
+    split: str = "validation",
+    max_labels: int | None = None,
+    dtype=jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    num_labels: float = 0,
+    program: Callable | None = None,
+    pulse: Callable[[], None] = lambda: None,
+    log: Callable[[str], None] | None = None,
+) -> dict[str, float]:
     """Scores a language model on one split of a data set.
 
-    Rows are summed one by one and added up in float64 on the host, so the score does not depend
-    on the batch size.
+    What shares a row follows from the documents alone, and rows are added up exactly, so the
+    score depends neither on the batch size nor on the number of devices, but for the rounding of
+    matrix products.
+
+    Args:
+      program: a compiled `row_nats` for batches of this size; None compiles one.
+      num_labels, pulse, log: of `scoring.run`.
 
     Returns:
       bits_per_byte, perplexity (per label of the data set's tokenizer), loss (nats a label),
@@ -65,18 +83,28 @@ def score(model, dataset, *, batch_size: int, split="validation", max_labels=Non
     Raises:
       UserError: nothing to score.
     """
-    nats, labels, num_bytes, pads = 0.0, 0.0, 0, 0
-    for batch in dataset.scored_batches(batch_size, max_labels, split):
-        counts = {name: batch.pop(name) for name in ("num_bytes", "pad_labels")}
+    batches = dataset.scored_batches(batch_size, max_labels, split)
+    run_program = program or functools.partial(row_nats, dtype=dtype)
+    nats: list[float] = []
+    labels = 0.0
+    num_bytes = 0
+    pads = 0
+    scored = scoring.run(
+        functools.partial(run_program, model), batches, mesh, num_labels, pulse=pulse, log=log
+    )
+    for batch, rows in scored:
+        nats += np.asarray(rows, np.float64).tolist()
         labels += float(batch["weights"].sum())
-        num_bytes += int(counts["num_bytes"].sum())
-        pads += int(counts["pad_labels"].sum())
-        placed = batch if mesh is None else rules.place(batch, mesh)
-        nats += float(np.asarray(row_nats(model, placed, dtype=dtype), np.float64).sum())
+        num_bytes += int(batch["num_bytes"].sum())
+        pads += int(batch["pad_labels"].sum())
     if not labels:
         raise UserError("there is no token to score: give a longer corpus")
+    loss = math.fsum(nats) / labels
     return {
-        "bits_per_byte": bits_per_byte(nats, num_bytes),
-        "perplexity": math.exp(min(nats / labels, 700)), "loss": nats / labels,
-        "num_labels": labels, "num_bytes": num_bytes, "pad_fraction": pads / labels,
-    }  # fmt: skip
+        "bits_per_byte": bits_per_byte(math.fsum(nats), num_bytes),
+        "perplexity": math.exp(min(loss, 700)),
+        "loss": loss,
+        "num_labels": labels,
+        "num_bytes": num_bytes,
+        "pad_fraction": pads / labels,
+    }

@@ -11,6 +11,7 @@ from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec
 from qkvjax.models.transformer import Stack, add_positions, dropout, norm, position_table
 from qkvjax.parallel import rules
+from qkvjax.parallel.products import matmul
 
 
 class LanguageModel(nnx.Module):
@@ -63,37 +64,50 @@ class LanguageModel(nnx.Module):
 
     def hidden(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
-        impl: str = "auto", remat: str = "none", unroll: int = 1,
+        impl: str = "auto", remat: str = "none", unroll: int = 1, table: jax.Array | None = None,
     ):  # fmt: skip
         """(what the head reads, [B, T, D] in `dtype`; what routers tell, see `models.moe`, or
-        None). Arguments as in `__call__`, and those of `transformer.Stack`."""
+        None). Arguments as in `__call__`, those of `transformer.Stack`, and `table`: of
+        `embedding_copies`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         stem, key = (None, None) if key is None else jax.random.split(key)
-        x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, stem)
+        x = self.embed(inputs, positions, dtype, table)
+        x = dropout(x, self.spec.dropout, stem)
         x, told = self.stack(x, positions, segment_ids, key, impl=impl, remat=remat, unroll=unroll)
         return self.norm(x), told
 
-    def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
+    def embed(self, inputs, positions, dtype=jnp.float32, table=None) -> jax.Array:
         """int [B, T] -> [B, T, D]: token embedding plus what positions add at the input."""
         self.check_length(inputs.shape[1])
         # Cast after the lookup: the gradient sums over tokens, which bfloat16 cannot.
-        x = rules.embed(self.embedding[...], inputs).astype(dtype)
+        table = self.embedding[...] if table is None else table
+        x = rules.embed(table, inputs).astype(dtype)
         if self.spec.init != "normal":
             x = x * jnp.asarray(self.spec.d_model**0.5, dtype)  # unit variance into the stack
         return add_positions(x, self.spec, self.positions, positions)
 
-    def head_weight(self, dtype) -> jax.Array:
-        """The map from D to the vocabulary, [D, V], as it is used."""
-        tied = self.head is None
-        weight = self.embedding[...] if tied else self.head.weight[...]
-        weight = rules.gather(weight.astype(dtype))
-        return weight.T if tied else weight
+    def embedding_copies(self) -> jax.Array:
+        """The embedding as `rules.copies` for a training step whose head is tied to it: its two
+        gradients then cross devices once. [V, D] where it is used once, or on one device."""
+        table = self.embedding[...]
+        return table if self.head is not None else rules.copies(table)
+
+    def head_matrix(self, table: jax.Array | None = None) -> jax.Array:
+        """The map from D to the vocabulary as it is learned, [D, V].
+
+        Args:
+          table: of `embedding_copies`, of which the result has one for each; None means [D, V].
+        """
+        if self.head is not None:
+            return self.head.weight[...]
+        table = self.embedding[...] if table is None else table
+        return jnp.swapaxes(table, -2, -1)
 
     def logits(self, x) -> jax.Array:
         """[B, T, D] that the final norm has left -> [B, T, V] in float32 or wider."""
         wide = jnp.promote_types(x.dtype, jnp.float32)  # what the product is summed and kept in
-        return rules.gather_columns(rules.matmul(x, self.head_weight(x.dtype), wide))
+        return rules.gather_columns(matmul(x, self.head_matrix(), wide))
 
     def check_length(self, length: int) -> None:
         """Raises UserError when `length` positions exceed what the model has numbers for."""

@@ -10,7 +10,7 @@ from flax import nnx
 
 from qkvjax.attention.projection import Linear, named_key, wide_add
 from qkvjax.models.spec import ModelSpec
-from qkvjax.parallel import rules
+from qkvjax.parallel.products import matmul
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -56,6 +56,6 @@ class MLP(nnx.Module):
         hidden = drop(hidden)
         if self.down is not None:
             return self.down(hidden), None
-        y = rules.matmul(hidden, self.up.weight[...].T.astype(x.dtype)) * self.scale
+        y = matmul(hidden, self.up.weight[...].T) * self.scale
         y = y.astype(x.dtype)
         return (y if self.bias is None else wide_add(y, self.bias[...])), None

@@ -12,7 +12,8 @@ from qkvjax.attention.projection import Linear, named_key
 from qkvjax.models.feedforward import FeedForwardSpec
 from qkvjax.models.mlp import ACTIVATION
 from qkvjax.models.spec import ModelSpec
-from qkvjax.parallel import local, rules
+from qkvjax.parallel import local
+from qkvjax.parallel.products import matmul
 
 
 class Experts(nnx.Module):
@@ -36,7 +37,7 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, drop: Callable | None = None):
         """(y, losses and loads of the router as scalars), of [B, T, D]."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = rules.matmul(x.astype(wide), self.router.weight[...].astype(wide))
+        logits = matmul(x.astype(wide), self.router.weight[...])
         gates = local.on_each_device(self._choose, logits, {})
         weights = {name: w.weight[...].astype(x.dtype) for name, w in self.experts.items()}
         y = local.on_experts(self._apply, x, gates, weights)

@@ -128,6 +128,11 @@ class ModelSpec:
         return scan_period(self.layers, self.feed_forward.layers)
 
     @property
+    def pattern(self) -> int:
+        """Layers after which the stack repeats, as `layer_pattern` says."""
+        return layer_pattern(self.layers, self.feed_forward.layers)
+
+    @property
     def num_params(self) -> int:
         """Learned numbers of the model, exactly."""
         norm = self.d_model * (2 if self.norm == "layernorm" and self.use_bias else 1)
@@ -164,13 +169,14 @@ class ModelSpec:
 
 
 def scan_period(layers: tuple, shared: int = 1) -> int:
-    """Layers in one turn of the scan over a stack, a multiple of `shared`; L where the stack is
-    unrolled.
+    """Layers whose parameters lie apart, a multiple of `shared`: all of a shallow stack, else
+    those of the pattern that repeats."""
+    return len(layers) if len(layers) <= UNROLL_UP_TO else layer_pattern(layers, shared)
 
-    It is unrolled where it is shallow and where no pattern of layers repeats.
-    """
-    if len(layers) <= UNROLL_UP_TO:
-        return len(layers)
+
+def layer_pattern(layers: tuple, shared: int = 1) -> int:
+    """Layers after which the same layers follow again, a multiple of `shared`; L where no pattern
+    repeats."""
     for p in range(shared, len(layers), shared):
         if len(layers) % p == 0 and layers == layers[:p] * (len(layers) // p):
             return p

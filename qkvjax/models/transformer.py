@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qkvjax.attention import cache as caches
 from qkvjax.attention.layer import LAYERS
@@ -15,13 +17,23 @@ from qkvjax.models.moe import Experts
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules
 
-# What the backward pass computes again instead of keeping: nothing, all but matrix products, or
-# all of a block.
-REMAT = {
-    "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
-    "block": jax.checkpoint,
-}
+# The output of attention, by the name that policies of rematerialisation know it by.
+ATTENTION = "attention"
+
+
+def _keep_products(block):
+    """A block whose backward pass keeps what products with parameters and attention put out, and
+    computes everything else again: norms, activations, and scores, whose memory grows with T^2."""
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
+    )
+    return jax.checkpoint(block, policy=policy)
+
+
+# What the backward pass computes again instead of keeping: nothing, all but products, or all of a
+# block.
+REMAT = {"none": lambda block: block, "dots": _keep_products, "block": jax.checkpoint}
 # Standard deviation of initial values; what Linear makes of them is said there.
 STD = {"normal": 0.02, "fan_in": None, "uniform": "uniform"}
 
@@ -84,6 +96,7 @@ class Block(nnx.Module):
         """[B, T, D] -> (the same, what the router tells or None); `key` turns dropout on."""
         keys = (None, None) if key is None else jax.random.split(key)
         y = self.attention(self.attention_norm(x), positions, segment_ids, impl=impl)
+        y = checkpoint_name(y, ATTENTION)
         x = x + (y if self.inside else dropout(y, self.rate, keys[0]))
         drop = lambda hidden: dropout(hidden, self.rate, keys[0] if self.inside else None)  # noqa: E731
         y, router = self.mlp(self.mlp_norm(x), drop)
@@ -109,6 +122,7 @@ class Stack(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, key):
         self.num_layers = spec.num_layers
+        self.pattern = spec.pattern
         repeats = spec.num_layers // spec.period
         keys = jax.random.split(key, spec.num_layers).reshape(repeats, spec.period)
         self.blocks = nnx.List([
@@ -130,7 +144,8 @@ class Stack(nnx.Module):
           remat: one of REMAT.
           unroll: repetitions in one turn of the scan.
         """
-        period = len(self.blocks)
+        blocks, shared = self._scanned(remat)
+        period = len(blocks)
         repeats = self.num_layers // period
         keys = None
         if key is not None:
@@ -142,18 +157,40 @@ class Stack(nnx.Module):
 
         def repetition(x, scanned):
             blocks, shared, keys = scanned
-            told = []
+            routers = []
             for j, block in enumerate(blocks):
                 block = self._whole(block, j, shared)
                 x, router = layer(block, x, None if keys is None else keys[j])
-                told.append(router)
-            return x, jax.tree.map(lambda *values: sum(values) / period, *told)
+                routers.append(router)
+            return x, jax.tree.map(lambda *values: sum(values) / period, *routers)
 
-        scanned = list(self.blocks), self.shared and list(self.shared), keys
+        scanned = blocks, shared, keys
         if repeats == 1:
             return repetition(x, jax.tree.map(lambda a: a[0], scanned))
         x, router = jax.lax.scan(repetition, x, scanned, unroll=min(unroll, repeats))
         return x, jax.tree.map(jax.numpy.mean, router)
+
+    def _scanned(self, remat: str) -> tuple[list, list | None]:
+        """(blocks, shared feed-forwards) of one turn of the scan, each with all repetitions.
+
+        A shallow stack is kept unrolled, which is the fastest on a CPU. Where a loop is better its
+        arrays are stacked here: on accelerators, whose compilers take time by the layer, and for
+        rematerialisation, which XLA's CPU undoes where it sees all layers at once.
+        """
+        blocks = list(self.blocks)
+        shared = self.shared and list(self.shared)
+        stored = len(blocks)
+        if stored == self.pattern or (rules.platform() == "cpu" and remat == "none"):
+            return blocks, shared
+
+        def stacked(modules, period):
+            return [
+                jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *modules[j::period])
+                for j in range(period)
+            ]
+
+        blocks = stacked(blocks, self.pattern)
+        return blocks, shared and stacked(shared, self.pattern // self.group)
 
     def _whole(self, block: Block, place: int, shared) -> Block:
         """Block number `place` of a repetition with the feed-forward that it shares, if it does."""

@@ -153,6 +153,21 @@ def free_memory() -> int | None:
     return 1024 * int(lines["MemAvailable"].split()[0])
 
 
+def free_device_memory() -> int | None:
+    """Bytes that arrays may still take on the fullest device of this process; None where the
+    devices do not say."""
+    import jax
+
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        free = free_memory()  # all of them share the host's
+        return None if free is None else free // len(devices)
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in each for each in stats):
+        return None
+    return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+
+
 def peak_flops(num_devices: int = 1) -> float | None:
     """Dense bfloat16 FLOP/s of so many devices, or None where the kind is not in the table."""
     import jax

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 from jax.sharding import PartitionSpec
 
-from qkvjax.parallel.rules import RULES, gather, has_mesh, spec
+from qkvjax.parallel.rules import RULES, gather, has_mesh, spec, token_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,33 +24,49 @@ class Columns:
         """A tree of sums over a device's columns -> over all."""
         return x if self.axis is None else jax.lax.psum(x, self.axis)
 
+    def min(self, x: jax.Array) -> jax.Array:
+        """The smallest over a device's columns -> over all."""
+        return x if self.axis is None else jax.lax.pmin(x, self.axis)
+
     def max(self, x: jax.Array) -> jax.Array:
         """The largest over a device's columns -> over all."""
         return x if self.axis is None else jax.lax.pmax(x, self.axis)
 
 
-def map_tokens(f, matrix: jax.Array, *by_token: jax.Array):
-    """f(columns, matrix, *by_token) -> (of tokens, totals, like the matrix), on each device's own
-    tokens and columns.
+def map_tokens(f, matrix: jax.Array, *by_token: jax.Array, sums: bool = True):
+    """f(columns, matrix, *by_token) on each device's own tokens and columns.
 
-    `by_token` and what f returns of tokens are [B, T, ...] and stay where they are; totals and what
-    is like the matrix are summed over the devices that share out tokens.
+    Args:
+      f: returns a tree of tokens and, with `sums`, totals and an array like the matrix.
+      matrix: [D, V], or `rules.copies` of it, of which f sees the device's one.
+      by_token: [B, T, ...].
+
+    Returns:
+      What f returns: of tokens [B, T, ...], as they lie; totals, summed over the devices that
+      spread tokens; what is like the matrix, summed likewise, or one for each copy.
     """
     if not has_mesh():
         return f(Columns(), matrix, *by_token)
 
-    matrix = gather(matrix)
+    has_copies = matrix.ndim == 3
+    matrix = matrix if has_copies else gather(matrix)
     where = jax.typeof(matrix).sharding.spec
-    sizes = jax.sharding.get_abstract_mesh().shape
-    spread = tuple(axis for axis in (*RULES["batch"], *RULES["length"]) if sizes[axis] > 1)
+    axes = token_axes()
 
-    def local(*arrays):
-        of_tokens, *sums = f(Columns(where[1]), *arrays)
-        return of_tokens, *(jax.lax.psum(sums, spread) if spread else sums)
+    def add(tree):
+        return jax.lax.psum(tree, axes) if axes else tree
+
+    def local(matrix, *by_token):
+        matrix = matrix[0] if has_copies else matrix
+        results = f(Columns(where[-1]), matrix, *by_token)
+        if not sums:
+            return results
+        of_tokens, totals, like = results
+        return of_tokens, add(totals), like[None] if has_copies else add(like)
 
     tokens = spec("batch", "length")
     in_specs = (where, *(tokens for _ in by_token))
-    out_specs = (tokens, PartitionSpec(), where)
+    out_specs = (tokens, PartitionSpec(), where) if sums else tokens
     run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return run(matrix, *by_token)
 

@@ -152,6 +152,13 @@ def place(
     return {name: put(array) for name, array in batch.items()}
 
 
+def place_like(array: jax.Array, other: jax.Array) -> jax.Array:
+    """The array, spread over devices as another of its shape is."""
+    if not has_mesh():
+        return array
+    return jax.sharding.reshard(array, jax.typeof(other).sharding.spec)
+
+
 def replicate(array: jax.Array) -> jax.Array:
     """A result that every process reads: whole on each device."""
     return jax.sharding.reshard(array, PartitionSpec()) if has_mesh() else array
@@ -166,28 +173,58 @@ def gather(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, PartitionSpec(*kept))
 
 
-def embed(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Looks ids up in a table: [V, D], int [B, T] -> [B, T, D].
+def copies(matrix: jax.Array) -> jax.Array:
+    """One copy of a matrix for each group of devices with tokens of its own.
 
-    Of a table whose rows are shared out, each device looks up what it has, and all add up.
+    [V, D] -> [W, V, D], spread over the groups, so that a device stores one copy as it would
+    anyway. What uses the copies has gradients of each device's tokens alone; they add up on the
+    device, and cross devices once, as the gradient of the copying.
+
+    The matrix itself, [V, D], where no tokens are spread.
+    """
+    if not has_mesh() or ways("batch", "length") == 1:
+        return matrix
+    matrix = gather(matrix)
+    place = PartitionSpec(token_axes(), *jax.typeof(matrix).sharding.spec)
+    shape = (ways("batch", "length"), *matrix.shape)
+    dimensions = tuple(range(1, matrix.ndim + 1))
+    return jax.lax.broadcast_in_dim(matrix, shape, dimensions, out_sharding=place)
+
+
+def token_axes() -> tuple[str, ...]:
+    """The mesh axes that spread tokens."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in (*RULES["batch"], *RULES["length"]) if sizes[axis] > 1)
+
+
+def embed(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Looks ids up in a table: [V, D] or its `copies`, int [B, T] -> [B, T, D].
+
+    Of a table whose rows are spread over devices, each device looks up the rows that it has, and
+    all add up.
     """
     if not has_mesh():
-        return table_VD[ids_BT]
-    table_VD = gather(table_VD)
-    axis = jax.typeof(table_VD).sharding.spec[0]
-    if axis is None:
-        return table_VD.at[ids_BT].get(out_sharding=spec("batch", "length", None))
+        return table[ids_BT]
+    has_copies = table.ndim == 3
+    table = table if has_copies else gather(table)
+    place = jax.typeof(table).sharding.spec
+    axis = place[-2]
+    if axis is None and not has_copies:
+        return table.at[ids_BT].get(out_sharding=spec("batch", "length", None))
 
     def local(table, ids):
+        table = table[0] if has_copies else table
+        if axis is None:
+            return table[ids]
         ids = ids - jax.lax.axis_index(axis) * table.shape[0]
         here = (ids >= 0) & (ids < table.shape[0])
-        found = jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
-        return jax.lax.psum(found, axis)
+        rows = jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
+        return jax.lax.psum(rows, axis)
 
     tokens = spec("batch", "length")
     return jax.shard_map(
-        local, in_specs=(PartitionSpec(axis), tokens), out_specs=tokens, check_vma=False
-    )(table_VD, ids_BT)
+        local, in_specs=(place, tokens), out_specs=tokens, check_vma=False
+    )(table, ids_BT)
 
 
 def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
@@ -195,50 +232,6 @@ def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
     if not has_mesh():
         return table_S[places_BS]
     return table_S.at[places_BS].get(out_sharding=jax.typeof(places_BS).sharding.spec)
-
-
-@jax.custom_jvp
-def _turned(w: jax.Array) -> jax.Array:
-    """w, whose gradient is computed as its transpose.
-
-    XLA's CPU multiplies [F, n] by [n, D] 1.8 times as fast as the transposes when F < D (one core,
-    768 tokens, 128 by 512). The barriers keep it from seeing that the two are one.
-    """
-    return w
-
-
-@_turned.defjvp
-def _turned_jvp(primals, tangents):
-    hidden = jax.lax.optimization_barrier
-    return primals[0], hidden(hidden(tangents[0].T).T)
-
-
-def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
-    """[B, T, D] @ [D, F] -> [B, T, F], in `dtype` if one is given.
-
-    The result is shared out as the columns of w are; rows that are shared out are summed over.
-
-    Tokens are flattened to one axis first: XLA's CPU takes a slow path for weight gradients
-    that contract over two axes (1.5 times the step of a small model). Where the sequence is
-    sharded the reshape would move data, so it is left alone.
-    """
-    w_DF = gather(w_DF)
-    if w_DF.shape[0] > w_DF.shape[1] and platform() == "cpu":
-        w_DF = _turned(w_DF)
-    batch, length, width = x_BTD.shape
-    if not has_mesh():
-        flat = jnp.matmul(x_BTD.reshape(-1, width), w_DF, preferred_element_type=dtype)
-        return flat.reshape(batch, length, -1)
-    rows, columns = jax.typeof(w_DF).sharding.spec
-    result = PartitionSpec(*spec("batch", "length"), columns)
-    if shards_sequence():
-        whole = {"out_sharding": result, "preferred_element_type": dtype}
-        return jnp.einsum("btd,df->btf", x_BTD, w_DF, **whole)
-    tokens = spec("batch")
-    before, after = (PartitionSpec(*tokens, axis) for axis in (rows, columns))
-    flat = jax.lax.reshape(x_BTD, (batch * length, width), out_sharding=before)
-    flat = jnp.matmul(flat, w_DF, out_sharding=after, preferred_element_type=dtype)
-    return jax.lax.reshape(flat, (batch, length, w_DF.shape[1]), out_sharding=result)
 
 
 def gather_columns(x_BTV: jax.Array) -> jax.Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from qkvjax.progress import duration
 from qkvjax.studies.grid import Study, Task
-from qkvjax.training.loop import duration
 from qkvjax.training.metrics import read_lines
 
 

@@ -18,10 +18,10 @@ import zlib
 from pathlib import Path
 
 from qkvjax.errors import UserError
+from qkvjax.progress import duration
 from qkvjax.studies.grid import Study, Task
 from qkvjax.studies.live import Live
 from qkvjax.studies.point import failure
-from qkvjax.training.loop import duration
 from qkvjax.training.metrics import append_line, read_json, write_json
 
 OVERHEAD_SECONDS = 16.0  # of a run's process: imports, compilation, evaluations, saving

@@ -32,6 +32,7 @@ from qkvjax.parallel.distributed import first, together
 from qkvjax.parallel.replicas import came_apart
 from qkvjax.training import quiet, stacks
 from qkvjax.training.guard import Rollback
+from qkvjax.training.kept import Kept
 
 NO_INTACT_CHECKPOINT = 45
 _MANIFEST = "manifest"
@@ -98,13 +99,24 @@ class Checkpoints:
       folder: `workdir/checkpoints`; made when something is saved.
       keep: how many of the newest stay.
       surroundings: what a state's last bits depend on beside itself, saved with it.
+      keep_every: steps whose multiples stay as well; 0: none.
+
+    Attributes:
+      kept: which checkpoints stay; the step of the best one may be set there.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, surroundings: Mapping | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        surroundings: Mapping | None = None,
+        keep_every: int = 0,
+    ):
         self.folder = Path(folder).absolute()
+        self.kept = Kept(keep, keep_every)
         self._surroundings = dict(surroundings or {})
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, create=False
+            preservation_policy=self.kept, enable_async_checkpointing=True, create=False
         )
         self._open_manager = None
 

@@ -130,6 +130,11 @@ def check_wandb(project: str | None) -> None:
         raise UserError(f"train.wandb needs Weights & Biases: {remedy}")
 
 
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON has them: NaN and infinity are None."""
+    return {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
+
+
 class Metrics:
     """The metrics of one run.
 
@@ -158,11 +163,26 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of plain numbers; NaN and infinity are written as null."""
-        numbers = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        plain = dict.fromkeys(values) | numbers
-        append_line(self.path, {"step": step, **plain})
+        append_line(self.path, {"step": step, **_plain(values)})
+        self._show(step, values)
+
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds numbers to the last line, which is that of `step`, or writes a line of them.
+
+        The file is replaced as a whole, so that it has each step once whatever happens.
+        """
+        lines = read_lines(self.path, step=int)
+        if not lines or lines[-1]["step"] != step:
+            lines.append({"step": step})
+        lines[-1] |= _plain(values)
+        write_lines(self.path, lines)
+        self._show(step, values)
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends numbers to TensorBoard and, where it is asked for, Weights & Biases."""
+        plain = _plain(values)
         try:
-            self._events.scalars(step, numbers)
+            self._events.scalars(step, {k: v for k, v in plain.items() if v is not None})
         except OSError as error:
             raise _unwritable(self.path.with_name("tensorboard"), error) from None
         if self._wandb:

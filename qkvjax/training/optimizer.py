@@ -34,7 +34,7 @@ def schedule(
             done = jnp.clip((step - warmup) / max(1, total - warmup), 0, 1)
             rest = final + (peak - final) * (1 + jnp.cos(jnp.pi * done)) / 2
         elif name == "wsd":
-            fall = max(1, round(WSD_DECAY * total))
+            fall = decay_steps(total)
             rest = peak + (final - peak) * jnp.clip((step - (total - fall)) / fall, 0, 1)
         elif name == "multistep":
             rest = peak * 0.1 ** ((step >= total / 2) + (step >= 0.75 * total) * 1.0)
@@ -43,6 +43,11 @@ def schedule(
         return rest * jnp.minimum(1, (step + 1) / max(1, warmup))
 
     return rate
+
+
+def decay_steps(total: int) -> int:
+    """Steps at the end of a run of `total` in which wsd's learning rate falls."""
+    return max(1, round(WSD_DECAY * total))
 
 
 def path_names(path) -> tuple[str, ...]:
@@ -64,6 +69,26 @@ def decayed(params) -> object:
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
 
+def scale_by_step_rate(rate: Callable) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by minus the learning rate of the step that the caller names.
+
+    optax's own transformation counts its updates. That count is taken back with a bad step, and
+    would lag behind the run's steps for the rest of the run. The state is optax's, so that
+    checkpoints of either can be read; a caller that names no step gets the rate of the count.
+    """
+
+    def init(params):
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, step=None, **others):
+        step = state.count if step is None else step
+        factor = -rate(step)
+        scaled = jax.tree.map(lambda u: jnp.asarray(factor, u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(count=step + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def adamw(optimizer, rate: Callable) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) from the `optimizer` group of a config.
 
@@ -73,7 +98,7 @@ def adamw(optimizer, rate: Callable) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2),
         optax.add_decayed_weights(optimizer.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(rate),
+        scale_by_step_rate(rate),
     )
 
 
@@ -105,7 +130,7 @@ def muon(optimizer, rate: Callable) -> optax.GradientTransformation:
         optax.GradientTransformation(orthogonal.init, update),
         optax.stateless(scaled),
         optax.add_decayed_weights(optimizer.weight_decay),
-        optax.scale_by_learning_rate(rate),
+        scale_by_step_rate(rate),
     )
     return optax.partition({"blocks": matrices, "rest": adamw(optimizer, rate)}, _of_blocks)
 
@@ -142,12 +167,12 @@ def with_masters(tx: optax.GradientTransformation) -> optax.GradientTransformati
         keep = lambda label, leaf: leaf if label == "blocks" else None  # noqa: E731
         return jax.tree.map(keep, _of_blocks(params), params), tx.init(params)
 
-    def update(grads, state, params):
+    def update(grads, state, params, **extra):
         masters, inner = state
         full = jax.tree.map(lambda m, p: p if m is None else m, masters, params, **absent)
-        updates, inner = tx.update(grads, inner, full)
+        updates, inner = tx.update(grads, inner, full, **extra)
         full = optax.apply_updates(full, updates)
         masters = jax.tree.map(lambda m, p: None if m is None else p, masters, full, **absent)
         return jax.tree.map(lambda new, p: new.astype(p.dtype), full, params), (masters, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -7,7 +7,7 @@ import jax
 from qkvjax.attention.spec import sharing_name
 from qkvjax.kernels import dispatch
 from qkvjax.parallel import host
-from qkvjax.training.loop import duration
+from qkvjax.progress import duration
 
 
 def cost_table(run) -> str:

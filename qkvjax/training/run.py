@@ -18,10 +18,13 @@ from qkvjax import config as configs
 from qkvjax.data.dataset import Dataset
 from qkvjax.data.examples import Examples
 from qkvjax.data.open import open_dataset
+from qkvjax.data.tokenizers import tokenizer_size
 from qkvjax.errors import UserError
+from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel import rules
 from qkvjax.parallel.mesh import make_mesh
+from qkvjax.training.optimizer import narrow
 from qkvjax.training.step import (
     init_state,
     make_optimizer,
@@ -39,6 +42,7 @@ class Durations(NamedTuple):
     log_every: int
     eval_every: int
     checkpoint_every: int
+    keep_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +86,18 @@ class Run:
 
     def init(self):
         """The state before the first step, on the mesh: the same bits on any."""
-        make = functools.partial(init_state, self.spec, self.optimizer, config=self.config)
+        begin = functools.partial(init_state, self.spec, self.optimizer, config=self.config)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         # For a CPU the compiler takes other instructions, which round differently, for parts.
         whole = self.mesh.size > 1 and rules.platform() == "cpu"
         with jax.set_mesh(None):  # with a mesh in the types, the last bit of a draw depends on it
             key = jax.random.key(self.config.seed)
-            state = jax.jit(make, out_shardings=None if whole else places)(key)
+            state = jax.jit(begin, out_shardings=None if whole else places)(key)
         return jax.tree.map(_cut, state, places) if whole else state
+
+    def new_model(self, dtype: str):
+        """The model with initial values, the blocks' matrices in `dtype`."""
+        return narrow(make(self.spec, jax.random.key(self.config.seed)), dtype)
 
     def compile_step(self, state):
         """The compiled train step on the state's leaves, which are donated:
@@ -107,10 +115,7 @@ def _cut(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
 
 def resolve_durations(config, dataset: Dataset) -> Durations:
     """The durations of a config in steps, given how long an epoch is."""
-    common = {
-        "tokens_per_step": config.data.batch_size * config.data.seq_len,
-        "steps_per_epoch": dataset.steps_per_epoch(config.data.batch_size),
-    }
+    common = _lengths(config, dataset)
     steps = configs.to_steps(config.train.steps, "train.steps", **common)
     if steps < 1:
         raise UserError(f"train.steps={config.train.steps!r}: there is nothing to train")
@@ -122,8 +127,22 @@ def resolve_durations(config, dataset: Dataset) -> Durations:
         return configs.to_steps(value, f"{group}.{field}", total=steps, **common)
 
     warmup = within("optimizer", "warmup_steps")
-    each = {name: within("train", name) for name in ("log_every", "eval_every", "checkpoint_every")}
+    names = ("log_every", "eval_every", "checkpoint_every", "keep_every")
+    each = {name: within("train", name) for name in names}
     return Durations(steps, warmup, **each)
+
+
+def steps_of(run: Run, value) -> int:
+    """A value of `train.steps` in steps of this run's data."""
+    return configs.to_steps(value, "train.steps", **_lengths(run.config, run.dataset))
+
+
+def _lengths(config, dataset) -> dict[str, int]:
+    """What `configs.to_steps` wants to know of a run's data."""
+    return {
+        "tokens_per_step": config.data.batch_size * config.data.seq_len,
+        "steps_per_epoch": dataset.steps_per_epoch(config.data.batch_size),
+    }
 
 
 def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> Run:
@@ -193,8 +212,17 @@ def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
 def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, config):
     """The train state as ShapeDtypeStructs with shardings."""
     shapes = jax.eval_shape(lambda: init_state(spec, optimizer, jax.random.key(0), config))
-    placed = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
+
+    def placed(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
     return jax.tree.map(placed, shapes, state_shardings(shapes, mesh))
+
+
+def planned_spec(config) -> ModelSpec:
+    """The language model of a config, without reading data."""
+    num_ids = tokenizer_size(config.data.tokenizer)
+    return model_spec(configs.plain(config.model), num_ids, config.data.seq_len)
 
 
 def spec_of(config, dataset: Dataset | Examples) -> ModelSpec:

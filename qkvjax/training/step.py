@@ -36,18 +36,37 @@ class TrainState:
     model: nnx.Module
     optimizer: optax.OptState
     step: jax.Array  # int32 scalar, steps done
-    recent: guard.Recent | None = None  # what spikes are held against, where they are looked for
+    recent: guard.Recent | None = None  # the last good steps, where spikes are looked for
+    average: nnx.Module | None = None  # of the weights, where optimizer.average asks for it
+
+
+def _wide(array: jax.Array) -> jnp.dtype:
+    """Float32, or the array's dtype if that is wider."""
+    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def init_state(
     spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array, config
 ) -> TrainState:
-    """The state before the first step, the blocks' matrices in `train.param_dtype`."""
-    model, dtype = make(spec, key), config.train.param_dtype
+    """The state before the first step, with initial values that follow from `key`."""
+    return new_state(make(spec, key), tx, config)
+
+
+def new_state(model, tx: optax.GradientTransformation, config) -> TrainState:
+    """The state before the first step of a model with these weights.
+
+    Args:
+      model: float32 or wider; the blocks' matrices are kept in `train.param_dtype`, beside float32
+        masters where that is narrower.
+    """
+    dtype = config.train.param_dtype
+    model = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), model)
     optimizer = tx.init(model)
+    # A copy: donated states have no array twice.
+    average = jax.tree.map(jnp.copy, model) if config.optimizer.average else None
     model = model if dtype == "float32" else narrow(model, dtype)
     recent = guard.no_steps() if config.optimizer.skip_spikes else None
-    return TrainState(model, optimizer, jnp.zeros((), jnp.int32), recent)
+    return TrainState(model, optimizer, jnp.zeros((), jnp.int32), recent, average)
 
 
 def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -69,9 +88,17 @@ def make_optimizer(config, total_steps: int, warmup_steps: int):
     return tx if config.train.param_dtype == "float32" else with_masters(tx), rate
 
 
-def _wide(array: jax.Array) -> jnp.dtype:
-    """Float32, or the array's dtype if that is wider."""
-    return jnp.promote_types(array.dtype, jnp.float32)
+def averaged(average, model, decay: float | None):
+    """The exponential moving average of the weights after one more step; None stays None.
+
+    average + (1 - decay) (model - average), in the average's dtype, computed in float32 or wider.
+    """
+
+    def one(a, p):
+        wide = a.astype(_wide(a))
+        return (wide + (1 - decay) * (p.astype(wide.dtype) - wide)).astype(a.dtype)
+
+    return None if average is None else jax.tree.map(one, average, model)
 
 
 def on_leaves(step: Callable, tree) -> Callable[[list[jax.Array], Batch], tuple]:
@@ -103,17 +130,21 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     dtype = jnp.dtype(config.train.compute_dtype)
     z_loss, clip = config.optimizer.z_loss, config.optimizer.clip_norm
     threshold = config.optimizer.skip_spikes
+    decay = config.optimizer.average
     compiled = {"remat": config.train.remat, "unroll": config.train.unroll}
     seed, has_dropout = config.seed, config.model.dropout > 0
     parts, has_masters = config.train.accumulation, config.train.param_dtype != "float32"
+    gradient_dtype = config.train.gradient_dtype
+    converts = gradient_dtype != config.train.param_dtype
 
     def objective(model, batch, key, total):
         segments = batch.get("segment_ids")  # labelled examples have none
         inputs = batch["inputs"], batch["positions"], segments, key
         labels = batch["targets"], batch["weights"]
         if isinstance(model, LanguageModel):  # a vocabulary is too wide to hold all logits
-            x, router = model.hidden(*inputs, dtype=dtype, **compiled)
-            loss, nats = linear_cross_entropy(x, model.head_weight(dtype), *labels, z_loss)
+            table = model.embedding_copies()
+            x, router = model.hidden(*inputs, dtype=dtype, table=table, **compiled)
+            loss, nats = linear_cross_entropy(x, model.head_matrix(table), *labels, z_loss)
             metrics = {"loss": nats / total}
             if router is None:
                 return loss / total, metrics
@@ -130,13 +161,15 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
     def train_step(state: TrainState, batch: Batch):
         total = jnp.maximum(jnp.sum(batch["weights"]), 1)
         gradient = jax.value_and_grad(objective, has_aux=True)
+        # A gradient has the dtype of its parameter, also where it crosses devices.
+        parameters = narrow(state.model, gradient_dtype) if converts else state.model
 
         def micro(i, part):
             key = None
             if has_dropout:  # else one program serves all seeds
                 key = jax.random.fold_in(jax.random.key(seed), state.step)
                 key = jax.random.fold_in(key, i)
-            (_, metrics), grads = gradient(state.model, part, key, total)
+            (_, metrics), grads = gradient(parameters, part, key, total)
             return metrics, grads
 
         if parts == 1:
@@ -155,12 +188,14 @@ def make_train_step(config, tx, rate: Callable) -> Callable[[TrainState, Batch],
         norm = optax.global_norm(grads)
         if clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / (norm + 1e-12)), grads)
-        updates, optimizer = tx.update(grads, state.optimizer, state.model)
+        updates, optimizer = tx.update(grads, state.optimizer, state.model, step=state.step)
         model = updates if has_masters else optax.apply_updates(state.model, updates)
+        average = averaged(state.average, model, decay)
         good, recent = guard.judge(state.recent, metrics["loss"], norm, threshold)
-        new, old = (model, optimizer), (state.model, state.optimizer)
-        model, optimizer = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        new = model, optimizer, average
+        old = state.model, state.optimizer, state.average
+        model, optimizer, average = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step), "bad": ~good}
-        return TrainState(model, optimizer, state.step + 1, recent), metrics
+        return TrainState(model, optimizer, state.step + 1, recent, average), metrics
 
     return train_step

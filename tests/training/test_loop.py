@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkvjax.training.loop import Window, due, duration, prefetch
+from qkvjax.data.ahead import ahead
+from qkvjax.progress import duration
+from qkvjax.training.loop import due
+from qkvjax.training.window import Window
 
 
 def step(i):
@@ -28,10 +31,10 @@ def test_a_window_keeps_few_values_and_means_all_of_them():
 
 def test_batches_come_in_order_and_none_too_many():
     made = []
-    for i in prefetch(lambda i: made.append(i) or i, 3, 7):
+    for i in ahead(made.append(i) or i for i in range(3, 7)):
         assert i <= made[-1] <= min(i + 1, 6)
     assert made == [3, 4, 5, 6]
-    assert list(prefetch(lambda i: i, 5, 5)) == []
+    assert list(ahead(())) == []
 
 
 @pytest.mark.parametrize(
