@@ -8,7 +8,10 @@ from __future__ import annotations
 
 
 def load(workdir, step: int | None = None):
-    """Restores a trained model, whole on one device, for notebooks and scripts.
+    """Restores a trained model for notebooks and scripts, sharded over all devices.
+
+    On several devices their mesh becomes the one in force (`jax.set_mesh`), so that the model is
+    called as on one device; it is the same mesh for every model.
 
     Args:
       workdir: of a training run.
@@ -23,9 +26,12 @@ def load(workdir, step: int | None = None):
     Raises:
       qkvjax.errors.UserError: no run, no such step, no intact checkpoint.
     """
+    from qkvjax.parallel import rules
+    from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.restore import load_model
 
-    model, tokenizer, config, _ = load_model(workdir, step)
+    model, tokenizer, config, _ = load_model(workdir, step, mesh=for_scoring)
+    rules.use_mesh_of(model)
     return model, tokenizer, config
 
 

@@ -49,15 +49,18 @@ def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
     from qkvjax.attention.spec import sharing_name
     from qkvjax.data.open import check_fits, open_dataset
     from qkvjax.evaluation import inside
+    from qkvjax.parallel import rules
+    from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.metrics import write_lines
     from qkvjax.training.restore import load_model
 
-    model, _, config, step = load_model(workdir, values.step)
+    model, _, config, step = load_model(workdir, values.step, mesh=for_scoring)
     inside.chosen(model.spec.layers, values.projections)  # before the data are read
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
     check_fits(dataset, model.spec)
     inputs = inside.sequences(dataset, values.num_sequences)
-    records, seen = inside.analyze(model, inputs, values.projections)
+    with rules.on_mesh_of(model):
+        records, seen = inside.analyze(model, inputs, values.projections)
     num_tokens = len(inputs) * config.data.seq_len
     facts = {"step": step, "data_digest": dataset.digest, "num_tokens": num_tokens}
     write_lines(workdir / "analysis.jsonl", [facts | record for record in records])

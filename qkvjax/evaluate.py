@@ -7,8 +7,9 @@
 
 Without --data the run's own validation documents are scored; with it, the whole corpus. Each
 document is read on its own in windows of data.seq_len and every token is scored once, so that
-the score does not depend on the batch size. Tasks: bits_per_byte and perplexity of text;
-accuracy, of all labels and as a mean over classes, of what has labels. Lines are added to
+the score does not depend on the batch size. Parameters are sharded over all devices, and so are
+the rows of a batch where the devices divide their number. Tasks: bits_per_byte and perplexity of
+text; accuracy, of all labels and as a mean over classes, of what has labels. Lines are added to
 WORKDIR/evaluation.jsonl. --verify compares every array with the fingerprint that was saved beside
 it; a damaged checkpoint is exit code 45.
 """
@@ -62,14 +63,18 @@ def body(values: flags.FlagValues) -> None:
         verify(Path(values.workdir), values.step)
         return
     from qkvjax.data.open import check_fits, open_dataset
+    from qkvjax.parallel import rules
+    from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.metrics import append_line
     from qkvjax.training.restore import load_model
 
-    model, tokenizer, config, step = load_model(values.workdir, values.step)
+    model, tokenizer, config, step = load_model(values.workdir, values.step, mesh=for_scoring)
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
     check_fits(dataset, model.spec)
     for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
-        for line in score(task, model, dataset, config, values.batch_size):
+        with rules.on_mesh_of(model):
+            scores = score(task, model, dataset, config, values.batch_size)
+        for line in scores:
             line = {"task": task, **line, "step": step, "data": values.data or config.data.source}
             append_line(Path(values.workdir) / "evaluation.jsonl", line | {"date": host.now()})
             told = f"{line['metric']} {line['value']:.6f} on {line['num_items']:,} labels"
@@ -105,11 +110,21 @@ def verify(workdir: Path, step: int | None) -> None:
 
 def score(task: str, model, dataset, config, batch_size: int | None) -> list[dict]:
     """The lines of a task on the validation split of a data set, one a metric."""
-    from qkvjax.evaluation.evaluators import SCORES, check_text
+    from qkvjax.evaluation import scoring
+    from qkvjax.evaluation.evaluators import SCORES, check_text, num_scored
+    from qkvjax.parallel import rules
 
     check_text("--tasks", task, dataset)
-    size, dtype = batch_size or config.data.batch_size, config.train.compute_dtype
-    found = SCORES[task](model, dataset, batch_size=size, dtype=dtype)
+    mesh = rules.mesh_of(model)
+    found = SCORES[task](
+        model,
+        dataset,
+        batch_size=batch_size or scoring.num_rows(config, mesh),
+        dtype=config.train.compute_dtype,
+        mesh=mesh,
+        num_labels=num_scored(dataset),
+        log=print,
+    )
     common = {"num_items": int(found["num_labels"]), "data_digest": dataset.digest}
     if hasattr(dataset, "tokenizer"):
         common["tokenizer"] = dataset.tokenizer.name

@@ -5,7 +5,9 @@
   qkvjax generate --workdir=runs/tied --cache_layout=kv      cache K and V apart, to compare
   qkvjax generate --workdir=runs/tied --cache_dtype=int8     a byte a number, one scale a head
 
-Prints the text, decoded tokens a second and the bytes of the cache that was allocated.
+Prints the text, decoded tokens a second and the bytes of the cache that was allocated. Parameters
+and cache are sharded over all devices: over heads and the feed-forward width as far as these
+divide.
 """
 
 from __future__ import annotations
@@ -51,9 +53,10 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
     """The lines of one model's column: a head, the text, the figures."""
     from qkvjax.attention.spec import sharing_name
     from qkvjax.generation.decode import continuation, generate, prompt_ids
+    from qkvjax.parallel.mesh import for_generation
     from qkvjax.training.restore import load_model
 
-    model, tokenizer, config, step = load_model(workdir, values.step)
+    model, tokenizer, config, step = load_model(workdir, values.step, mesh=for_generation)
     if tokenizer is None:
         raise UserError(
             f"{workdir} was trained on {config.data.source}, which is no text: generate needs a"

@@ -5,11 +5,18 @@ A layer's cache is a dict of `kernels.stored` tensors with the keys of a layer's
 holds position s. In pages they are [P, K, E, H], and a block table says which pages hold a
 sequence; all layers share the table. Heads come before slots: what a head reads for a token then
 lies in one piece, which is several times faster on a CPU.
+
+Over a mesh, sequences are sharded over the axes of "batch" where these divide their number, and
+heads over those of "heads": where K does not divide, heads are repeated until it does
+(`rules.spread_heads`), so that a device keeps the few heads that its queries read. What follows
+the projections then needs nothing of other devices. A pool of pages is sharded like the sequences
+that it serves, and a block table names pages of the part of the pool that lies with its sequence.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +28,7 @@ from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch, stored
 from qkvjax.kernels.stored import Int8, Stored, in_order, widen, write
+from qkvjax.parallel import local, rules
 
 Cache = dict[str, Stored]
 # (base, width) of a rotation -> its (cos, sin) of every slot.
@@ -28,28 +36,35 @@ Turns = dict[tuple[float, int], tuple[jax.Array, jax.Array]]
 
 
 def empty(
-    spec: AttentionSpec, batch: int, length: int, dtype=jnp.float32, layout: str | None = None
-) -> Cache:
-    """A cache of zeros; its bytes are batch * length * spec.cache_bytes_per_token exactly.
+    spec: AttentionSpec, batch: int, length: int, dtype=jnp.float32, layout: str | None = None,
+    sequences: int | None = None,
+) -> Cache:  # fmt: skip
+    """Makes a cache of zeros; its bytes are batch * length * spec.cache_bytes_per_token exactly,
+    where no mesh repeats heads.
 
     Args:
       batch, length: sequences and slots of each, or pages and slots of each.
       dtype: of a float, or int8.
+      sequences: of a cache in pages, how many sequences it serves; None for a contiguous one.
     """
     names = ("kv",) if spec.check_layout(layout) == "shared" else ("k", "v")
-    shape = (batch, spec.num_kv_heads, length, spec.head_dim)
+    shape = (batch, rules.num_spread_heads(spec.num_kv_heads), length, spec.head_dim)
+    place = rules.cache_spec(batch if sequences is None else sequences)
+
+    def zeros(shape, dtype):
+        return jnp.zeros(shape, dtype, out_sharding=place)
 
     def tensor():
         if jnp.dtype(dtype) != jnp.int8:
-            return jnp.zeros(shape, dtype)
-        return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.bfloat16))
+            return zeros(shape, dtype)
+        return Int8(zeros(shape, jnp.int8), zeros(shape[:-1], jnp.bfloat16))
 
     return {name: tensor() for name in names}
 
 
 def num_bytes(cache) -> int:
-    """Bytes of the arrays that are really there, over any tree of caches."""
-    return sum(array.nbytes for array in jax.tree.leaves(cache))
+    """Bytes of the arrays that are really there, over any tree of caches and over all devices."""
+    return sum(rules.allocated_bytes(array) for array in jax.tree.leaves(cache))
 
 
 def block_table(lengths: Sequence[int], page_size: int, num_pages: int) -> np.ndarray:
@@ -90,12 +105,20 @@ def turns(layers: Sequence[AttentionSpec], num_slots: int) -> Turns:
 
 def carried(cache, table: jax.Array | None = None):
     """A tree of caches as a loop over tokens should carry it, to be changed in place."""
-    return cache if table is not None else jax.tree.map(stored.merged, cache)
+    if table is not None:
+        return cache
+    return jax.tree.map(local.merged if rules.has_mesh() else stored.merged, cache)
 
 
 def restored(cache, like):
     """What `carried` gave, in the shapes of `like` again."""
-    return jax.tree.map(lambda array, whole: array.reshape(whole.shape), cache, like)
+
+    def whole(array, like):
+        if array.shape == like.shape:
+            return array
+        return local.unmerged(array, like) if rules.has_mesh() else array.reshape(like.shape)
+
+    return jax.tree.map(whole, cache, like)
 
 
 def attend(
@@ -115,30 +138,44 @@ def attend(
     Returns:
       [B, T, D] and the cache with the new entries.
     """
-    batch, length, _ = x.shape
-    spec, layout = layer.spec, "shared" if "kv" in cache else "kv"
-    positions = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(length), (batch, length))
+    shape, layout = x.shape[:2], "shared" if "kv" in cache else "kv"
+    new = jnp.reshape(start, (-1, 1)) + jnp.arange(shape[1])
+    positions = rules.lie_as(jnp.broadcast_to(new, shape), x)
     q, entry = layer.project(x, positions, layout)
+    entry = {name: rules.spread_heads(entry[name], layer.spec.num_heads) for name in cache}
+    first = start if jnp.ndim(start) == 0 else positions[:, 0]
+    table = None if table is None else rules.lie_as(table, x)
+    onto = functools.partial(_onto_cache, impl=impl)
+    out, cache = local.on_own_part(
+        onto, (q, cache), layer.with_spread_heads(), q, entry, cache, positions, first, table, turns
+    )
+    return layer.finish(out, positions), cache
+
+
+def _onto_cache(layer: Attention, q, entry, cache: Cache, positions, start, table, turns, *, impl):
+    """`attend` between the projections: (attention's output [B, T, N, H], the cache)."""
+    spec, layout = layer.spec, "shared" if "kv" in cache else "kv"
     cache = {name: write(cache[name], entry[name], start, table) for name in cache}
     k, v, held, key = cache.get("kv", cache.get("k")), cache.get("v"), table, None
+    num_kv_heads = k.shape[1]
     page = None if table is None else k.shape[2]
     slots = jnp.arange(k.shape[2] * (1 if table is None else table.shape[1]))
     if layout == "shared" and not spec.values_are_keys:  # keys are made on read
         key, v = layer.key_of_state(), None
-        if key and dispatch.makes_keys(impl, q, spec.num_kv_heads, key, page):
+        if key and dispatch.makes_keys(impl, q, num_kv_heads, key, page):
             known = (turns or {}).get((key.base, key.width))
             key = dataclasses.replace(key, turns=known)
         else:
-            v = widen(in_order(k, table), x.dtype)
+            v = widen(in_order(k, table), q.dtype)
             # Where keys do not depend on the head, heads count as sequences: v is read as it lies.
             split = v.shape[:2] if key is None else (-1, 1)
             made = layer.expand({"kv": _turned(v.reshape(*split, *v.shape[2:]))}, slots[None])[0]
             k, held, key = _turned(made).reshape(v.shape), None, None
     out = dispatch.decode_attention(
         q, _turned(k), _turned(v), positions=positions, window=spec.window, key=key, table=held,
-        impl=impl, **layer.columns(q, slots[None]),
+        impl=impl, **layer.columns(q, slots[None], num_kv_heads),
     )  # fmt: skip
-    return layer.finish(out, positions), cache
+    return out, cache
 
 
 def _turned(x):

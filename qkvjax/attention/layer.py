@@ -113,20 +113,30 @@ class Attention(nnx.Module):
         gain = None if norm is None else norm.gain[...]
         return KeyOfState(spec.rotary_base, spec.rotary_dim, gain)
 
-    def columns(self, q, positions) -> dict[str, jax.Array]:
+    def columns(self, q, positions, num_kv_heads: int | None = None) -> dict[str, jax.Array]:
         """What score modifiers add for each key: `q_pe` and `k_pe` of the attention op, or nothing.
 
         Args:
           q: [B, T, N, H], for its shape.
           positions: int [B or 1, S], of the keys.
+          num_kv_heads: heads of the keys; None means the layer's.
         """
         column = None if self.score is None else self.score.affine(positions)[1]
         if column is None:
             return {}
         unscaled = q.shape[-1] ** 0.5  # the op divides by it
-        shape = (q.shape[0], positions.shape[1], self.spec.num_kv_heads, 1)
+        shape = (q.shape[0], positions.shape[1], num_kv_heads or self.spec.num_kv_heads, 1)
         k_pe = jax.numpy.broadcast_to(column[:, :, None, None], shape)
         return {"q_pe": unscaled * jax.numpy.ones_like(q[..., :1]), "k_pe": k_pe.astype(q.dtype)}
+
+    def with_spread_heads(self) -> Attention:
+        """The layer, with what belongs to a key's head repeated and sharded as the heads of a
+        cache are (`rules.spread_heads`)."""
+        if self.score is None or not rules.has_mesh():
+            return self
+        layer = jax.tree.map(lambda leaf: leaf, self)  # a copy of the module, of the same arrays
+        layer.score.spread_keys(self.spec.num_heads)
+        return layer
 
     def finish(self, out, positions) -> jax.Array:
         """From attention's output [B, T, N, H] to [B, T, D]."""

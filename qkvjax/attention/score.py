@@ -59,6 +59,14 @@ class Score(nnx.Module):
                 state = wide_add(state, own) if name == "role_bias" else wide_times(state, own)
         return state
 
+    def spread_keys(self, num_heads: int) -> None:
+        """Repeats and shards the numbers of the keys' heads, [K, H], as `rules.spread_heads` does
+        the heads themselves."""
+        for name in self.params:
+            if name in ("role_bias_k", "role_gain_k"):
+                heads = self.params[name][...][None, None]
+                self.params[name] = nnx.Param(rules.spread_heads(heads, num_heads)[0, 0])
+
     def affine(self, positions: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The factor a (scalar) and the columns c, [B, S] for key positions int [B, S].
 

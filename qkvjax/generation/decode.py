@@ -18,7 +18,8 @@ from qkvjax.attention import cache as caches
 from qkvjax.attention.spec import itemsize
 from qkvjax.errors import UserError
 from qkvjax.models.lm import LanguageModel
-from qkvjax.parallel import host
+from qkvjax.models.spec import ModelSpec
+from qkvjax.parallel import host, rules
 
 PREFILL = 512  # tokens of a prompt that enter the cache at a time
 
@@ -43,9 +44,13 @@ class Generation(NamedTuple):
         return self.ids.size / max(self.seconds, 1e-9)
 
 
-def empty_caches(model: LanguageModel, batch: int, length: int, dtype, layout=None) -> list:
-    """One cache a layer."""
-    return [caches.empty(layer, batch, length, dtype, layout) for layer in model.spec.layers]
+def empty_caches(
+    model: LanguageModel, batch: int, length: int, dtype, layout=None, sequences=None
+) -> list:
+    """Makes one cache a layer; arguments as in `attention.cache.empty`."""
+    return [
+        caches.empty(layer, batch, length, dtype, layout, sequences) for layer in model.spec.layers
+    ]
 
 
 def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl="auto"):
@@ -63,7 +68,9 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, 
     Returns:
       What the head reads, [B, T, D], and the caches.
     """
+    ids = rules.spread_rows(ids)
     positions = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(ids.shape[1]), ids.shape)
+    positions = rules.lie_as(positions, ids)
     x = model.embed(ids, positions, dtype)
     updated = []
     for layer, held in zip(layers, cache, strict=True):
@@ -110,6 +117,7 @@ def sample_tokens(
     slots = jax.tree.leaves(cache)[0].shape[2] * (1 if table is None else table.shape[1])
     turns = caches.turns(model.spec.layers, slots)
     like = jax.eval_shape(lambda: cache)
+    logits = rules.spread_rows(logits)
     options = {"dtype": dtype, "table": table, "turns": turns}
 
     def one(carry, key):
@@ -125,7 +133,7 @@ def sample_tokens(
 
     keys = jax.random.split(key, max_tokens)
     (_, cache, _), ids = jax.lax.scan(one, (logits, caches.carried(cache, table), start), keys)
-    return ids.T, caches.restored(cache, like)
+    return rules.replicate(ids.T), caches.restored(cache, like)
 
 
 def allocate(model, batch, needed, length, dtype, layout, page_size):
@@ -146,8 +154,11 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
             f" {needed} ({batch * needed * per_token:,} bytes); raise --cache_length or shorten the"
             " prompt"
         )
-    shape = (batch, length) if pages is None else (batch * pages, page_size)
-    num_bytes, free = batch * length * per_token, host.free_memory()
+    shape, sequences = (batch, length), None
+    if pages is not None:
+        shape, sequences = (batch * pages, page_size), batch
+    make = functools.partial(empty_caches, model, *shape, dtype, layout, sequences)
+    num_bytes, free = caches.num_bytes(jax.eval_shape(make)), host.free_memory()
     too_much = UserError(
         f"the cache of {length:,} tokens takes {num_bytes:,} bytes, more than is free here: lower"
         " --max_tokens or --cache_length"
@@ -155,13 +166,15 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
     if free is not None and num_bytes > free:
         raise too_much
     try:
-        cache = empty_caches(model, *shape, dtype, layout)
+        cache = make()
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise too_much from None
     if pages is not None:
-        table = jnp.asarray(caches.block_table([length] * batch, page_size, batch * pages))
+        parts = rules.row_ways(batch)  # the pool and its sequences are sharded alike
+        one = caches.block_table([length] * (batch // parts), page_size, batch // parts * pages)
+        table = rules.spread_rows(jnp.asarray(np.tile(one, (parts, 1))))
     return cache, table, length
 
 
@@ -174,7 +187,9 @@ def generate(
     """Samples `batch` continuations of one prompt.
 
     Args:
-      model: whole on one device.
+      model: on one device, or over the devices of a mesh (`training.restore.load_model`). Caches
+        are sharded over sequences and heads (`attention.cache`); a batch that the mesh's data axes
+        do not divide is whole on every device.
       prompt: int [P], P >= 1, usually the separator and the text's tokens.
       num_ids: ids of the tokenizer; logits beyond them are padding.
       max_tokens: how many tokens to sample.
@@ -186,7 +201,8 @@ def generate(
       dtype: of activations.
 
     Raises:
-      UserError: a cache too short, a layout that this sharing lacks, a learned table too short.
+      UserError: a cache too short, a layout that this sharing lacks, a learned table too short, a
+        mesh that cannot share out the heads.
     """
     if max_tokens < 1 or not 0 <= temperature < math.inf:
         raise UserError("max_tokens must be at least 1 and temperature at least 0 and finite")
@@ -194,13 +210,36 @@ def generate(
         raise UserError("max_tokens and cache_length are below 2^31: give fewer")
     if not 0 <= seed < 2**31:
         raise UserError(f"seed={seed} must be at least 0 and below 2^31")
-    needed = len(prompt) + max_tokens
-    model.check_length(needed)
+    model.check_length(len(prompt) + max_tokens)
     itemsize(dtype)
-    dtype = jnp.dtype(dtype)
+    with rules.on_mesh_of(model):
+        check_heads(model.spec)
+        return _generate(
+            model, prompt, num_ids, max_tokens, temperature, seed, batch, layout, cache_length,
+            cache_dtype or dtype, page_size, jnp.dtype(dtype),
+        )  # fmt: skip
+
+
+def check_heads(spec: ModelSpec) -> None:
+    """Raises UserError where the mesh in force cannot share out a layer's query heads."""
+    ways = rules.ways("heads") if rules.has_mesh() else 1
+    for count in sorted({layer.num_heads for layer in spec.layers}):
+        if count % ways:
+            raise UserError(
+                f"the {count} query heads do not divide over {ways} devices (mesh.tensor): use a"
+                " mesh with a smaller tensor axis"
+            )
+
+
+def _generate(
+    model, prompt, num_ids, max_tokens, temperature, seed, batch, layout, cache_length,
+    cache_dtype, page_size, dtype,
+) -> Generation:  # fmt: skip
+    """`generate` with valid arguments, on the mesh in force."""
     layers = model.stack.layers()
+    needed = len(prompt) + max_tokens
     cache, table, length = allocate(
-        model, batch, needed, cache_length, cache_dtype or dtype, layout, page_size
+        model, batch, needed, cache_length, cache_dtype, layout, page_size
     )
     size = caches.num_bytes(cache)
     ids = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (batch, len(prompt)))

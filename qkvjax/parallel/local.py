@@ -7,7 +7,7 @@ import dataclasses
 import jax
 from jax.sharding import PartitionSpec
 
-from qkvjax.parallel.rules import RULES, gather, has_mesh, spec, token_axes
+from qkvjax.parallel.rules import RULES, axes_of, gather, has_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def map_tokens(f, matrix: jax.Array, *by_token: jax.Array, sums: bool = True):
     has_copies = matrix.ndim == 3
     matrix = matrix if has_copies else gather(matrix)
     where = jax.typeof(matrix).sharding.spec
-    axes = token_axes()
+    tokens = PartitionSpec(*axes_of(by_token[0])[:2])
+    axes = tuple(axis for some in tokens if some for axis in _as_tuple(some))
 
     def add(tree):
         return jax.lax.psum(tree, axes) if axes else tree
@@ -64,7 +65,6 @@ def map_tokens(f, matrix: jax.Array, *by_token: jax.Array, sums: bool = True):
         of_tokens, totals, like = results
         return of_tokens, add(totals), like[None] if has_copies else add(like)
 
-    tokens = spec("batch", "length")
     in_specs = (where, *(tokens for _ in by_token))
     out_specs = (tokens, PartitionSpec(), where) if sums else tokens
     run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -89,6 +89,55 @@ def on_each_device(f, x: jax.Array, arrays: dict[str, object]) -> jax.Array:
     return run(x, given)
 
 
+def on_own_part(f, like, *args):
+    """f(*args) on each device's part of every array: for computations that need nothing of other
+    devices.
+
+    Args:
+      f: from trees of arrays to a tree.
+      like: a tree with the structure of f's result and its arrays' shardings.
+      args: trees of arrays, or None; f sees each device's part as a plain array.
+    """
+    if not has_mesh():
+        return f(*args)
+    leaves, tree = jax.tree.flatten(args)
+    where = lambda array: jax.typeof(array).sharding.spec  # noqa: E731
+
+    def local(leaves):
+        return f(*jax.tree.unflatten(tree, leaves))
+
+    return jax.shard_map(
+        local, in_specs=([where(leaf) for leaf in leaves],),
+        out_specs=jax.tree.map(where, like), check_vma=False,
+    )(leaves)  # fmt: skip
+
+
+def merged(x: jax.Array) -> jax.Array:
+    """[B, K, ...] as [B K, ...] on a mesh, each device's part by itself."""
+    rows, heads, *rest = axes_of(x)
+    both = (*_as_tuple(rows), *_as_tuple(heads))
+    flat = PartitionSpec(tuple(axis for axis in both if axis), *rest)
+    return jax.shard_map(
+        lambda x: x.reshape(-1, *x.shape[2:]), in_specs=jax.typeof(x).sharding.spec,
+        out_specs=flat, check_vma=False,
+    )(x)  # fmt: skip
+
+
+def unmerged(x: jax.Array, like) -> jax.Array:
+    """What `merged` made, in the shape and sharding of `like` again."""
+    place = like.sharding
+    whole = place.shard_shape(like.shape)
+    return jax.shard_map(
+        lambda x: x.reshape(whole), in_specs=jax.typeof(x).sharding.spec, out_specs=place.spec,
+        check_vma=False,
+    )(x)  # fmt: skip
+
+
+def _as_tuple(axes) -> tuple:
+    """The names of one entry of a PartitionSpec."""
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
 def on_experts(f, x: jax.Array, gates: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
     """f(first, x, gates, weights), summed over experts: [B, T, D] -> [B, T, D].
 
@@ -106,19 +155,23 @@ def on_experts(f, x: jax.Array, gates: jax.Array, weights: dict[str, jax.Array])
     sizes = jax.sharding.get_abstract_mesh().shape
     (expert,), (tensor,) = RULES["experts"], RULES["mlp"]
 
+    rows, *_ = tokens = PartitionSpec(*axes_of(x)[:2])
+    several = sizes[expert] > 1
+    spread = expert in _as_tuple(rows)  # else every device has the tokens already
+
     def local(x, gates, weights):
         first = 0
-        if sizes[expert] > 1:
+        if several:
             first = jax.lax.axis_index(expert) * next(iter(weights.values())).shape[0]
+        if several and spread:
             x, gates = (jax.lax.all_gather(a, expert, tiled=True) for a in (x, gates))
         y = f(first, x, gates, weights)
         if any(tensor in tuple(place) for place in where.values()):
             y = jax.lax.psum(y, tensor)
-        if sizes[expert] > 1:
-            y = jax.lax.psum_scatter(y, expert, tiled=True)
-        return y
+        if several and spread:
+            return jax.lax.psum_scatter(y, expert, tiled=True)
+        return jax.lax.psum(y, expert) if several else y
 
-    tokens = spec("batch", "length")
     where = {name: jax.typeof(w).sharding.spec for name, w in weights.items()}
     run = jax.shard_map(
         local, in_specs=(tokens, tokens, where), out_specs=tokens, check_vma=False

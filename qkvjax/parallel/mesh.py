@@ -66,3 +66,43 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
     used = devices[: math.prod(shape)]
     types = (jax.sharding.AxisType.Explicit,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=used)
+
+
+def for_scoring(spec, devices: Sequence | None = None) -> jax.sharding.Mesh | None:
+    """The mesh over which a command that runs whole sequences spreads a trained model.
+
+    All devices are on "fsdp": parameters are sharded over them and gathered layer by layer, and so
+    are sequences where the devices divide their number. One gather of a layer's parameters serves
+    all tokens of a batch.
+
+    Args:
+      spec: the model's `ModelSpec`; the mesh is the same for every model.
+      devices: what to use; None means all that jax sees.
+
+    Returns:
+      The mesh; None on one device, where nothing is spread.
+    """
+    devices = list(find_devices() if devices is None else devices)
+    return make_mesh({"fsdp": -1}, devices) if len(devices) > 1 else None
+
+
+def for_generation(spec, devices: Sequence | None = None) -> jax.sharding.Mesh | None:
+    """The mesh over which a command that decodes spreads a trained model.
+
+    "tensor" gets as many devices as divide the query heads and the feed-forward width of every
+    layer, "fsdp" the rest. Decoding reads every parameter for each token: on "tensor" a device
+    reads the parameters that it has and sends activations of a few tokens; on "fsdp" the parameters
+    themselves cross the devices for each token.
+
+    Args:
+      spec: the model's `ModelSpec`.
+      devices: what to use; None means all that jax sees.
+
+    Returns:
+      The mesh; None on one device, where nothing is spread.
+    """
+    devices = list(find_devices() if devices is None else devices)
+    if len(devices) == 1:
+        return None
+    tensor = math.gcd(len(devices), spec.d_ff, *(layer.num_heads for layer in spec.layers))
+    return make_mesh({"tensor": tensor, "fsdp": -1}, devices)

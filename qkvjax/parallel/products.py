@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from qkvjax.parallel.rules import gather, has_mesh, place_like, platform, shards_sequence, spec
+from qkvjax.parallel.rules import axes_of, gather, has_mesh, place_like, platform
 
 
 def matmul(x_BTD: jax.Array, w_DF: jax.Array, dtype=None) -> jax.Array:
@@ -54,19 +54,20 @@ def _product(x, w, dtype):
     """[B, T, D] @ [D, F] of a gathered w, in `dtype`.
 
     Tokens are flattened to one axis first: XLA's CPU takes a slow path for weight gradients that
-    contract over two axes (1.5 times the step of a small model). Where the sequence is sharded
-    the reshape would move data, so it is left alone.
+    contract over two axes (1.5 times the step of a small model). Where sequences are sharded the
+    reshape would move data, so it is left alone.
     """
     batch, length, width = x.shape
     if not has_mesh():
         flat = jnp.matmul(x.reshape(-1, width), w, preferred_element_type=dtype)
         return flat.reshape(batch, length, -1)
-    rows, columns = jax.typeof(w).sharding.spec
-    result = PartitionSpec(*spec("batch", "length"), columns)
-    if shards_sequence():
+    rows, columns = axes_of(w)
+    sequences, tokens, _ = axes_of(x)
+    result = PartitionSpec(sequences, tokens, columns)
+    if tokens is not None:
         whole = {"out_sharding": result, "preferred_element_type": dtype}
         return jnp.einsum("btd,df->btf", x, w, **whole)
-    after = PartitionSpec(*spec("batch"), columns)
+    after = PartitionSpec(sequences, columns)
     flat = jnp.matmul(_flat(x, rows), w, out_sharding=after, preferred_element_type=dtype)
     return jax.lax.reshape(flat, (batch, length, w.shape[1]), out_sharding=result)
 
@@ -76,16 +77,17 @@ def _flat(x, columns):
     shape = (x.shape[0] * x.shape[1], x.shape[2])
     if not has_mesh():
         return x.reshape(shape)
-    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(*spec("batch"), columns))
+    sequences, _, _ = axes_of(x)
+    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(sequences, columns))
 
 
 def _weight_gradient(x, g, w):
     """sum over tokens of x g^T, [D, F], in the dtype of w and spread as w is."""
     if not has_mesh():
         return _outer(_flat(x, None), _flat(g, None), w.dtype)
-    rows, columns = jax.typeof(gather(w)).sharding.spec
+    rows, columns = axes_of(gather(w))
     gathered = PartitionSpec(rows, columns)
-    if shards_sequence():
+    if axes_of(x)[1] is not None:
         whole = {"out_sharding": gathered, "preferred_element_type": w.dtype}
         dw = jnp.einsum("btd,btf->df", x, g, **whole)
     else:

@@ -7,6 +7,7 @@ Axes of size 1 are in no array's type, so that one device asks nothing of anybod
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -78,13 +79,16 @@ def matrix_spec(path: tuple[str, ...], shape: tuple[int, ...], sizes) -> Partiti
 
 
 def has_mesh() -> bool:
-    """Whether `jax.set_mesh` is in force."""
-    return not jax.sharding.get_abstract_mesh().empty
+    """Whether `jax.set_mesh` is in force; not inside `jax.shard_map`, where a device computes on
+    its part alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not (mesh.empty or mesh.are_all_axes_manual)
 
 
 def platform() -> str:
     """What the program is compiled for: the mesh's devices, which need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device if has_mesh() else None
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
     if device is None:
         return jax.default_backend()
     kind = device.device_kind
@@ -133,18 +137,20 @@ def host_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
 def place(
     batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, num_rows: int | None = None
 ) -> dict[str, jax.Array]:
-    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes; what has another
-    number of labels or vectors than T is whole in that axis.
+    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes where these divide
+    their number; what has another number of labels or vectors than T is whole in that axis.
 
     Args:
       num_rows: B of the whole batch, where each process has the rows of its devices alone; None
         where it has them all.
     """
     *before, rows, length = batch["positions"].shape
+    divides = (num_rows or rows) % ways("batch", sizes=mesh.shape) == 0
+    over = "batch" if divides else None
 
     def put(array):
         sequence, *rest = array.shape[len(before) + 1 :]
-        axes = ("batch", "length" if sequence == length else None, *(None for _ in rest))
+        axes = (over, "length" if sequence == length else None, *(None for _ in rest))
         there = sharding(mesh, *(None for _ in before), *axes)
         shape = (*before, num_rows or rows, sequence, *rest)
         return jax.make_array_from_process_local_data(there, array, shape)
@@ -157,6 +163,75 @@ def place_like(array: jax.Array, other: jax.Array) -> jax.Array:
     if not has_mesh():
         return array
     return jax.sharding.reshard(array, jax.typeof(other).sharding.spec)
+
+
+def axes_of(array: jax.Array) -> tuple:
+    """The mesh axes over which each dimension of an array is sharded; None where it is whole."""
+    return tuple(jax.typeof(array).sharding.spec)
+
+
+def mesh_of(tree) -> jax.sharding.Mesh | None:
+    """The mesh over which the arrays of a tree lie; None where they lie on one device."""
+    for leaf in jax.tree.leaves(tree):
+        place = getattr(leaf, "sharding", None)
+        if isinstance(place, NamedSharding):
+            return place.mesh
+    return None
+
+
+def on_mesh_of(tree) -> contextlib.AbstractContextManager:
+    """`jax.set_mesh` of the mesh over which the arrays of a tree lie, for a `with` statement."""
+    mesh = None if has_mesh() else mesh_of(tree)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def use_mesh_of(tree) -> None:
+    """Puts the mesh over which the arrays of a tree lie in force until another one is, if there
+    is one."""
+    mesh = mesh_of(tree)
+    if mesh is not None:
+        jax.set_mesh(mesh)
+
+
+def row_axes(count: int):
+    """The mesh axes over which `count` sequences are sharded: those of "batch", or None where they
+    do not divide the count, so that every device has all sequences."""
+    divides = has_mesh() and count % ways("batch") == 0
+    return spec("batch")[0] if divides else None
+
+
+def row_ways(count: int) -> int:
+    """Over how many devices `count` sequences are sharded."""
+    return 1 if row_axes(count) is None else ways("batch")
+
+
+def spread_rows(array: jax.Array) -> jax.Array:
+    """[B, ...] sharded over "batch" as `row_axes` says, whole in every other dimension."""
+    if not has_mesh():
+        return array
+    return jax.sharding.reshard(array, PartitionSpec(row_axes(array.shape[0])))
+
+
+def lie_as(array: jax.Array, like: jax.Array) -> jax.Array:
+    """[B, ...] with its sequences sharded as those of `like` [B, ...] are, whole otherwise."""
+    if not has_mesh():
+        return array
+    return jax.sharding.reshard(array, PartitionSpec(axes_of(like)[0]))
+
+
+def allocated_bytes(array) -> int:
+    """Bytes that an array, or a ShapeDtypeStruct, takes on all devices of the mesh over which it
+    lies; copies count."""
+    shape, place = array.shape, getattr(array, "sharding", None)
+    if not isinstance(place, NamedSharding):
+        return math.prod(shape) * array.dtype.itemsize
+    return math.prod(place.shard_shape(shape)) * array.dtype.itemsize * place.mesh.size
+
+
+def cache_spec(sequences: int) -> PartitionSpec | None:
+    """Where a cache of so many sequences lives, [sequences or pages, heads, ...]; None without a
+    mesh."""
+    return PartitionSpec(row_axes(sequences), *spec("heads")) if has_mesh() else None
 
 
 def replicate(array: jax.Array) -> jax.Array:
@@ -209,8 +284,9 @@ def embed(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
     table = table if has_copies else gather(table)
     place = jax.typeof(table).sharding.spec
     axis = place[-2]
+    tokens = PartitionSpec(*axes_of(ids_BT))
     if axis is None and not has_copies:
-        return table.at[ids_BT].get(out_sharding=spec("batch", "length", None))
+        return table.at[ids_BT].get(out_sharding=PartitionSpec(*tokens, None))
 
     def local(table, ids):
         table = table[0] if has_copies else table
@@ -221,10 +297,9 @@ def embed(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
         rows = jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
         return jax.lax.psum(rows, axis)
 
-    tokens = spec("batch", "length")
-    return jax.shard_map(
-        local, in_specs=(place, tokens), out_specs=tokens, check_vma=False
-    )(table, ids_BT)
+    return jax.shard_map(local, in_specs=(place, tokens), out_specs=tokens, check_vma=False)(
+        table, ids_BT
+    )
 
 
 def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
@@ -236,7 +311,9 @@ def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
 
 def gather_columns(x_BTV: jax.Array) -> jax.Array:
     """[B, T, V] whole along its last axis."""
-    return jax.sharding.reshard(x_BTV, spec("batch", "length", None)) if has_mesh() else x_BTV
+    if not has_mesh():
+        return x_BTV
+    return jax.sharding.reshard(x_BTV, PartitionSpec(*axes_of(x_BTV)[:2], None))
 
 
 def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:
@@ -245,8 +322,14 @@ def split_heads(x_BTF: jax.Array, heads: int) -> jax.Array:
     if not has_mesh():
         return x_BTF.reshape(shape)
     name = None if heads % ways("heads") else "heads"
-    x_BTF = jax.sharding.reshard(x_BTF, spec("batch", "length", name))
-    return jax.lax.reshape(x_BTF, shape, out_sharding=spec("batch", "length", name, None))
+    result = PartitionSpec(*axes_of(x_BTF)[:2], *spec(name))
+    x_BTF = jax.sharding.reshard(x_BTF, result)
+    return jax.lax.reshape(x_BTF, shape, out_sharding=PartitionSpec(*result, None))
+
+
+def num_spread_heads(heads: int) -> int:
+    """How many heads `spread_heads` makes of K."""
+    return math.lcm(heads, ways("heads")) if has_mesh() else heads
 
 
 def spread_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
@@ -258,11 +341,12 @@ def spread_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
     if not has_mesh() or ways("heads") == 1:
         return x_BSKH
     here = x_BSKH.shape[2]
-    repeats = math.lcm(here, ways("heads")) // here
+    repeats = num_spread_heads(here) // here
     if repeats > 1:
         assert heads % (here * repeats) == 0, (heads, here, repeats)
         x_BSKH = jnp.repeat(x_BSKH, repeats, axis=2)
-    return jax.sharding.reshard(x_BSKH, spec("batch", None, "heads", None))
+    place = PartitionSpec(axes_of(x_BSKH)[0], None, *spec("heads", None))
+    return jax.sharding.reshard(x_BSKH, place)
 
 
 def merge_heads(x_BTNH: jax.Array) -> jax.Array:
@@ -271,12 +355,13 @@ def merge_heads(x_BTNH: jax.Array) -> jax.Array:
     if not has_mesh():
         return x_BTNH.reshape(batch, length, heads * width)
     shape = (batch, length, heads * width)
-    return jax.lax.reshape(x_BTNH, shape, out_sharding=spec("batch", "length", "heads"))
+    place = PartitionSpec(*axes_of(x_BTNH)[:2], *spec("heads"))
+    return jax.lax.reshape(x_BTNH, shape, out_sharding=place)
 
 
 def gather_sequence(array: jax.Array) -> jax.Array:
     """Keys, values, positions and the like whole along their second axis, the sequence."""
     if not has_mesh():
         return array
-    rest = jax.typeof(array).sharding.spec[2:]
-    return jax.sharding.reshard(array, PartitionSpec(*spec("batch", None), *rest))
+    rows, _, *rest = axes_of(array)
+    return jax.sharding.reshard(array, PartitionSpec(rows, None, *rest))

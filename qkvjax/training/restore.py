@@ -15,25 +15,34 @@ from qkvjax.data.tokenizers import load_tokenizer, tokenizer_size
 from qkvjax.errors import UserError
 from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec, model_spec
+from qkvjax.parallel import rules
 from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints, named_arrays
 from qkvjax.training.metrics import write_json
 from qkvjax.training.optimizer import narrow
 from qkvjax.training.run import open_workdir, spec_of
+from qkvjax.training.step import state_shardings
 
 
-def load_model(workdir: str | Path, step: int | None = None, *, log=print):
-    """(model, tokenizer, config, step) of a run; the model's arrays lie on one device.
+def load_model(workdir: str | Path, step: int | None = None, *, mesh=None, log=print):
+    """Restores a run's model: (model, tokenizer, config, step).
 
     The tokenizer is None where the data are labelled examples, which are opened for their
     shapes.
+
+    Args:
+      workdir: of a training run.
+      step: which checkpoint; None means the newest intact one.
+      mesh: over whose devices the parameters are sharded, as in training; or a function from the
+        model's spec to that mesh, such as `parallel.mesh.for_generation`; None means one device.
+        Run the model under `rules.on_mesh_of(model)`.
 
     Raises:
       UserError: no run there, no such step, or no intact checkpoint (code 45).
     """
     config = _read_config(workdir)
     tokenizer = load_tokenizer(config.data.tokenizer) if reads_text(config) else None
-    model, step = _restore(workdir, config, step, log)
+    model, step = _restore(workdir, config, step, log, mesh)
     return model, tokenizer, config, step
 
 
@@ -102,14 +111,26 @@ def _shapes(config):
         spec = model_spec(configs.plain(config.model), size, config.data.seq_len)
     else:
         spec = spec_of(config, open_dataset(config))
-    dtype = config.train.param_dtype
+    dtype = "float32" if config.optimizer.average else config.train.param_dtype
     return spec, jax.eval_shape(lambda: narrow(make(spec, jax.random.key(0)), dtype))
 
 
-def _restore(workdir, config, step, log):
-    place = jax.sharding.SingleDeviceSharding(find_devices()[0])
-    placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
-    abstract = jax.tree.map(placed, _shapes(config)[1])
-    with contextlib.closing(Checkpoints(Path(workdir) / "checkpoints")) as checkpoints:
-        state, step = checkpoints.restore({"model": abstract}, step, log=log)
-    return state["model"], step
+def _restore(workdir, config, step, log, mesh=None):
+    spec, abstract = _shapes(config)
+    mesh = mesh(spec) if callable(mesh) else mesh
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(find_devices()[0])
+        places = jax.tree.map(lambda leaf: device, abstract)
+    else:
+        places = state_shardings(abstract, mesh)
+    # A run that averages its weights is known by the average.
+    part = "average" if config.optimizer.average else "model"
+
+    def placed(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    abstract = {part: jax.tree.map(placed, abstract, places)}
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
+    with contextlib.closing(checkpoints), rules.on_mesh_of(abstract):
+        state, step = checkpoints.restore(abstract, step, log=log)
+    return state[part], step

@@ -1,0 +1,159 @@
+"""Sampling from a model that lies over the devices of a mesh.
+
+One process with 8 virtual devices samples from the same tiny models on one device and on several
+meshes, and reports the tokens and what lies where.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkvjax import config as configs
+from qkvjax.generation import decode as decoding
+from qkvjax.generation.decode import generate
+from qkvjax.models.lm import LanguageModel
+from qkvjax.models.spec import model_spec
+from qkvjax.parallel import rules
+from qkvjax.parallel.mesh import for_generation, for_scoring, make_mesh
+from qkvjax.training.restore import abstract_model, load_model, new_workdir, save_model
+from qkvjax.training.step import state_shardings
+
+PARALLEL = Path(__file__).parents[1] / "parallel"
+PROMPT = np.array([7, 3, 11, 40, 2], np.int32)
+IDS, NEW = 61, 6
+KV_SHARED = {"sharing": "q-k=v", "position": "rope"}
+ONE = ({"fsdp": 4, "expert": 2}, 1)  # a sequence that the devices cannot share out
+HEADS = ({"tensor": 4}, 1)
+BOTH = ({"replica": 2, "fsdp": 2, "tensor": 2}, 4)
+EVERY = ({"expert": 2, "context": 2, "tensor": 2}, 6)
+# name: (fields of the model, options of `generate`, (axes of the mesh, sequences))
+VARIANTS = {
+    "QKV": ({}, {}, ONE),
+    "GQA in pages": ({"num_kv_heads": 2, "qk_norm": True}, {"page_size": 4}, EVERY),
+    "MQA in int8": ({"num_kv_heads": 1, "position": "learned"}, {"cache_dtype": "int8"}, BOTH),
+    "Q-K=V, raw, modified scores": (
+        KV_SHARED | {"num_kv_heads": 2, "qk_norm": True, "rotary_values": "raw",
+                     "score": ("role_bias", "role_gain", "column_bias")}, {}, HEADS,
+    ),
+    "Q-K=V, raw, in pages and int8": (
+        KV_SHARED | {"rotary_values": "raw"}, {"page_size": 4, "cache_dtype": "int8"}, BOTH,
+    ),
+    "a pattern of layers and experts": (
+        {"num_layers": 2, "mlp": "swiglu(experts=4,top=2)", "layer_overrides": (
+            {"window": 3}, KV_SHARED | {"num_kv_heads": 1, "rotary_values": "unrotated_output"},
+        )}, {}, EVERY,
+    ),
+}  # fmt: skip
+
+
+def spec_of(fields, **sizes):
+    model = configs.plain(configs.default().model)
+    model.update(d_model=32, num_layers=1, num_heads=4, mlp_ratio=1.0)
+    return model_spec(model | fields | sizes, IDS, 16)
+
+
+def filled(spec):
+    """The model with random numbers in every parameter, and attention that weighs much."""
+    model = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        scale = 0.3 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
+        return jnp.asarray(noise * scale * (4 if "output" in jax.tree_util.keystr(path) else 1))
+
+    return jax.tree_util.tree_map_with_path(fill, model)
+
+
+def over(model, mesh):
+    return jax.device_put(model, state_shardings(model, mesh))
+
+
+def tokens(fields, options, mesh):
+    """[tokens on one device, tokens on the mesh] of a variant."""
+    sizes, batch = mesh
+    model = filled(spec_of(fields))
+    devices = jax.devices()[: np.prod([*sizes.values()])]
+    return [
+        generate(
+            m, PROMPT, num_ids=IDS, max_tokens=NEW, batch=batch, dtype="float64", **options
+        ).ids.tolist()
+        for m in (model, over(model, make_mesh(sizes, devices)))
+    ]  # fmt: skip
+
+
+def bytes_on_devices(tree):
+    """Bytes on each of the devices."""
+    sizes = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            sizes[shard.device] += shard.data.nbytes
+    return list(sizes.values())
+
+
+def restored(workdir):
+    """Bytes on each device of what a command loads, and of its caches for 8 sequences."""
+    alone, *_ = load_model(workdir)
+    found = {"alone": bytes_on_devices(alone)}
+    for name, mesh in {"scoring": for_scoring, "generation": for_generation}.items():
+        model, tokenizer, _, _ = load_model(workdir, mesh=mesh)
+        with rules.on_mesh_of(model):
+            cache = decoding.empty_caches(model, 8, 32, jnp.float32)
+        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), model, alone)
+        found[name] = {
+            "mesh": dict(rules.mesh_of(model).shape), "model": bytes_on_devices(model),
+            "cache": bytes_on_devices(cache), "same": all(jax.tree.leaves(same)),
+        }  # fmt: skip
+    return found
+
+
+def main(workdir):
+    found = {"tokens": {name: tokens(*variant) for name, variant in VARIANTS.items()}}
+    with jax.enable_x64(False):
+        found["restored"] = restored(workdir)
+    print("found: " + json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    sys.path.insert(0, str(PARALLEL))
+    import processes
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    folder = tmp_path_factory.mktemp("mesh")
+    config = configs.default()
+    config.data.update(source="text:corpus.txt", tokenizer="bytes", seq_len=16)
+    config.model.update(
+        d_model=64, num_layers=2, num_heads=8, num_kv_heads=2, mlp_ratio=2.0, sharing="q-k=v"
+    )
+    shapes = abstract_model(config)[1]
+    arrays = {name: np.random.default_rng(0).normal(size=s.shape) for name, s in shapes.items()}
+    save_model(new_workdir(str(folder / "run")), config, arrays, {})
+    program = f"import {__name__} as t; t.main({str(folder / 'run')!r})"
+    return processes.found(folder, program, JAX_ENABLE_X64="1")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mesh_samples_the_tokens_of_one_device(found, variant):
+    alone, spread = found["tokens"][variant]
+    assert np.shape(alone) == (VARIANTS[variant][2][1], NEW)
+    assert alone == spread
+
+
+@pytest.mark.parametrize("purpose", ["scoring", "generation"])
+def test_a_restored_model_is_shared_out_over_all_devices(found, purpose):
+    """But for norms, each device has an eighth of the parameters, and of a cache with one head
+    for each of 8 query heads instead of 2 for all."""
+    got = found["restored"][purpose]
+    whole = found["restored"]["alone"][0]
+    assert found["restored"]["alone"][1:] == [0] * 7
+    assert got["mesh"]["tensor" if purpose == "generation" else "fsdp"] == 8
+    assert got["same"]
+    assert len(got["model"]) == 8 and whole / 8 <= max(got["model"]) < whole / 7
+    heads = 2 if purpose == "scoring" else 8
+    assert got["cache"] == [8 * 32 * 2 * heads * 8 * 4 // 8] * 8
