@@ -9,9 +9,11 @@
     cudnn      NVIDIA's own, of two tensors, for the same GPUs; a cache is read by triton
     tpu        the same for TPUs, through Mosaic
 
-"auto" takes what a door's --attention names, else the first of MEASURED for this device that takes
-the arguments and passes a trial. A device that was not measured takes xla: a guess is no reason to
-prefer a kernel. A named implementation that cannot run raises.
+"auto" takes what a door's --attention names, else the first of MEASURED for the device that the
+program is compiled for (`parallel.target`) which takes the arguments and passes a trial. A device
+that is not here runs no trial; the kernel is then taken untried, and the message says so. A device
+that was not measured takes xla: a guess is no reason to prefer a kernel. A named implementation
+that cannot run raises.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from qkvjax.errors import UserError, did_you_mean
 from qkvjax.kernels import IMPLEMENTATIONS, reference, trial, xla, xla_decode
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.parallel import local, rules
+from qkvjax.parallel.target import target
 
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
 # Kernels: the modules of whole sequences, and of a cache.
@@ -51,15 +54,15 @@ def kernel(impl: str, decodes: bool = False):
 
 
 def missing(impl: str) -> str | None:
-    """What this machine lacks for an implementation; None where it runs."""
+    """What the target device lacks for an implementation; None where it runs."""
     if impl not in KERNELS:
         return None
-    device = jax.devices()[0]
+    device = target()
     if impl == "tpu":
         return None if device.platform == "tpu" else "a TPU"
-    capability = str(getattr(device, "compute_capability", None)).partition(".")[0]
-    major = int(capability) if capability.isdecimal() else 0  # of NVIDIA; AMD's are names
-    wanted, fits = ("9.0", major == 9) if impl == "hopper" else ("8.0 or newer", major >= 8)
+    wanted, fits = "8.0 or newer", device.major >= 8
+    if impl == "hopper":
+        wanted, fits = "9.0", device.major == 9
     return None if fits else f"an NVIDIA GPU of compute capability {wanted}"
 
 
@@ -67,10 +70,9 @@ def candidates(impl: str = "auto", tied: bool = True, dtype="bfloat16") -> tuple
     """What to try for `impl`, the best first; raises UserError for one that is not here."""
     impl = kernels.preferred if impl == "auto" else impl
     if impl == "auto":
-        device = jax.devices()[0]
-        kind = getattr(device, "compute_capability", device.platform)
+        device = target()
         known = MEASURED if jnp.dtype(dtype).itemsize == 2 else {}
-        return known.get((kind, tied), ("xla",))
+        return known.get((device.capability or device.platform, tied), ("xla",))
     here = [name for name in IMPLEMENTATIONS if not missing(name)]
     if impl not in IMPLEMENTATIONS:
         raise UserError(
@@ -91,7 +93,7 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
     Raises:
       UserError: none does.
     """
-    refused, names = {}, candidates(impl, v is None, q.dtype)
+    refused, names, device = {}, candidates(impl, v is None, q.dtype), target()
     if decodes and len(names) > 1:
         names = [name for name in names if name not in NO_CACHE]
     for name in names:
@@ -101,12 +103,13 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
             why = module.refusal(q, v, **others)
             if why is None and rules.shards_sequence():
                 why = "it wants whole sequences (mesh.context=1)"
-            if why is None and len(names) > 1:
+            if why is None and len(names) > 1 and device.here:
                 run = module.decode if decodes else module.attention
                 packed = others.get("segment_ids") is not None
                 why = trial.failure(run, decodes, packed, q.shape[-1], str(q.dtype), v is None)
         if why is None:
-            _tell(name, tuple(refused.items()))
+            untried = name in KERNELS and not device.here
+            _tell(name, tuple(refused.items()), device.kind if untried else None)
             return name
         refused[name] = why
     [(name, why)] = refused.items()
@@ -114,8 +117,12 @@ def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **oth
 
 
 @functools.cache
-def _tell(chosen: str, refused: tuple) -> None:
-    """Says once, where there is a choice, what was chosen and why."""
+def _tell(chosen: str, refused: tuple, absent: str | None = None) -> None:
+    """Says once, where there is a choice, what was chosen and why.
+
+    Args:
+      absent: the device that the chosen kernel could not be tried on.
+    """
     others = [name for name in KERNELS if missing(name) is None]
     if not others or kernels.preferred != "auto":
         return
@@ -125,6 +132,8 @@ def _tell(chosen: str, refused: tuple) -> None:
         f" named (--attention={name})"
         for name in others if chosen == "xla" and not refused
     ]  # fmt: skip
+    if absent:
+        why.append(f"not tried, because no {absent} is here")
     print("; ".join([f"attention: {chosen}", *why]), file=sys.stderr, flush=True)
 
 
