@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ import numpy as np
 import pytest
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import dispatch, xla
+from qkvjax.kernels import cudnn, dispatch, xla
 from qkvjax.kernels.stored import KeyOfState
+from qkvjax.parallel.target import Target
 
 B, T, N, H, P = 2, 13, 4, 6, 3
 OTHERS = [name for name in dispatch.PLAIN if name != "reference"]
@@ -191,8 +191,10 @@ def test_unknown_implementation_lists_what_is_here():
 
 def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypatch, capsys):
     """On a Hopper GPU, which is pretended: what is chosen, and why not what is faster."""
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
-    monkeypatch.setattr(jax, "devices", lambda: [hopper])
+    for module in (dispatch, cudnn):
+        monkeypatch.setattr(
+            module, "target", lambda: Target("gpu", "NVIDIA H200", "9.0", here=True)
+        )
     monkeypatch.setattr(dispatch, "missing", lambda impl: None)
     monkeypatch.setattr(dispatch.trial, "failure", lambda *given: None)
     dispatch._tell.cache_clear()
