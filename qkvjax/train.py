@@ -91,6 +91,7 @@ def train(
     import jax
 
     from qkvjax import config as configs
+    from qkvjax import kernels
     from qkvjax.evaluation.evaluators import make_evaluators
     from qkvjax.training import guard, loop, resume
     from qkvjax.training.checkpoint import Checkpoints, check_copies
@@ -104,7 +105,8 @@ def train(
     first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
     fields = configs.flatten(configs.to_dict(config))
-    distributed.check_alike(lambda: fields | distributed.program())
+    chosen = {"--attention": kernels.preferred}
+    distributed.check_alike(lambda: fields | distributed.program() | chosen)
     together(lambda: check_wandb(config.train.wandb))
     run = together(lambda: prepare_run(config, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
@@ -118,7 +120,7 @@ def train(
     with contextlib.ExitStack() as held, requests() as asked, jax.set_mesh(run.mesh):
         first(lambda: held.enter_context(only_one(workdir)))
         # ---- state: restored or new -------------------------------------------------------------
-        now, steps = resume.surroundings(run.mesh, config.train.compute_dtype), run.durations.steps
+        now, steps = resume.surroundings(run), run.durations.steps
         checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, now)
         held.callback(checkpoints.close)
         evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))

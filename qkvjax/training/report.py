@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 
 from qkvjax.attention.spec import sharing_name
-from qkvjax.kernels import dispatch
 from qkvjax.parallel import host
+from qkvjax.training.implementation import settle_attention
 from qkvjax.training.loop import duration
 
 
@@ -31,7 +31,7 @@ def cost_table(run) -> str:
         ("state", f"{state / 2**20:,.1f} MiB of parameters and what the optimizer keeps"),
         ("run", f"{steps:,} steps of {per_step:,} tokens: {steps * per_step:,} tokens,"
                 f" {steps * per_step * flops:.3g} FLOPs"),
-        ("attention", dispatch.candidates(dtype=config.train.compute_dtype)[0]),
+        ("attention", settle_attention(run)),
         ("device", f"{host.device_name()}; mesh {shape} ({', '.join(run.mesh.shape)})"),
         ("precision", f"{config.train.compute_dtype}, matrices {config.train.param_dtype}"),
     ]  # fmt: skip

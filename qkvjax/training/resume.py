@@ -6,23 +6,19 @@ from collections.abc import Mapping
 
 import jax
 
-from qkvjax.kernels import dispatch
 from qkvjax.parallel import host
 from qkvjax.parallel.distributed import program
+from qkvjax.training.implementation import settle_attention
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def surroundings(mesh: jax.sharding.Mesh, dtype: str) -> dict[str, object]:
-    """What a step's last bits depend on beside the state: equal means bitwise the same.
-
-    Args:
-      dtype: that it computes in.
-    """
+def surroundings(run) -> dict[str, object]:
+    """What a step's last bits depend on beside the state: equal means bitwise the same."""
     return program() | {
-        "attention": dispatch.candidates(dtype=dtype)[0],
+        "attention": settle_attention(run),
         "device": host.device_name(),
-        "mesh": "x".join(str(size) for size in mesh.shape.values()),
+        "mesh": "x".join(str(size) for size in run.mesh.shape.values()),
         "processes": jax.process_count(),
     }
 

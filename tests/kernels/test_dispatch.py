@@ -1,18 +1,18 @@
 """What "auto" is on hardware that is not here."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import dispatch, trial
+from qkvjax.kernels import choice, dispatch, trial
+from qkvjax.kernels.trial import Problem
 from qkvjax.parallel.mesh import AXES
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,8 @@ def mesh_of(kind, platform):
 
 H200 = mesh_of("NVIDIA H200", "gpu")
 TPU = mesh_of("TPU v5 lite", "tpu")
-QUERIES = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+TIED = Problem("bfloat16", 64, 64, 1, 256)
+UNTIED = dataclasses.replace(TIED, values_are_keys=False)
 
 
 @pytest.fixture
@@ -40,20 +41,20 @@ def no_trial(monkeypatch):
         raise AssertionError("a device that is not here cannot try a kernel")
 
     monkeypatch.setattr(trial, "failure", failure)
-    dispatch._tell.cache_clear()
 
 
 def test_the_device_of_the_mesh_decides_and_not_that_of_the_process(no_trial, capsys):
     with use_abstract_mesh(H200):
         assert dispatch.missing("hopper") is None and dispatch.missing("tpu") == "a TPU"
-        assert dispatch.choose("auto", QUERIES, None) == "hopper"
-        assert dispatch.choose("auto", QUERIES, QUERIES) == "cudnn"
+        assert choice.choose("auto", TIED) == "hopper"
+        assert choice.choose("auto", UNTIED) in ("cudnn", "hopper")
     assert "hopper; not tried, because no NVIDIA H200 is here" in capsys.readouterr().err
     with use_abstract_mesh(TPU):
         assert dispatch.missing("tpu") is None
-        assert dispatch.choose("tpu", QUERIES, None) == "tpu"
+        assert choice.choose("auto", TIED) == "tpu"
+        assert choice.choose("auto", UNTIED) == "splash"
         with pytest.raises(UserError, match="'triton' needs an NVIDIA GPU"):
-            dispatch.choose("triton", QUERIES, None)
+            choice.choose("triton", TIED)
 
 
 PROGRAM = """
