@@ -27,7 +27,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax import cli
-from qkvjax.parallel import distributed, host
+from qkvjax.parallel import distributed, host, xla_flags
 
 FLAGS = {
     "workdir": (str, None, "where the run is kept"),
@@ -105,7 +105,7 @@ def train(
     first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
     fields = configs.flatten(configs.to_dict(config))
-    chosen = {"--attention": kernels.preferred}
+    chosen = {"--attention": kernels.preferred, "XLA's flags": xla_flags.in_force()}
     distributed.check_alike(lambda: fields | distributed.program() | chosen)
     together(lambda: check_wandb(config.train.wandb))
     run = together(lambda: prepare_run(config, log=log))

@@ -110,7 +110,10 @@ def _chunk(columns, w, x, targets, weights, z_loss):
     g = odds * ((weights * (1 + 2 * z_loss * log_z))[:, None] / normaliser)
     here = jnp.arange(w.shape[1]) == place[:, None]
     g = (g - jnp.where(here, weights[:, None], 0)).astype(x.dtype)
-    # The barrier writes x^T out first: XLA's CPU is a quarter slower on a product that reads it
-    # by columns.
-    dw = times(jax.lax.optimization_barrier(x.T), g)
+    columns_of_x = x.T
+    if rules.platform() == "cpu":
+        # The barrier writes x^T out first: XLA's CPU is a quarter slower on a product that reads it
+        # by columns.
+        columns_of_x = jax.lax.optimization_barrier(columns_of_x)
+    dw = times(columns_of_x, g)
     return columns.sum(times(g, w.T)).astype(x.dtype), (loss, nats), dw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from qkvjax.attention.spec import sharing_name
-from qkvjax.parallel import host
+from qkvjax.parallel import host, xla_flags
 from qkvjax.training.implementation import settle_attention
 from qkvjax.training.loop import duration
 
@@ -35,6 +35,8 @@ def cost_table(run) -> str:
         ("device", f"{host.device_name()}; mesh {shape} ({', '.join(run.mesh.shape)})"),
         ("precision", f"{config.train.compute_dtype}, matrices {config.train.param_dtype}"),
     ]  # fmt: skip
+    if flags := xla_flags.in_force():
+        rows.append(("XLA flags", f"{flags} ({xla_flags.SWITCH}=off leaves out qkvjax's)"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 

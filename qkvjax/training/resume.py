@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import jax
@@ -15,12 +16,17 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 def surroundings(run) -> dict[str, object]:
     """What a step's last bits depend on beside the state: equal means bitwise the same."""
-    return program() | {
-        "attention": settle_attention(run),
-        "device": host.device_name(),
-        "mesh": "x".join(str(size) for size in run.mesh.shape.values()),
-        "processes": jax.process_count(),
-    }
+    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    return (
+        program()
+        | ({"LIBTPU_INIT_ARGS": flags} if flags else {})
+        | {
+            "attention": settle_attention(run),
+            "device": host.device_name(),
+            "mesh": "x".join(str(size) for size in run.mesh.shape.values()),
+            "processes": jax.process_count(),
+        }
+    )
 
 
 def continuation(then: Mapping, now: Mapping) -> str:
