@@ -21,7 +21,7 @@ import numpy as np
 from ours import arguments, record
 from prepared import compile_all, prepare
 
-from qkvjax.kernels import dispatch, triton_symmetric
+from qkvjax.kernels import choice, dispatch
 from qkvjax.kernels.stored import KeyOfState
 
 LIMIT = {"float32": 2e-3, "bfloat16": 1e-2}
@@ -108,16 +108,15 @@ def function(case: Case, impl: str):
             return lambda *arrays: (decode(*arrays),)
         run = functools.partial(dispatch.decode_attention, impl=impl)
         if impl in dispatch.KERNELS:
-            run = dispatch.kernel(impl, decodes=True).decode
+            run = choice.kernel(impl, decodes=True).decode
         return lambda *arrays: (run(*arrays, **options, key=key),)
     options = {"causal": case.causal, "window": case.window, "segment_ids": segments(case)}
     attend = functools.partial(dispatch.attention, **options, impl=impl)
     if impl in dispatch.KERNELS:  # without what dispatch does for meshes
-        attend = functools.partial(dispatch.kernel(impl).attention, **options)
+        attend = functools.partial(choice.kernel(impl).attention, **options)
     if not case.kv_heads:
-        attend = functools.partial(triton_symmetric.attention, **options)
-        if impl == "reference":
-            attend = lambda x, v=None: dispatch.attention(x, x, v, **options, impl=impl)  # noqa: E731
+        several = attend
+        attend = lambda x, v=None: several(x, x, v)  # noqa: E731
 
     def all_of(slope, *arrays):
         out, back = jax.vjp(attend, *arrays)

@@ -17,13 +17,12 @@ from qkvjax.kernels import (
     hopper_block,
     triton,
     triton_decode,
-    triton_symmetric,
 )
 from qkvjax.kernels.stored import KeyOfState
 
 HEADS = {32: 12, 64: 32, 128: 16, 256: 8}
 # Causal attention does 2 B N T^2 H operations forward; the kernels' passes, so many times that.
-WORK = {"forward": 1, "keys": 2, "queries": 1.5, "symmetric": 2.5, "both": 3.5}
+WORK = {"forward": 1, "keys": 2, "queries": 1.5, "both": 3.5}
 MOSAIC = {"forward": hopper.FORWARD, "keys": hopper.KEYS, "queries": hopper.QUERIES}
 SIZES = {  # of tiles, that are tried
     "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 3), (128, 64, 4, 2),
@@ -32,8 +31,6 @@ SIZES = {  # of tiles, that are tried
              (64, 128, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 4, 2)],
     "queries": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3),
                 (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
-    "symmetric": [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2),
-                  (32, 32, 4, 2), (128, 64, 8, 2)],
 }  # fmt: skip
 
 
@@ -42,7 +39,7 @@ class Case:
     """One timed call.
 
     Attributes:
-      what: a pass of a kernel (forward, keys, queries, symmetric), the op's "forward" or "both"
+      what: a pass of a kernel (forward, keys, queries), the op's "forward" or "both"
         ways, or "decode": a token onto a full cache.
       impl: hopper, triton, xla or cudnn.
       blocks: tile sizes; None takes the kernel's own.
@@ -159,12 +156,6 @@ def program(case: Case, make):
             segments, *arrays,
         )  # fmt: skip
     numbers = make((case.batch, case.heads, case.length), "numbers")
-    if case.what == "symmetric":
-
-        def symmetric(segments, out, slope, normaliser, x, _, v=None):
-            return triton_symmetric._backward(options, (x, v, segments, out, normaliser), slope)
-
-        return symmetric, (segments, make(q, "random"), make(q, "random"), numbers, *arrays)
     run = getattr(hopper_backward if case.impl == "hopper" else triton, f"{case.what}_pass")
 
     def gradients(segments, slope, normaliser, delta, q, k, v=None):

@@ -19,6 +19,7 @@ from absl import flags
 
 from qkvjax import kernels
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.parallel import xla_flags
 from qkvjax.parallel.distributed import is_first
 from qkvjax.parallel.host import keep_programs
 
@@ -126,6 +127,7 @@ def _run(argv: list[str], doc: str, table, body, config: str | None) -> int:
             return 0
         _parse(values, argv, config)
         keep_programs()
+        xla_flags.add()
         kernels.preferred = values.attention if "attention" in values else "auto"
         return body(values) or 0
     except UserError as error:

@@ -27,7 +27,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax import cli
-from qkvjax.parallel import distributed, host
+from qkvjax.parallel import distributed, host, xla_flags
 
 FLAGS = {
     "workdir": (str, None, "where the run is kept"),
@@ -114,6 +114,7 @@ def train(
     import jax
 
     from qkvjax import config as configs
+    from qkvjax import kernels
     from qkvjax.evaluation.evaluators import compile_evaluators, make_evaluators
     from qkvjax.progress import working
     from qkvjax.training import guard, loop, resume
@@ -130,7 +131,8 @@ def train(
     first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
     fields = configs.flatten(configs.to_dict(config))
-    distributed.check_alike(lambda: fields | distributed.program())
+    chosen = {"--attention": kernels.preferred, "XLA's flags": xla_flags.in_force()}
+    distributed.check_alike(lambda: fields | distributed.program() | chosen)
     together(lambda: check_wandb(config.train.wandb))
     run = together(lambda: prepare_run(config, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
@@ -145,7 +147,7 @@ def train(
     with contextlib.ExitStack() as held, requests() as asked, jax.set_mesh(run.mesh):
         first(lambda: held.enter_context(only_one(workdir)))
         # ---- state: restored, another run's, or new ---------------------------------------------
-        now, steps = resume.surroundings(run.mesh, config.train.compute_dtype), run.durations.steps
+        now, steps = resume.surroundings(run), run.durations.steps
         checkpoints = Checkpoints(
             workdir / "checkpoints",
             config.train.keep_checkpoints,

@@ -8,6 +8,7 @@ import jax
 
 from qkvjax.errors import UserError
 from qkvjax.kernels import limits
+from qkvjax.parallel.target import target
 
 BACKEND = "cudnn"
 DTYPES = ("bfloat16", "float16")
@@ -19,7 +20,9 @@ def refusal(
     """Why it does not take such arguments, or would leave some out silently; None where it does."""
     if window is not None and not causal:
         return "its window only looks back (causal=True)"
-    widest = 256 if getattr(jax.devices()[0], "compute_capability", None) == "9.0" else 128
+    # jax allows the widths of the device that is here, whatever it compiles for.
+    device = target()
+    widest = 256 if device.here and device.major >= 9 else 128
     return limits.refusal(
         q, v, range(8, widest + 1, 8), DTYPES, segment_ids=segment_ids, softcap=softcap,
         second_part_of_the_scores=q_pe,

@@ -2,130 +2,45 @@
 
 `impl` is "auto" or a name of IMPLEMENTATIONS:
 
-    xla        plain operations that XLA fuses; every machine
+    xla        plain operations that XLA fuses; every machine; memory grows with the square of a
+               sequence's length
     reference  the 20-line truth, in float32; every machine
     hopper     our kernels for NVIDIA's Hopper GPUs, through Mosaic; one tile for K = V
     triton     the same for NVIDIA GPUs from Ampere on
-    cudnn      NVIDIA's own, of two tensors, for the same GPUs; a cache is read by triton
-    tpu        the same for TPUs, through Mosaic
+    cudnn      NVIDIA's library, of two tensors, for the same GPUs; a cache is read by triton
+    splash     jax's splash attention, of two tensors, for TPUs; a cache is read by tpu
+    tpu        our kernels for TPUs, through Mosaic; one tile for K = V
 
-"auto" takes what a door's --attention names, else the first of MEASURED for this device that takes
-the arguments and passes a trial. A device that was not measured takes xla: a guess is no reason to
-prefer a kernel. A named implementation that cannot run raises.
+"auto" takes what a command's --attention names, else what `choice` decides for the device that the
+program is compiled for. A named implementation that cannot run raises.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 
 import jax
 import jax.numpy as jnp
 
-from qkvjax import kernels
-from qkvjax.errors import UserError, did_you_mean
-from qkvjax.kernels import IMPLEMENTATIONS, reference, trial, xla, xla_decode
+from qkvjax.errors import UserError
+from qkvjax.kernels import IMPLEMENTATIONS, choice, reference, xla, xla_decode
+from qkvjax.kernels.choice import KERNELS, NO_CACHE, candidates, choose, missing, settle
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
+from qkvjax.kernels.trial import Problem, tried
 from qkvjax.parallel import local, rules
 
+__all__ = [
+    "IMPLEMENTATIONS",
+    "KERNELS",
+    "NO_CACHE",
+    "attention",
+    "candidates",
+    "decode_attention",
+    "makes_keys",
+    "missing",
+    "settle",
+]
 PLAIN = {"xla": xla.attention, "reference": reference.attention}
-# Kernels: the modules of whole sequences, and of a cache.
-KERNELS = {
-    "hopper": ("hopper", "triton_decode"), "triton": ("triton", "triton_decode"),
-    "cudnn": ("cudnn", "triton_decode"), "tpu": ("tpu", "tpu_decode"),
-}  # fmt: skip
-NO_CACHE = ("hopper", "cudnn")  # triton's kernel reads it for them
-# What "auto" tries for numbers of 16 bits, the fastest first, by compute capability (platform where
-# there is none) and whether K = V: benchmarks/results/h200/tiles.jsonl, forward and backward
-# together. Whatever is missing here takes xla.
-MEASURED = {
-    ("9.0", True): ("hopper", "triton", "cudnn", "xla"),
-    ("9.0", False): ("cudnn", "hopper", "triton", "xla"),
-}
-
-
-def kernel(impl: str, decodes: bool = False):
-    """A module of KERNELS. Loaded when it is wanted: Pallas takes a quarter of a start."""
-    return importlib.import_module(f"qkvjax.kernels.{KERNELS[impl][decodes]}")
-
-
-def missing(impl: str) -> str | None:
-    """What this machine lacks for an implementation; None where it runs."""
-    if impl not in KERNELS:
-        return None
-    device = jax.devices()[0]
-    if impl == "tpu":
-        return None if device.platform == "tpu" else "a TPU"
-    capability = str(getattr(device, "compute_capability", None)).partition(".")[0]
-    major = int(capability) if capability.isdecimal() else 0  # of NVIDIA; AMD's are names
-    wanted, fits = ("9.0", major == 9) if impl == "hopper" else ("8.0 or newer", major >= 8)
-    return None if fits else f"an NVIDIA GPU of compute capability {wanted}"
-
-
-def candidates(impl: str = "auto", tied: bool = True, dtype="bfloat16") -> tuple[str, ...]:
-    """What to try for `impl`, the best first; raises UserError for one that is not here."""
-    impl = kernels.preferred if impl == "auto" else impl
-    if impl == "auto":
-        device = jax.devices()[0]
-        kind = getattr(device, "compute_capability", device.platform)
-        known = MEASURED if jnp.dtype(dtype).itemsize == 2 else {}
-        return known.get((kind, tied), ("xla",))
-    here = [name for name in IMPLEMENTATIONS if not missing(name)]
-    if impl not in IMPLEMENTATIONS:
-        raise UserError(
-            f"attention implementation {impl!r} is unknown: this machine has"
-            f" {', '.join(here)}{did_you_mean(impl, here)}"
-        )
-    if missing(impl):
-        raise UserError(
-            f"attention implementation {impl!r} needs {missing(impl)}: this machine has"
-            f" {', '.join(here)}"
-        )
-    return (impl,)
-
-
-def choose(impl: str, q: jax.Array, v: jax.Array | None, *, decodes=False, **others) -> str:
-    """The first of `candidates` that takes such arguments; says once why not one before it.
-
-    Raises:
-      UserError: none does.
-    """
-    refused, names = {}, candidates(impl, v is None, q.dtype)
-    if decodes and len(names) > 1:
-        names = [name for name in names if name not in NO_CACHE]
-    for name in names:
-        why = None
-        if name in KERNELS:
-            module = kernel(name, decodes)
-            why = module.refusal(q, v, **others)
-            if why is None and rules.shards_sequence():
-                why = "it wants whole sequences (mesh.context=1)"
-            if why is None and len(names) > 1:
-                run = module.decode if decodes else module.attention
-                packed = others.get("segment_ids") is not None
-                why = trial.failure(run, decodes, packed, q.shape[-1], str(q.dtype), v is None)
-        if why is None:
-            _tell(name, tuple(refused.items()))
-            return name
-        refused[name] = why
-    [(name, why)] = refused.items()
-    raise UserError(f"attention implementation {name!r} cannot compute this: {why}; use auto")
-
-
-@functools.cache
-def _tell(chosen: str, refused: tuple) -> None:
-    """Says once, where there is a choice, what was chosen and why."""
-    others = [name for name in KERNELS if missing(name) is None]
-    if not others or kernels.preferred != "auto":
-        return
-    why = [f"not {name}: {reason}" for name, reason in refused]
-    why += [
-        f"{name} could run here but was not measured against it, so it is taken only when it is"
-        f" named (--attention={name})"
-        for name in others if chosen == "xla" and not refused
-    ]  # fmt: skip
-    print("; ".join([f"attention: {chosen}", *why]), file=sys.stderr, flush=True)
 
 
 def makes_keys(impl: str, q: jax.Array, num_kv_heads: int, key: KeyOfState, page=None) -> bool:
@@ -134,9 +49,9 @@ def makes_keys(impl: str, q: jax.Array, num_kv_heads: int, key: KeyOfState, page
     Args:
       page: slots of a page, of a cache in pages.
     """
-    name = choose(impl, q, None, decodes=True, page=page)
+    name = choose(impl, _of_a_cache(q, num_kv_heads, None, True, None, page))
     if name in KERNELS:
-        return not kernel(name, decodes=True).cannot_make(key, q.shape[-1])
+        return not choice.kernel(name, decodes=True).cannot_make(key, q.shape[-1])
     few = q.shape[1] * q.shape[2] // num_kv_heads <= xla_decode.FEW
     return name == "xla" and few and q.shape[-1] % 2 == 0
 
@@ -176,21 +91,30 @@ def attention(
     """
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise UserError(f"segment_ids {segment_ids.shape}: give one a token, {q.shape[:2]}")
-    masks = {"causal": causal, "segment_ids": segment_ids, "window": window}
-    name = choose(impl, q, v, **masks, softcap=softcap, q_pe=q_pe)
     k, v, k_pe = (None if x is None else rules.spread_heads(x, q.shape[2]) for x in (k, v, k_pe))
+    length, window_tried = tried(q.shape[1], window)
+    problem = Problem(
+        dtype=str(q.dtype),
+        width=q.shape[3],
+        value_width=(q if v is None and k is None else k if v is None else v).shape[3],
+        group=1 if k is None else q.shape[2] // k.shape[2],
+        length=length,
+        causal=causal,
+        window=window_tried,
+        packed=segment_ids is not None,
+        keys_are_queries=k is None,
+        values_are_keys=v is None,
+        second=0 if q_pe is None else q_pe.shape[3],
+        capped=softcap is not None,
+        whole=not rules.shards_sequence(),
+    )
+    name = choose(impl, problem)
+    k = rules.gather_sequence(q) if k is None else k
     if name in KERNELS:
         options = {"causal": causal, "window": window, "scale": scale}
-        if name == "triton" and k is None and q_pe is None:
-            from qkvjax.kernels import triton_symmetric
-
-            run = functools.partial(triton_symmetric.attention, **options)
-            return local.on_each_device(run, q, {"v": v, "segment_ids": segment_ids})
-        k = rules.gather_sequence(q) if k is None else k
         arrays = {"k": k, "v": v, "segment_ids": segment_ids, "q_pe": q_pe, "k_pe": k_pe}
-        run = functools.partial(kernel(name).attention, **options)
+        run = functools.partial(choice.kernel(name).attention, **options)
         return local.on_each_device(run, q, arrays)
-    k = rules.gather_sequence(q) if k is None else k
     places = jnp.arange(q.shape[1])[None]
     mask = reference.visible(
         places,
@@ -237,7 +161,9 @@ def decode_attention(
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    name = choose(impl, q, v, decodes=True, page=None if table is None else k.shape[1])
+    page = None if table is None else k.shape[1]
+    problem = _of_a_cache(q, k.shape[2], window, v is None, q_pe, page)
+    name = choose(impl, problem)
     if name in KERNELS:
         options = {"window": window, "scale": scale}
         # A page that a sequence does not need is used nowhere, but may be fetched.
@@ -246,7 +172,7 @@ def decode_attention(
             "k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key,
             "table": there,
         }  # fmt: skip
-        run = functools.partial(kernel(name, decodes=True).decode, **options)
+        run = functools.partial(choice.kernel(name, decodes=True).decode, **options)
         return local.on_each_device(run, q, arrays)
     k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))
     slots = jnp.arange(k.shape[1])[None]
@@ -256,6 +182,23 @@ def decode_attention(
             raise UserError("the reference makes no keys of states: make them first")
         return reference.attention(q, k, v, mask=mask, scale=scale, q_pe=q_pe, k_pe=k_pe)
     return xla_decode.decode(q, k, v, mask=mask, key=key, scale=scale, q_pe=q_pe, k_pe=k_pe)
+
+
+def _of_a_cache(q, num_kv_heads: int, window, tied: bool, q_pe, page) -> Problem:
+    """New tokens [B, T, N, H] onto a cache, as what decides about a kernel."""
+    length, window = tried(q.shape[1], window)
+    return Problem(
+        dtype=str(q.dtype),
+        width=q.shape[3],
+        value_width=q.shape[3],
+        group=q.shape[2] // num_kv_heads,
+        length=length,
+        window=window,
+        values_are_keys=tied,
+        second=0 if q_pe is None else q_pe.shape[3],
+        decodes=True,
+        page=page,
+    )
 
 
 def _read(x: Stored, table: jax.Array | None, dtype) -> jax.Array:

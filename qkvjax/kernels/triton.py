@@ -21,7 +21,8 @@ from jax.experimental.pallas import triton as lowering
 from qkvjax.errors import UserError
 from qkvjax.kernels import limits, tile
 
-WIDTHS = (16, 32, 64, 128, 256)
+WIDTHS = (16, 32, 64, 128, 256)  # of the kernels; other heads are filled up with zeros
+TAKEN = range(8, 257, 8)
 DTYPES = ("float32", "bfloat16", "float16")
 NARROWEST = 16  # of a matrix product's sides
 
@@ -57,7 +58,7 @@ QUERIES = {
 
 def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
     """Why these kernels do not take such arguments; None where they do."""
-    return limits.refusal(q, v, WIDTHS, DTYPES, softcap=softcap)
+    return limits.refusal(q, v, TAKEN, DTYPES, softcap=softcap)
 
 
 class Options(tile.Options):
@@ -88,13 +89,15 @@ def attention(
     Raises:
       UserError: `refusal` has an answer, or a block is no such power of two.
     """
+    length, width = q.shape[1], (k if v is None else v).shape[-1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = filled(q), filled(k), None if v is None else filled(v)
     options = settings(
         q, v, causal=causal, window=window, scale=scale, forward=forward, backward=backward,
         interpret=interpret,
     )  # fmt: skip
-    length = q.shape[1]
     arrays = options.padded((_parts(q, q_pe), _parts(k, k_pe), v, segment_ids))
-    return _attend(options, *arrays)[:, :length]
+    return _attend(options, *arrays)[:, :length, :, :width]
 
 
 def settings(q, v, *, causal, window, scale, forward, backward, interpret) -> Options:
@@ -125,6 +128,14 @@ def settings(q, v, *, causal, window, scale, forward, backward, interpret) -> Op
 def _parts(x, second):
     """The parts of the scores' operand, the second as wide as a product has to be."""
     return (x,) if second is None else (x, widened(second.astype(x.dtype)))
+
+
+def filled(x: jax.Array) -> jax.Array:
+    """[B, T, N, H] with zeros up to the next of WIDTHS, which change no score and no value."""
+    width = next((size for size in WIDTHS if size >= x.shape[-1]), x.shape[-1])
+    if width == x.shape[-1]:
+        return x
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
 
 
 def widened(x: jax.Array) -> jax.Array:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from qkvjax.errors import UserError
+from qkvjax.kernels import limits, tile, triton
 from qkvjax.kernels import rows as rows_of
-from qkvjax.kernels import tile, triton
 from qkvjax.kernels.stored import NORM_EPSILON, Int8, KeyOfState
 from qkvjax.kernels.triton import NARROWEST, Blocks, pallas, widened
 
@@ -40,7 +40,7 @@ def block_of(width: int, itemsize: int, tied: bool, programs: int, makes_keys: b
 
 def refusal(q, v=None, *, page: int | None = None, **_) -> str | None:
     """Why the kernel does not take such arguments (`page`: slots of one); None where it does."""
-    why = triton.refusal(q, v)
+    why = limits.refusal(q, v, triton.WIDTHS, triton.DTYPES)
     if why or page is None or (page >= NARROWEST and page & (page - 1) == 0):
         return why
     return f"a page has a power of two of slots from {NARROWEST} on, not {page}"

@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 from qkvjax.errors import UserError, did_you_mean
+from qkvjax.parallel import xla_flags
 
 GIB = 2**30
 
@@ -118,6 +119,7 @@ def devices(topology: Topology) -> list:
 
     kind, _, number = topology.name.partition("-")
     grid = topology.chip.slices[int(number)]
+    xla_flags.add("gpu" if kind == "h200" else "tpu")  # as on the hardware itself
     # There is no metadata server to ask for the names of workers.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"} | os.environ
     # A program for devices that are not here can be kept, but not read again.

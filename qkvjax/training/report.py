@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 
 from qkvjax.attention.spec import sharing_name
-from qkvjax.kernels import dispatch
-from qkvjax.parallel import host
+from qkvjax.parallel import host, xla_flags
 from qkvjax.progress import duration
+from qkvjax.training.implementation import settle_attention
 
 
 def cost_table(run) -> str:
@@ -31,10 +31,12 @@ def cost_table(run) -> str:
         ("state", f"{state / 2**20:,.1f} MiB of parameters and what the optimizer keeps"),
         ("run", f"{steps:,} steps of {per_step:,} tokens: {steps * per_step:,} tokens,"
                 f" {steps * per_step * flops:.3g} FLOPs"),
-        ("attention", dispatch.candidates(dtype=config.train.compute_dtype)[0]),
+        ("attention", settle_attention(run)),
         ("device", f"{host.device_name()}; mesh {shape} ({', '.join(run.mesh.shape)})"),
         ("precision", f"{config.train.compute_dtype}, matrices {config.train.param_dtype}"),
     ]  # fmt: skip
+    if flags := xla_flags.in_force():
+        rows.append(("XLA flags", f"{flags} ({xla_flags.SWITCH}=off leaves out qkvjax's)"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 

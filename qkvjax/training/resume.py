@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import jax
 
-from qkvjax.kernels import dispatch
 from qkvjax.parallel import host
 from qkvjax.parallel.distributed import program
+from qkvjax.training.implementation import settle_attention
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def surroundings(mesh: jax.sharding.Mesh, dtype: str) -> dict[str, object]:
-    """What a step's last bits depend on beside the state: equal means bitwise the same.
-
-    Args:
-      dtype: that it computes in.
-    """
-    return program() | {
-        "attention": dispatch.candidates(dtype=dtype)[0],
-        "device": host.device_name(),
-        "mesh": "x".join(str(size) for size in mesh.shape.values()),
-        "processes": jax.process_count(),
-    }
+def surroundings(run) -> dict[str, object]:
+    """What a step's last bits depend on beside the state: equal means bitwise the same."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    return (
+        program()
+        | ({"LIBTPU_INIT_ARGS": flags} if flags else {})
+        | {
+            "attention": settle_attention(run),
+            "device": host.device_name(),
+            "mesh": "x".join(str(size) for size in run.mesh.shape.values()),
+            "processes": jax.process_count(),
+        }
+    )
 
 
 def continuation(then: Mapping, now: Mapping) -> str:

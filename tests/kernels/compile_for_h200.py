@@ -27,7 +27,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from qkvjax.kernels import hopper, triton, triton_decode, triton_symmetric
+from qkvjax.kernels import hopper, triton, triton_decode
 from qkvjax.kernels.stored import Int8, KeyOfState
 from qkvjax.parallel.topology import H200
 
@@ -47,12 +47,6 @@ def training(width, tied):
         return jnp.sum(hopper.attention(*arrays).astype(jnp.float32))
 
     yield "hopper", jax.grad(through_mosaic, argnums=tuple(range(len(shapes)))), shapes
-    shapes = [(B, T, N, width)] * (1 if tied else 2)
-
-    def symmetric(*arrays):
-        return jnp.sum(triton_symmetric.attention(*arrays).astype(jnp.float32))
-
-    yield "symmetric", jax.grad(symmetric, argnums=tuple(range(len(shapes)))), shapes
 
 
 def decoding(width, tied):

@@ -15,8 +15,8 @@ SCRIPT = Path(__file__).with_name("compile_for_h200.py")
 @pytest.mark.slow
 @pytest.mark.aot
 def test_kernels_for_an_h200(tmp_path):
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm")
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("needs jax[cuda12] or jax[cuda13]")
     flags = f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=.*"
     environment = os.environ | {
         "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[2]),
@@ -30,7 +30,7 @@ def test_kernels_for_an_h200(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"].removeprefix("attention_") for line in lines} == {
-        "forward", "keys", "queries", "symmetric", "decode", "hopper_forward", "hopper_keys",
+        "forward", "keys", "queries", "decode", "hopper_forward", "hopper_keys",
         "hopper_queries",
     }  # fmt: skip
     # The fastest tiles on an H200 spill up to 136 bytes a thread; a wrong choice spills thousands.

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import dispatch, hopper, reference
+from qkvjax.kernels import choice, dispatch, hopper, reference
 
 B, T, N, H = 2, 150, 2, 64
 BLOCKS = hopper.Blocks(64, 64, 2)
@@ -113,7 +113,7 @@ def test_lowers_for_cuda(width, one_tile):
 
 
 def test_what_it_does_not_take(monkeypatch):
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
+    monkeypatch.setattr(choice, "missing", lambda impl: None)
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(UserError, match="'hopper' cannot compute this.*64, 128, 256, not 32"):
         dispatch.attention(q[..., :32], q[..., :32], impl="hopper")

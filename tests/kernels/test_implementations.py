@@ -1,9 +1,9 @@
 """Every implementation against the reference, and the reference against plain loops."""
 
+import dataclasses
 import functools
 import itertools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import dispatch, xla
+from qkvjax.kernels import choice, cudnn, dispatch, xla
 from qkvjax.kernels.stored import KeyOfState
+from qkvjax.kernels.trial import Problem
+from qkvjax.parallel.target import Target
 
 B, T, N, H, P = 2, 13, 4, 6, 3
 OTHERS = [name for name in dispatch.PLAIN if name != "reference"]
@@ -189,30 +191,70 @@ def test_unknown_implementation_lists_what_is_here():
     assert all(dispatch.missing(name) is None for name in dispatch.candidates())
 
 
-def test_auto_takes_the_first_that_was_measured_and_takes_the_arguments(monkeypatch, capsys):
-    """On a Hopper GPU, which is pretended: what is chosen, and why not what is faster."""
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
-    monkeypatch.setattr(jax, "devices", lambda: [hopper])
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
-    monkeypatch.setattr(dispatch.trial, "failure", lambda *given: None)
-    dispatch._tell.cache_clear()
-    narrow = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    assert dispatch.choose("auto", narrow, None) == "hopper"
-    assert dispatch.choose("auto", narrow, None, q_pe=narrow) == "triton"
-    for _ in range(2):  # told once
-        assert dispatch.choose("auto", narrow.astype(jnp.float32), None) == "xla"
-    assert dispatch.choose("auto", narrow[..., :24], None) == "cudnn"
-    assert dispatch.choose("auto", narrow[..., :24], None, segment_ids=jnp.zeros((1, 8))) == "xla"
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == "attention: hopper"
-    assert told[1].startswith("attention: triton; not hopper: it has no second part")
-    assert told[2].startswith("attention: xla; hopper could run here but was not measured")
-    assert told[3].startswith("attention: cudnn; ") and told[3].count("head width") == 2
-    assert told[4].endswith("not cudnn: it has no segment ids") and len(told) == 5
-    assert dispatch.choose("auto", narrow, narrow) == "cudnn"
-    assert dispatch.choose("auto", narrow, narrow, segment_ids=jnp.zeros((1, 8))) == "hopper"
-    for v in (None, narrow):
-        assert dispatch.choose("auto", narrow, v, decodes=True) == "triton"
+def pretended(monkeypatch, device):
+    """This machine has such a device, on which every trial passes."""
+    for module in (choice, cudnn):
+        monkeypatch.setattr(module, "target", lambda: device)
+    monkeypatch.setattr(choice.trial, "failure", lambda *given: None)
+
+
+HOPPER = Target("gpu", "NVIDIA H200", "9.0", here=True)
+AMPERE = Target("gpu", "NVIDIA A100-SXM4-80GB", "8.0", here=True)
+BLACKWELL = Target("gpu", "NVIDIA B200", "10.0", here=True)
+OLD = Target("gpu", "Tesla T4", "7.5", here=True)
+TPU = Target("tpu", "TPU v5 lite", None, here=True)
+NARROW = Problem("bfloat16", 64, 64, 1, 256)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "name"),
+    [
+        (HOPPER, {}, "hopper"),
+        (HOPPER, {"second": 64}, "triton"),
+        (HOPPER, {"width": 24, "value_width": 24}, "cudnn"),
+        (HOPPER, {"width": 24, "value_width": 24, "packed": True}, "triton"),
+        (HOPPER, {"values_are_keys": False}, "cudnn"),
+        (HOPPER, {"values_are_keys": False, "packed": True}, "hopper"),
+        (HOPPER, {"dtype": "float32"}, "triton"),
+        (HOPPER, {"capped": True}, "xla"),
+        (HOPPER, {"whole": False}, "xla"),
+        (HOPPER, {"decodes": True}, "triton"),
+        (HOPPER, {"decodes": True, "values_are_keys": False}, "triton"),
+        (AMPERE, {}, "cudnn"),
+        (AMPERE, {"packed": True}, "triton"),
+        (AMPERE, {"packed": True, "values_are_keys": False}, "triton"),
+        (AMPERE, {"window": 30, "causal": False}, "triton"),
+        (AMPERE, {"width": 256, "value_width": 256}, "triton"),
+        (AMPERE, {"decodes": True}, "xla"),
+        (BLACKWELL, {"width": 256, "value_width": 256}, "cudnn"),
+        (TPU, {}, "tpu"),
+        (TPU, {"values_are_keys": False}, "splash"),
+        (TPU, {"values_are_keys": False, "packed": True, "dtype": "float32"}, "splash"),
+        (TPU, {"values_are_keys": False, "second": 1}, "tpu"),
+        (OLD, {}, "xla"),
+    ],
+)
+def test_auto_takes_the_best_that_takes_the_arguments(monkeypatch, device, changes, name):
+    pretended(monkeypatch, device)
+    assert choice.choose("auto", dataclasses.replace(NARROW, **changes)) == name
+
+
+def test_auto_says_why_not_something_better(monkeypatch, capsys):
+    pretended(monkeypatch, HOPPER)
+    for _ in range(2):  # said once
+        choice.choose("auto", NARROW)
+        choice.choose("auto", dataclasses.replace(NARROW, second=64))
+        choice.choose("auto", dataclasses.replace(NARROW, capped=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "attention: hopper" and len(lines) == 3
+    assert lines[1].startswith("attention: triton; not hopper: it has no second part")
+    assert lines[2].startswith("attention: xla, whose memory grows with the square of the length;")
+    assert lines[2].count("it has no softcap") == 3
+    pretended(monkeypatch, OLD)
+    choice.choose("auto", NARROW)
+    assert capsys.readouterr().err == (
+        "attention: xla, whose memory grows with the square of the length\n"
+    )
 
 
 def test_a_kernel_that_cannot_run_here_says_so():
@@ -233,12 +275,11 @@ def test_segment_ids_are_one_a_token(impl, shape):
 
 def test_pages_that_the_kernel_does_not_take_go_to_xla(monkeypatch):
     """On a Hopper GPU, which is pretended; and keys that it does not make are made first."""
-    monkeypatch.setattr(dispatch, "candidates", lambda *_: ("triton", "xla"))
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
-    monkeypatch.setattr(dispatch.trial, "failure", lambda *given: None)
+    pretended(monkeypatch, HOPPER)
     q = jnp.zeros((1, 1, 2, 64), jnp.bfloat16)
+    cache = dataclasses.replace(NARROW, length=1, decodes=True)
     for page, name in ((None, "triton"), (16, "triton"), (7, "xla"), (8, "xla")):
-        assert dispatch.choose("auto", q, None, decodes=True, page=page) == name
+        assert choice.choose("auto", dataclasses.replace(cache, page=page)) == name
     for width, made in ((64, True), (32, True), (16, False), (0, False)):
         assert dispatch.makes_keys("auto", q, 2, KeyOfState(1e4, width), 16) == made
     assert dispatch.makes_keys("auto", q, 2, KeyOfState(1e4, 16), page=7)  # xla, of few rows

@@ -30,7 +30,7 @@ from test_triton import SWITCHES, covering, relative
 
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
-from qkvjax.kernels import dispatch, reference, tpu, tpu_decode
+from qkvjax.kernels import choice, reference, tpu, tpu_decode
 from qkvjax.kernels.stored import Int8, KeyOfState, quantize, widen
 
 B, T, N, H, P = 2, 300, 4, 16, 8
@@ -405,7 +405,7 @@ def test_a_model_takes_them_where_it_is_told_to(model, monkeypatch):
     for module, name in ((tpu, "attention"), (tpu_decode, "decode")):
         run = functools.partial(getattr(module, name), interpret=True)
         monkeypatch.setattr(module, name, run)
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
+    monkeypatch.setattr(choice, "missing", lambda impl: None)
     small = model(num_layers=1, d_model=64, num_heads=2, num_kv_heads=1, sharing="q-k=v")
     ids = jax.random.randint(jax.random.key(1), (1, 6), 0, 61)
     expected = small(ids)

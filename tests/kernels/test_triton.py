@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import dispatch, reference, triton, triton_symmetric
+from qkvjax.kernels import choice, dispatch, reference, triton
 from qkvjax.parallel.mesh import make_mesh
 
 B, T, N, H, P = 2, 77, 4, 16, 3
@@ -142,14 +142,10 @@ def test_lowers_for_cuda(width, one_tile):
 
     module = lowered(jax.grad(loss), arrays, shape(2, 512, dtype=jnp.int32))
     assert all(f"attention_{kernel}" in module for kernel in ("forward", "keys", "queries"))
-    square = {"x": shape(2, 512, 4, width)} | ({} if one_tile else {"v": shape(2, 512, 4, width)})
-    symmetric = lambda a: jnp.sum(triton_symmetric.attention(**a).astype(jnp.float32))  # noqa: E731
-    module = lowered(jax.grad(symmetric), square)
-    assert "attention_symmetric" in module and "attention_keys" not in module
 
 
 def test_on_a_mesh_each_device_computes_its_own_sequences(monkeypatch):
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
+    monkeypatch.setattr(choice, "missing", lambda impl: None)
     monkeypatch.setattr(
         triton, "attention", functools.partial(triton.attention, interpret=True, forward=BLOCKS)
     )
@@ -163,9 +159,9 @@ def test_on_a_mesh_each_device_computes_its_own_sequences(monkeypatch):
 
 
 def test_what_it_does_not_take(monkeypatch):
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
-    q = jnp.zeros((1, 8, 2, 48))
-    with pytest.raises(UserError, match="'triton' cannot compute this.*16, 32.* not 48"):
+    monkeypatch.setattr(choice, "missing", lambda impl: None)
+    q = jnp.zeros((1, 8, 2, 44))
+    with pytest.raises(UserError, match="'triton' cannot compute this.*multiple of 8 .* not 44"):
         dispatch.attention(q, q, impl="triton")
     with pytest.raises(UserError, match="no softcap"):
         dispatch.attention(q[..., :16], q[..., :16], softcap=3.0, impl="triton")
@@ -176,45 +172,34 @@ def test_what_it_does_not_take(monkeypatch):
 
 
 @pytest.mark.parametrize("values", ["raw", "unrotated_output"])
-def test_a_layer_of_one_projection_takes_the_symmetric_kernel(monkeypatch, values, model):
-    calls, run = [], triton_symmetric.attention
+def test_a_layer_of_one_projection_takes_the_kernel(monkeypatch, values, model):
+    """Q = K = V, and Q = K with rotated keys beside raw values."""
+    calls, run = [], triton.attention
 
-    def kept(x, v=None, **options):
-        calls.append(v is None)
-        return run(x, v, interpret=True, forward=BLOCKS, backward=BLOCKS, **options)
+    def kept(q, k, v=None, **options):
+        calls.append((q is k, v is None))
+        return run(q, k, v, interpret=True, forward=BLOCKS, backward=BLOCKS, **options)
 
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
-    monkeypatch.setattr(triton_symmetric, "attention", kept)
+    monkeypatch.setattr(choice, "missing", lambda impl: None)
+    monkeypatch.setattr(triton, "attention", kept)
     small = model(num_layers=1, d_model=64, num_heads=2, sharing="q=k=v", rotary_values=values)
     ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 61)
     np.testing.assert_allclose(small(ids, impl="triton"), small(ids), atol=2e-4)
-    assert calls == [values != "raw"]
+    assert calls == [(True, values != "raw")]
 
 
-@pytest.mark.parametrize("values", [False, True], ids=["Q=K=V", "Q=K"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_queries_that_are_keys(causal, values):
-    """One gradient for both roles, as the reference sums it up."""
-    x, v = jax.random.normal(jax.random.key(0), (2, B, T, N, H))
-    arrays = {"x": x, "v": v} if values else {"x": x}
-    places = jnp.arange(T)[None]
-    for window, segments in ((20, SEGMENTS),) if values else ((None, None), (20, SEGMENTS)):
-        options = {"causal": causal, "window": window}
-        mask = reference.visible(
-            places, places, q_segments=segments, k_segments=segments, **options
-        )
-        run = functools.partial(
-            triton_symmetric.attention, **options, segment_ids=segments, forward=BLOCKS,
-            backward=BLOCKS, interpret=True,
-        )  # fmt: skip
-
-        def truth(x, v=None, mask=mask):
-            return reference.attention(x, x, v, mask=mask)
-
-        with jax.default_matmul_precision("highest"):
-            out, back = jax.vjp(jax.jit(lambda a, run=run: run(**a)), arrays)
-            expected, truth_back = jax.vjp(lambda a, truth=truth: truth(**a), arrays)
-            slope = jnp.cos(expected)
-            assert relative(out, expected) < 2e-6
-            for name, gradient in truth_back(slope)[0].items():
-                assert relative(back(slope)[0][name], gradient) < 2e-6, (name, window)
+@pytest.mark.parametrize("one_tile", [False, True])
+@pytest.mark.parametrize("width", [24, 40])
+def test_heads_of_other_widths_are_filled_up(width, one_tile):
+    shapes = [(1, 40, 4, width), (1, 40, 2, width)] + ([] if one_tile else [(1, 40, 2, 16)])
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    places = jnp.arange(40)[None]
+    mask = reference.visible(places, places, causal=True)
+    run = functools.partial(triton.attention, forward=BLOCKS, backward=BLOCKS, interpret=True)
+    with jax.default_matmul_precision("highest"):
+        out, back = jax.vjp(run, *arrays)
+        expected, truth = jax.vjp(functools.partial(reference.attention, mask=mask), *arrays)
+        assert relative(out, expected) < 2e-6
+        for found, gradient in zip(back(jnp.cos(out)), truth(jnp.cos(expected)), strict=True):
+            assert relative(found, gradient) < 2e-6

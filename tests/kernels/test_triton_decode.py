@@ -13,7 +13,7 @@ from qkvjax.attention.position import rotate
 from qkvjax.attention.projection import RMSNorm
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
-from qkvjax.kernels import dispatch, reference, triton_decode
+from qkvjax.kernels import choice, reference, triton_decode
 from qkvjax.kernels.stored import KeyOfState, quantize, widen
 
 B, S, N, H = 3, 150, 4, 64
@@ -110,7 +110,7 @@ def interpreted(monkeypatch):
         calls.append(arguments)
         return decode(q, interpret=True, **arguments)
 
-    monkeypatch.setattr(dispatch, "missing", lambda impl: None)
+    monkeypatch.setattr(choice, "missing", lambda impl: None)
     monkeypatch.setattr(triton_decode, "decode", kept)
     return calls
 

@@ -138,6 +138,56 @@ def test_processes_of_different_configurations_are_refused(train, tmp_path):
     assert not (tmp_path / "workdir").exists()
 
 
+def test_processes_that_compute_attention_by_other_means_are_refused(train, tmp_path):
+    told = train(tmp_path / "workdir", odd=["--attention=reference"])
+    assert codes(told) == [2, 2]
+    assert "--attention: 'reference', process 0 has 'auto'" in told[0][2] and told[1][2] == ""
+    assert not (tmp_path / "workdir").exists()
+
+
+def test_a_kernel_that_fails_on_one_process_is_taken_by_none(tmp_path):
+    """Two processes, each with a pretended GPU; on the second the trial fails."""
+    told = finish(start(tmp_path, 2, 1, "-c", AGREE))
+    assert codes(told) == [0, 0], told[0][2][-2000:] + told[1][2][-2000:]
+    assert "chosen: ('triton', 'xla') then xla" in told[0][1]
+    assert "chosen: ('triton', 'xla') then xla" in told[1][1]
+    assert "not triton: process 1: it does not run here" in told[0][2]
+    assert "attention:" not in told[1][2]  # one process speaks
+
+
+AGREE = """
+import dataclasses, sys
+from absl import flags
+from qkvjax import cli
+from qkvjax.kernels import choice
+from qkvjax.kernels.trial import Problem
+from qkvjax.parallel import distributed
+from qkvjax.parallel.target import Target
+
+def failure(kernel, problem):
+    failed = problem.window == 5 and distributed._index == 1
+    return "it does not run here" if failed else None
+
+choice.trial.failure = failure
+choice.target = lambda: Target("gpu", "NVIDIA A10", "8.6", here=True)
+problem = Problem("bfloat16", 64, 64, 1, 32, packed=True)
+other = dataclasses.replace(problem, window=5)
+unknown = dataclasses.replace(problem, width=80, value_width=80, packed=False)
+
+def trace():
+    for each in (problem, other, problem):
+        choice.choose("auto", each)
+
+values = flags.FlagValues()
+cli.define(values, distributed.FLAGS)
+values(sys.argv)
+with distributed.job(values):
+    names = choice.settle(trace)
+    choice._proven.discard("triton")  # nothing was agreed on what comes later
+    print("chosen:", names, "then", choice.choose("auto", unknown))
+"""
+
+
 def test_a_host_that_never_comes(train, tmp_path):
     told = train(tmp_path / "workdir", "--init_seconds=3", of=3)
     assert codes(told) == [2, 2]

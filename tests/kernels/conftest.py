@@ -1,0 +1,12 @@
+import pytest
+
+from qkvjax.kernels import choice
+
+
+@pytest.fixture(autouse=True)
+def nothing_decided():
+    """No test uses what another one's pretended device made "auto" decide."""
+    yield
+    choice._decided.clear()
+    choice._proven.clear()
+    choice._said.clear()
