@@ -103,7 +103,7 @@ def _layer(keys: Keys, window: int | None, sparse: bool, borrows: bool) -> Layer
 def _attention(keys: Keys, window: int | None) -> AttentionSpec:
     family = keys.family
     n = keys.whole("num_attention_heads")
-    k = keys.whole("num_key_value_heads", n)
+    k = keys.whole("num_key_value_heads", n) if family.grouped else n
     head_dim = keys.whole("head_dim") if keys.get("head_dim") else None
     tied_kv = False
     if family.wide_globals and window is None:

@@ -60,6 +60,7 @@ class Family:
       defaults: of the configuration class, for keys that published files leave out.
       standard: rewrites the file's values into standard keys, where names are not enough.
       latent: whether attention is multi-head latent attention.
+      grouped: whether the file's `num_key_value_heads` counts; else K = N.
       gated: three feed-forward matrices instead of two.
       qkv_bias, out_bias, mlp_bias, head_bias: biases of the projections to queries, keys and
         values, of the output projection, of the feed-forward, of the output head.
@@ -94,6 +95,7 @@ class Family:
     defaults: Mapping = dataclasses.field(default_factory=dict)
     standard: Callable[[Mapping], Mapping] | None = None
     latent: bool = False
+    grouped: bool = True
     gated: bool = True
     qkv_bias: bool | str = "attention_bias"
     out_bias: bool | str = "attention_bias"

@@ -76,9 +76,7 @@ _DEEPSEEK_V3 = Family(
     defaults=_LATENT | {"first_k_dense_replace": 3},
     classes=("deepseekv3",),
 )
-_ERNIE = Family(
-    qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias", tied=True
-)
+_ERNIE = Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True)
 
 FAMILIES = GPT_FAMILIES | {
     "llama": dataclasses.replace(_LLAMA, classes=("llama", "yi", "aquila", "baichuan")),
@@ -140,7 +138,12 @@ FAMILIES = GPT_FAMILIES | {
     "gpt_oss": Family(
         windows="pattern",
         names={"num_experts_per_tok": ("num_experts_per_tok", "experts_per_token")},
-        defaults={"attention_bias": True, "head_dim": 64, "sliding_window_pattern": 2},
+        defaults={
+            "attention_bias": True,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+        },
         experts=dataclasses.replace(_MIXTRAL_EXPERTS, router_bias=True, biased=True),
         sinks=True,
     ),
@@ -233,6 +236,7 @@ FAMILIES = GPT_FAMILIES | {
     "ernie4_5": _ERNIE,
     "ernie4_5_moe": dataclasses.replace(
         _ERNIE,
+        head_bias="use_bias",
         experts=Experts(
             count="moe_num_experts",
             used="moe_k",

@@ -27,6 +27,7 @@ _ALL_BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 _GPT2 = Family(
     **_ALL_BIASES,
     names=_GPT2_NAMES,
+    grouped=False,
     gated=False,
     norm_numbers=2,
     tied=True,
@@ -36,6 +37,7 @@ _GPT2 = Family(
 )
 _GPTJ = Family(
     names=_GPT2_NAMES,
+    grouped=False,
     gated=False,
     qkv_bias=False,
     out_bias=False,
@@ -49,6 +51,7 @@ _GPT_NEOX = Family(
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     mlp_bias=True,
+    grouped=False,
     gated=False,
     norm_numbers=2,
     defaults={"attention_bias": True},
@@ -72,7 +75,7 @@ _FALCON = Family(
 GPT_FAMILIES = {
     "gpt2": _GPT2,
     "gpt_bigcode": dataclasses.replace(
-        _GPT2, standard=dialects.gpt_bigcode, kinds=("multi-query",)
+        _GPT2, grouped=True, standard=dialects.gpt_bigcode, kinds=("multi-query",)
     ),
     "gpt_neo": dataclasses.replace(
         _GPT2,
@@ -114,6 +117,7 @@ GPT_FAMILIES = {
         standard=dialects.opt,
         names={"intermediate_size": ("ffn_dim",)},
         defaults={"enable_bias": True},
+        grouped=False,
         gated=False,
         qkv_bias="enable_bias",
         out_bias="enable_bias",
@@ -132,16 +136,24 @@ GPT_FAMILIES = {
             "num_hidden_layers": ("num_layers",),
             "num_attention_heads": ("attention_heads",),
         },
+        grouped=False,
         gated=False,
         norm_numbers=2,
         tied=True,
         rope=False,
     ),
     "biogpt": Family(
-        **_ALL_BIASES, gated=False, norm_numbers=2, tied=True, positions=2, rope=False
+        **_ALL_BIASES,
+        grouped=False,
+        gated=False,
+        norm_numbers=2,
+        tied=True,
+        positions=2,
+        rope=False,
     ),
     "persimmon": Family(
         **_ALL_BIASES,
+        grouped=False,
         gated=False,
         qk_norm="qk_layernorm",
         qk_norm_bias=True,
