@@ -12,7 +12,8 @@ from collections.abc import Mapping
 def falcon(values: Mapping) -> Mapping:
     """Returns Falcon's three kinds: multi-query (7B), grouped (40B, 180B, 11B) and plain (RW)."""
     heads = values.get("num_attention_heads", values.get("n_head"))
-    grouped = values.get("new_decoder_architecture", False)
+    # The first files of 40B have no such switch, but a key that only they have.
+    grouped = values.get("new_decoder_architecture", values.get("n_head_kv") is not None)
     norms = values.get("num_ln_in_parallel_attn")
     if norms is None and grouped:
         norms = 2

@@ -16,7 +16,7 @@ from pathlib import Path
 from qkvjax.errors import UserError, read_object
 from qkvjax.interop import blocks, quantization, recognise
 from qkvjax.interop.families import Family
-from qkvjax.interop.family_table import FAMILIES, SAME
+from qkvjax.interop.family_table import FAMILIES, NESTED_DEFAULTS, SAME
 from qkvjax.interop.keys import Keys
 from qkvjax.interop.shapes import Model
 
@@ -75,13 +75,17 @@ def from_values(values: Mapping, path: Path = Path("config.json")) -> Model:
         named = f"model_type {model_type!r}" if model_type else "no model_type"
         raise UserError(f"{path} ({where}{named}) describes {refused}: {REMEDY}")
     estimate = None
+    known = family is not None
     if family is None:
         family, estimate = _like_a_known_one(model_type, values, f"{path}", where)
     elif mismatch := _another_class(model_type, family, values, outer, architectures):
         estimate = mismatch
     if family.standard is not None:
         values = family.standard(values)
-    keys = Keys(values, path, family, where)
+    if where and values.get("vocab_size") is not None:
+        nested = NESTED_DEFAULTS.get(SAME.get(model_type, model_type), {})
+        family = dataclasses.replace(family, defaults=nested | dict(family.defaults))
+    keys = Keys(values, path, family, where, known)
     model = _model(keys, model_type, outer, estimate)
     return dataclasses.replace(
         model,
@@ -94,10 +98,9 @@ def _model(keys: Keys, model_type: str, outer: Mapping, estimate: str | None) ->
     family = keys.family
     notes = []
     if estimate is not None:
-        shown = f"model_type {model_type!r}" if model_type else "The file's architecture"
         notes.append(
-            f"{shown} is not known here, so every figure is an estimate (≈): compare the parameters"
-            " with the published ones before you rely on it."
+            f"{estimate}: every figure is an estimate (≈); compare the parameters with the"
+            " published ones before you rely on it."
         )
     tied = keys.values.get("tie_word_embeddings")
     if tied is None:
@@ -195,18 +198,20 @@ def _like_a_known_one(
     """Returns the family whose layout an unknown file has, and why the counts are an estimate."""
     latent = recognise.is_latent(values)
     reason = recognise.unlike_llama(values, latent)
-    named = f"model_type {model_type[:40]!r} is not known" if model_type else "it has no model_type"
+    named = "the file has no model_type"
+    if model_type:
+        named = f"model_type {model_type[:40]!r} is not known to plan"
+    part = f"its {where.removesuffix('.')}" if where else "the file"
     if reason is not None:
         raise UserError(
-            f"{path}: {named} to plan, and {where or 'the file'} is not laid out like Llama's:"
-            f" {reason}; {REMEDY}"
+            f"{path}: {named}, and {part} is not laid out like Llama's: {reason}; {REMEDY}"
         )
     family = FAMILIES["deepseek_v3"] if latent else FAMILIES["llama"]
     if latent and not values.get("n_routed_experts"):
         family = dataclasses.replace(family, experts=None)
     family = dataclasses.replace(family, defaults={}, mlp_bias="mlp_bias")
     like = "DeepSeek-V3's" if latent else "Llama's"
-    return family, f"{named}: its keys are counted like {like}"
+    return family, f"{named}: its keys were counted like {like}"
 
 
 def _another_class(
@@ -218,7 +223,8 @@ def _another_class(
     expected = {_plain(model_type), *family.classes}
     for name in architectures:
         headless = name.endswith("Model") and not name.endswith("LMHeadModel")
-        if _class_of(name) not in expected or headless:
+        fits = _class_of(name) in expected and not headless
+        if not fits and _plain(name) not in family.classes:
             return f"architectures has {name[:40]}, which is not the decoder of {model_type}"
     return None
 

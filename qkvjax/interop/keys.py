@@ -20,14 +20,16 @@ class Keys:
       path: for messages.
       family: its defaults and its names of keys.
       where: "text_config." where the keys stand below that key, for messages.
+      known: whether the family is that of the file; an unknown one's keys are nobody's to add.
       defaulted: "key=value" for every key that the file leaves to its family.
     """
 
-    def __init__(self, values: Mapping, path: Path, family: Family, where: str):
+    def __init__(self, values: Mapping, path: Path, family: Family, where: str, known: bool = True):
         self.values = values
         self.path = path
         self.family = family
         self.where = where
+        self.known = known
         self.defaulted: list[str] = []
 
     def written(self, name: str) -> str:
@@ -52,6 +54,11 @@ class Keys:
         """Returns a whole number; raises UserError for a missing or impossible one."""
         value = self.get(name, default)
         shown = f"{self.where}{self.written(name)!r}"
+        if value is None and not self.known:
+            raise UserError(
+                f"{self.path} has no {shown}, without which a model of an unknown family cannot"
+                " be counted: give --model the file of a family that docs/plan.md lists"
+            )
         if value is None:
             raise UserError(
                 f"{self.path} lacks the key {shown}: plan needs it to count; add it"

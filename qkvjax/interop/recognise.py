@@ -47,7 +47,7 @@ KINDS = (
     Kind(
         "hybrid",
         r"hybrid_.*|_?block_types|layers?_block_types?|mixer_types?|attn_type_list"
-        r"|attn_layer_(indices|period|offset|idx)|attention_layers_idx|full_attention_interval"
+        r"|attn_layer_(indices|period|offset|idxs?)|hyena_.*|attention_layers_idx|full_attention_interval"
         r"|full_attn_idxs|full_attention_idxs|mamba_.*|ssm_.*|linear_(attn|key|num|value|conv)_.*"
         r"|rwkv.*|m?lstm_.*|slstm_.*|state_size|lru_width|time_step_rank|recurrent_.*|conv_L_cache"
         r"|time_mix_.*|gla_.*|lightning_.*|retention_.*",
@@ -107,6 +107,7 @@ KINDS = (
 _UNLIKE_LLAMA = re.compile(
     r"expert|moe|latent|lora|conv|chunk|cross|encoder|decoder_(?!start)|sparse|loop|recur|interval"
     r"|pattern|per_layer|layer_norm|layernorm_eps|norm_epsilon|expansion|parallel_(attn|residual)"
+    r"|patch_size|image_size|num_channels|mel_bins|codebook|_cycles"
     r"|alibi|^n_(inner|embd|layer|head)|^d_(model|ff)|kv_channels|group_num|^ffn_"
 )
 # Numbers that say how a model was trained or is sharded, not what its layers are.
@@ -168,6 +169,8 @@ def unlike_llama(values: Mapping, latent: bool) -> str | None:
       values: keys of the language model.
       latent: whether they are read like DeepSeek-V3's instead, experts and latents included.
     """
+    if re.search(r"(^|_)encoder|_vision$|bert", str(values.get("model_type", "")).lower()):
+        return "its model_type is that of an encoder"
     missing = [key for key in _LLAMA_KEYS if not isinstance(values.get(key), int)]
     if missing:
         return f"it has no number under {', '.join(map(repr, missing))}"
