@@ -133,14 +133,16 @@ def _latent(keys: Keys) -> LatentSpec:
             f"{keys.path}: {keys.where}'indexer_types' names layers without an indexer of their"
             " own, which plan does not count: give it a model whose layers are alike"
         )
+    d = keys.whole("hidden_size")
+    n = keys.whole("num_attention_heads")
     return LatentSpec(
-        d_model=keys.whole("hidden_size"),
-        num_heads=keys.whole("num_attention_heads"),
+        d_model=d,
+        num_heads=n,
         kv_rank=keys.whole("kv_lora_rank"),
         query_rank=None if direct else keys.whole("q_lora_rank"),
         rope_dim=keys.whole("qk_rope_head_dim"),
         nope_dim=keys.whole("qk_nope_head_dim"),
-        value_dim=keys.whole("v_head_dim"),
+        value_dim=keys.whole("v_head_dim", d // n),
         use_bias=keys.flag(keys.family.qkv_bias),
         index_heads=keys.whole("index_n_heads") if indexed else 0,
         index_dim=keys.whole("index_head_dim") if indexed else 0,

@@ -17,6 +17,13 @@ _LATENT = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+_GLM = _LATENT | {"qk_nope_head_dim": 192, "v_head_dim": 256}
+_MINICPM3 = {
+    "kv_lora_rank": 256,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+}
 
 _DEEPSEEK_EXPERTS = Experts(
     count="n_routed_experts", shared_count="n_shared_experts", layers="first"
@@ -43,7 +50,7 @@ DEEPSEEK_FAMILIES = {
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": _INDEXED,
     "minicpm3": dataclasses.replace(
-        _DEEPSEEK_V3, mlp_bias="mlp_bias", experts=None, tied=True, defaults={}, classes=()
+        _DEEPSEEK_V3, mlp_bias="mlp_bias", experts=None, tied=True, defaults=_MINICPM3, classes=()
     ),
     "youtu": dataclasses.replace(
         _DEEPSEEK_V3, experts=None, tied=True, defaults=_LATENT, classes=()
@@ -56,17 +63,23 @@ DEEPSEEK_FAMILIES = {
         defaults={"first_k_dense_replace": 1},
     ),
     "glm4_moe_lite": dataclasses.replace(
-        _DEEPSEEK_V3, defaults={"first_k_dense_replace": 1}, classes=()
+        _DEEPSEEK_V3, defaults=_GLM | {"q_lora_rank": 768, "first_k_dense_replace": 1}, classes=()
     ),
     "dots1": Family(mlp_bias=False, qk_norm=True, windows="late", experts=_DEEPSEEK_EXPERTS),
-    "glm_moe_dsa": _INDEXED,
+    "glm_moe_dsa": dataclasses.replace(
+        _INDEXED, defaults=_GLM | {"q_lora_rank": 2048, "first_k_dense_replace": 3}
+    ),
     "axk1": dataclasses.replace(
         _DEEPSEEK_V3,
         experts=dataclasses.replace(_DEEPSEEK_EXPERTS, norms=1),
         defaults=_LATENT | {"first_k_dense_replace": 1},
         classes=(),
     ),
-    "sarvam_mla": dataclasses.replace(_DEEPSEEK_V3, classes=()),
+    "sarvam_mla": dataclasses.replace(
+        _DEEPSEEK_V3,
+        defaults=_LATENT | {"q_lora_rank": None, "first_k_dense_replace": 1},
+        classes=(),
+    ),
     "sarvam_moe": Family(
         out_bias=False,
         mlp_bias=False,

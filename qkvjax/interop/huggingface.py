@@ -77,7 +77,12 @@ def from_values(values: Mapping, path: Path = Path("config.json")) -> Model:
     estimate = None
     known = family is not None
     if family is None:
-        family, estimate = _like_a_known_one(model_type, values, f"{path}", where)
+        if outer.get("projection_dim") is not None:
+            raise UserError(
+                f"{path} describes a model that compares texts with images ('projection_dim') and"
+                f" decodes nothing: {REMEDY}"
+            )
+        family, estimate = _like_a_known_one(model_type, values, str(path), where)
     elif mismatch := _another_class(model_type, family, values, outer, architectures):
         estimate = mismatch
     if family.standard is not None:

@@ -46,7 +46,7 @@ class Keys:
         if value is None and name in self.family.defaults and not self._is_null(name):
             value = self.family.defaults[name]
             text = f"{name}={value}"
-            if text not in self.defaulted:
+            if value is not None and text not in self.defaulted:
                 self.defaulted.append(text)
         return default if value is None else value
 
