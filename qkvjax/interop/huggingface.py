@@ -1,123 +1,34 @@
 """Reads a Hugging Face `config.json` into our words, without weights or jax.
 
 The counts follow the public modelling code of `transformers`; a file may leave out what its
-configuration class defaults to, so those defaults are repeated here and named in the notes.
-
-Letters: D model width, N query heads, K key-value heads, H head width, F feed-forward width,
-V vocabulary, L layers, E experts.
+configuration class defaults to, so those defaults stand in `family_table` and are named in the
+notes. A file of an unknown family is read like Llama's (or DeepSeek-V3's) and marked as an estimate
+where all its keys are theirs; every other file is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError, read_object
-from qkvjax.interop.shapes import Layer, Model
+from qkvjax.interop import blocks, quantization, recognise
+from qkvjax.interop.families import Family
+from qkvjax.interop.family_table import FAMILIES, NESTED_DEFAULTS, SAME
+from qkvjax.interop.keys import Keys
+from qkvjax.interop.shapes import Model
 
-MOST, MOST_LAYERS = 10**9, 10_000
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """What a `model_type` means beyond the keys of its file.
-
-    Attributes:
-      gated: three feed-forward matrices instead of two.
-      bias: "never", "qkv" (Qwen2), "all", or "key": what `attention_bias` says.
-      qk_norm: RMS norms of width H on queries and keys.
-      norms: norms of width D in a block.
-      layernorm: norms with a bias.
-      tied: whether head and embedding are one table when the file does not say.
-      windows: which layers `sliding_window` binds when the file has no `layer_types`:
-        "none", "all", "qwen" (behind `use_sliding_window`) or "pattern" (all but every n-th).
-      defaults: of the configuration class, for keys that published files leave out.
-    """
-
-    gated: bool = True
-    bias: str = "key"
-    qk_norm: bool = False
-    norms: int = 2
-    layernorm: bool = False
-    tied: bool = False
-    windows: str = "all"
-    defaults: Mapping = dataclasses.field(default_factory=dict)
-
-
-_GEMMA = {"head_dim": 256}
-_GEMMA3 = {
-    "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-    "max_position_embeddings": 131_072, "sliding_window": 4096, "sliding_window_pattern": 6,
-}  # fmt: skip
-_GEMMA4 = _GEMMA3 | {
-    "vocab_size": 262_144, "sliding_window": 512, "global_head_dim": 512,
-    "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144,
-}  # fmt: skip
-_FAMILIES = {
-    "llama": _Family(windows="none"),
-    "mistral": _Family(bias="never", defaults={"num_key_value_heads": 8}),
-    "mixtral": _Family(bias="never", defaults={"num_key_value_heads": 8}),
-    "phi3": _Family(bias="never"),
-    "qwen2": _Family(bias="qkv", windows="qwen"),
-    "qwen2_moe": _Family(bias="qkv", windows="qwen"),
-    "qwen3": _Family(qk_norm=True, windows="qwen", defaults={"head_dim": 128}),
-    "qwen3_moe": _Family(qk_norm=True, windows="qwen"),
-    "gpt_oss": _Family(bias="all", windows="pattern",
-                       defaults={"head_dim": 64, "sliding_window_pattern": 2}),
-    "gemma": _Family(tied=True, windows="none", defaults=_GEMMA),
-    "gemma2": _Family(tied=True, norms=4, windows="pattern",
-                      defaults=_GEMMA | {"sliding_window": 4096, "sliding_window_pattern": 2}),
-    "gemma3_text": _Family(tied=True, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA3),
-    "gemma4_text": _Family(tied=True, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA4),
-    "gpt2": _Family(gated=False, bias="all", layernorm=True, tied=True, windows="none"),
-}  # fmt: skip
-_GPT2_KEYS = {
-    "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
-}  # fmt: skip
-# Keys of models whose memory of the past is not K and V a token, or not ours to count.
-_REFUSED = {
-    "kv_lora_rank": "multi-head latent attention caches a latent, not K and V",
-    "n_routed_experts": "only num_experts and num_local_experts are read",
-    "full_attention_interval": "linear-attention layers hold a state, not K and V",
-    "attn_layer_period": "state-space layers hold a state, not K and V",
-    "ssm_cfg": "state-space layers hold a state, not K and V",
-    "altup_num_inputs": "Gemma 3n's extra streams are not counted here",
-    "per_layer_config": "write global_head_dim and num_global_key_value_heads instead",
-}
-
-
-class _Keys:
-    """The keys of a file, its family's defaults, and messages that name a missing one."""
-
-    def __init__(self, values: Mapping, path: Path, family: _Family, where: str):
-        self.values, self.path, self.family, self.where = values, path, family, where
-        self.defaulted: list[str] = []
-
-    def get(self, name: str, default=None):
-        value = self.values.get(name)
-        if value is None and name in self.family.defaults:
-            value = self.family.defaults[name]
-            if f"{name}={value}" not in self.defaulted:
-                self.defaulted.append(f"{name}={value}")
-        return default if value is None else value
-
-    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
-        value = self.get(name, default)
-        if value is None:
-            raise UserError(
-                f"{self.path} lacks the key {self.where}{name!r}: plan needs it to count; add it"
-                " from the model's own configuration"
-            )
-        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise UserError(
-                f"{self.path}: {self.where}{name!r} is {repr(value)[:40]}, and must be a whole"
-                f" number of at least {least} and at most {most:,}"
-            )
-        return value
+# Where files of several parts keep the language model.
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+_OTHER_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "visual")
+_HEADS = re.compile(r"(ForCausalLM\w*|LMHeadModel|ForConditionalGeneration|Model)$")
+_PART_NOTE = "Counted is the language model; vision and audio towers are not."
+REMEDY = (
+    "plan counts decoders whose layers all cache keys and values or a latent: give --model the file"
+    " of one of those that docs/plan.md lists"
+)
 
 
 def read(path: str | Path) -> Model:
@@ -125,7 +36,7 @@ def read(path: str | Path) -> Model:
 
     Raises:
       UserError: no such file, no JSON object, a missing or impossible value, or a model whose
-        layers do not cache K and V.
+        layers plan cannot count.
     """
     path = Path(path)
     if path.is_dir():
@@ -139,176 +50,193 @@ def read(path: str | Path) -> Model:
 
 
 def from_values(values: Mapping, path: Path = Path("config.json")) -> Model:
-    """The model that the parsed `values` describe; `path` is for messages."""
-    notes, outer, where = [], values, ""
-    if isinstance(values.get("text_config"), dict):
-        values, where = values["text_config"], "text_config."
-        notes.append("Counted is the language model; vision and audio towers are not.")
+    """Returns the model that the parsed `values` describe; `path` is for messages.
+
+    Raises:
+      UserError: a missing or impossible value, or a model whose layers plan cannot count.
+    """
+    outer = values
+    where = ""
+    for name in _TEXT_PARTS:
+        if isinstance(outer.get(name), dict):
+            values = outer[name]
+            where = f"{name}."
+            break
+    parted = bool(where) or any(outer.get(name) for name in _OTHER_PARTS)
+    architectures = _architectures(outer, values)
     model_type = str(values.get("model_type") or outer.get("model_type") or "")
-    for key, reason in _REFUSED.items():
-        if values.get(key) is not None:
-            raise UserError(f"{path}: plan cannot count a model with {where}{key!r}: {reason}")
-    if "n_embd" in values and model_type in ("", "gpt2"):
-        model_type = "gpt2"
-        values = dict(values) | {_GPT2_KEYS[k]: values[k] for k in _GPT2_KEYS if k in values}
-    family = _FAMILIES.get(model_type)
-    if family is None:
-        notes.append(
-            f"model_type {model_type!r} is not known here: counted like Llama from its keys, so"
-            " compare the parameters with the published ones."
+    model_type, family = _family(model_type, values, architectures)
+    refused = recognise.refusal(values, architectures, family)
+    if refused is None and values is not outer:
+        refused = recognise.refusal(
+            {"is_encoder_decoder": outer.get("is_encoder_decoder")}, [], None
         )
-        family = _Family()
-    keys = _Keys(values, path, family, where)
-    tied = values.get("tie_word_embeddings", outer.get("tie_word_embeddings"))
+    if refused is not None:
+        named = f"model_type {model_type!r}" if model_type else "no model_type"
+        raise UserError(f"{path} ({where}{named}) describes {refused}: {REMEDY}")
+    estimate = None
+    known = family is not None
+    if family is None:
+        if outer.get("projection_dim") is not None:
+            raise UserError(
+                f"{path} describes a model that compares texts with images ('projection_dim') and"
+                f" decodes nothing: {REMEDY}"
+            )
+        family, estimate = _like_a_known_one(model_type, values, str(path), where)
+    elif mismatch := _another_class(model_type, family, values, outer, architectures):
+        estimate = mismatch
+    if family.standard is not None:
+        values = family.standard(values)
+    if where and values.get("vocab_size") is not None:
+        nested = NESTED_DEFAULTS.get(SAME.get(model_type, model_type), {})
+        family = dataclasses.replace(family, defaults=nested | dict(family.defaults))
+    keys = Keys(values, path, family, where, known)
+    model = _model(keys, model_type, outer, estimate)
+    return dataclasses.replace(
+        model,
+        part="the language model alone: vision and audio parts are left out" if parted else None,
+        notes=((_PART_NOTE,) if parted else ()) + model.notes,
+    )
+
+
+def _model(keys: Keys, model_type: str, outer: Mapping, estimate: str | None) -> Model:
+    family = keys.family
+    notes = []
+    if estimate is not None:
+        notes.append(
+            f"{estimate}: every figure is an estimate (≈); compare the parameters with the"
+            " published ones before you rely on it."
+        )
+    tied = keys.values.get("tie_word_embeddings")
+    if tied is None:
+        tied = outer.get("tie_word_embeddings")
     if tied is None:
         tied = family.tied
-        if model_type not in _FAMILIES:
+        if estimate is not None:
             notes.append("tie_word_embeddings is not in the file: taken as false.")
-    layers = _layers(keys, model_type)
-    vocab, d = keys.whole("vocab_size"), keys.whole("hidden_size")
-    learned = model_type == "gpt2"
-    max_length = keys.whole("max_position_embeddings") if learned else None
-    if keys.get("max_position_embeddings") is not None:
+    stored = quantization.read(keys.values) or quantization.read(outer)
+    layers = blocks.layers(keys)
+    if stored is not None and stored.bits is not None:
+        layers = tuple(
+            dataclasses.replace(layer, widths=stored.widths(i)) for i, layer in enumerate(layers)
+        )
+    vocab = keys.whole("vocab_size")
+    d = keys.whole("hidden_size")
+    # OPT-350M alone embeds in fewer numbers than D and maps between the two.
+    embedded = keys.whole("word_embed_proj_dim", d)
+    rows = family.positions
+    if keys.get("learned_positions"):
+        rows = 0
+    max_length = None
+    if rows is not None or keys.get("max_position_embeddings") is not None:
         max_length = keys.whole("max_position_embeddings")
-    table = (0 if tied else vocab * d) + (max_length * d if learned else 0)
-    other = vocab * d + d * (2 if family.layernorm else 1)
-    macs = vocab * d
-    if h := _per_layer_input(keys, model_type):
+    head = vocab * embedded
+    table = 0 if tied else head
+    if rows is not None:
+        table += (max_length + rows) * d
+    norm = blocks.norm_numbers(keys) * d
+    other = head + norm * (keys.flag(family.final_norm) + family.embedding_norm)
+    macs = head
+    if embedded != d:
+        other += 2 * embedded * d
+        macs += 2 * embedded * d
+    if keys.flag(family.head_bias):
+        other += vocab
+    if h := blocks.per_layer_width(keys):
         table += keys.whole("vocab_size_per_layer_input") * len(layers) * h
         other += d * len(layers) * h + h
         macs += d * len(layers) * h
+    if keys.get("num_nextn_predict_layers"):
+        notes.append(
+            "Layers that predict further tokens (num_nextn_predict_layers) are not counted: they"
+            " are a draft model beside this one."
+        )
     if keys.defaulted:
         named = ", ".join(keys.defaulted)
         notes.append(f"Not in the file, so the defaults of {model_type}: {named}.")
-    return Model(model_type, layers, table, other, macs, max_length, learned, tuple(notes))
+    return Model(
+        model_type,
+        layers,
+        table,
+        other,
+        macs,
+        max_length,
+        rows is not None,
+        tuple(notes),
+        estimate=estimate,
+        quantization=stored,
+        head_bytes=stored.head_bytes() if stored is not None and stored.bits else 2.0,
+        head_params=0 if tied else head,
+    )
 
 
-def _layers(keys: _Keys, model_type: str) -> tuple[Layer, ...]:
-    num_layers = keys.whole("num_hidden_layers")
-    windows = _windows(keys, num_layers, model_type)
-    own = num_layers - keys.whole("num_kv_shared_layers", 0, least=0)
-    return tuple(_layer(keys, model_type, i, w, 0 < own <= i) for i, w in enumerate(windows))
+def _architectures(outer: Mapping, values: Mapping) -> list[str]:
+    found = []
+    for level in (outer, values):
+        named = level.get("architectures")
+        found += [str(name) for name in named] if isinstance(named, list) else []
+    return list(dict.fromkeys(found))
 
 
-def _layer(keys: _Keys, model_type: str, index: int, window: int | None, borrows: bool) -> Layer:
-    family, d, n = keys.family, keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    k, tied_kv = keys.whole("num_key_value_heads", n), False
-    head_dim = keys.whole("head_dim") if keys.get("head_dim") else None
-    if model_type == "gemma4_text" and window is None:
-        head_dim, tied_kv = keys.whole("global_head_dim"), bool(keys.get("attention_k_eq_v"))
-        k = keys.whole("num_global_key_value_heads", k) if tied_kv else k
-    biased = family.bias in ("qkv", "all") or (family.bias == "key" and keys.get("attention_bias"))
-    try:
-        attention = AttentionSpec(
-            d_model=d, num_heads=n, num_kv_heads=k, head_dim=head_dim,
-            sharing="q-k=v" if tied_kv else "q-k-v",
-            position="none" if model_type == "gpt2" else "rope", qk_norm=family.qk_norm,
-            window=window, use_bias=bool(biased),
-        )  # fmt: skip
-    except UserError as error:
-        raise UserError(f"{keys.path}: {error}") from None
-    dense = family.norms * d * (2 if family.layernorm else 1)
-    if family.bias == "qkv":
-        dense -= d  # the output projection of Qwen2 has no bias, which use_bias counts
-    macs, experts = 0, {}
-    if keys.get("num_local_experts") or keys.get("num_experts"):
-        shared_macs, shared_params, experts = _experts(keys, model_type, index)
-        macs, dense = macs + shared_macs, dense + shared_params
-    if not experts or model_type == "gemma4_text":
-        f = _feed_forward(keys, model_type, borrows)
-        matrices = 3 if family.gated else 2
-        macs += matrices * d * f
-        dense += matrices * d * f
-        if model_type == "gpt2" or keys.get("mlp_bias"):
-            dense += (matrices - 1) * f + d
-    if h := _per_layer_input(keys, model_type):
-        macs += 2 * d * h
-        dense += 2 * d * h + d
-    if model_type == "gpt_oss":
-        dense += n  # a learned sink a head
-    return Layer(attention, dense, macs, reuses_cache=borrows, **experts)
+def _family(
+    model_type: str, values: Mapping, architectures: list[str]
+) -> tuple[str, Family | None]:
+    """Returns the family of the table and its name; a file without a type is known by its class."""
+    name = SAME.get(model_type, model_type)
+    if name in FAMILIES:
+        return model_type, FAMILIES[name]
+    if not model_type:
+        classes = {_plain(one) for one in FAMILIES} & {_class_of(one) for one in architectures}
+        for one in FAMILIES:
+            if _plain(one) in classes:
+                return one, FAMILIES[one]
+        # GPT-2's own files are older than model_type.
+        foreign = ("multi_query", "rotary_dim", "position_embedding_type", "alibi")
+        if "n_embd" in values and not any(values.get(key) for key in foreign):
+            return "gpt2", FAMILIES["gpt2"]
+    return model_type, None
 
 
-def _feed_forward(keys: _Keys, model_type: str, borrows: bool) -> int:
-    if model_type == "gpt2":
-        return keys.whole("intermediate_size", 4 * keys.whole("hidden_size"))
-    doubled = borrows and keys.get("use_double_wide_mlp")
-    return keys.whole("intermediate_size") * (2 if doubled else 1)
-
-
-def _per_layer_input(keys: _Keys, model_type: str) -> int:
-    """Width of Gemma 4's embedding of every layer; 0 where there is none."""
-    known = model_type == "gemma4_text"
-    return keys.whole("hidden_size_per_layer_input", least=0) if known else 0
-
-
-def _experts(keys: _Keys, model_type: str, index: int) -> tuple[int, int, dict]:
-    """Multiply-adds and parameters that every token uses, and the fields of the experts.
-
-    Empty fields mean that this layer is dense (`decoder_sparse_step`, `mlp_only_layers`).
-    """
-    every = keys.whole("decoder_sparse_step", 1)
-    plain = keys.get("mlp_only_layers", [])
-    if not isinstance(plain, list):
-        raise UserError(f"{keys.path}: {keys.where}'mlp_only_layers' must be a list of layers")
-    if index in plain or (index + 1) % every:
-        return 0, 0, {}
-    d = keys.whole("hidden_size")
-    e = keys.whole("num_local_experts" if keys.get("num_local_experts") else "num_experts")
-    used = keys.whole("top_k_experts" if model_type == "gemma4_text" else "num_experts_per_tok")
-    if used > e:
-        raise UserError(f"{keys.path}: {used} experts a token, but there are {e}: correct one")
-    # Mixtral and gpt-oss keep the width of an expert in intermediate_size.
-    own_key = keys.get("num_local_experts") and not keys.get("moe_intermediate_size")
-    f = keys.whole("intermediate_size" if own_key else "moe_intermediate_size")
-    macs = params = d * e
-    expert = 3 * d * f
-    if model_type == "gemma4_text":
-        params += d + e + 3 * d  # the router's scales, three more norms
-    elif model_type == "gpt_oss":
-        params += e
-        expert += 2 * f + d
-    if keys.get("shared_expert_intermediate_size"):
-        shared = 3 * d * keys.whole("shared_expert_intermediate_size") + d
-        macs, params = macs + shared, params + shared
-    fields = {"num_experts": e, "experts_per_token": used, "expert_params": expert}
-    return macs, params, fields | {"expert_macs": 3 * d * f}
-
-
-def _windows(keys: _Keys, num_layers: int, model_type: str) -> list[int | None]:
-    """Keys that a query of each layer sees; None means all."""
-    types = keys.get("layer_types")
-    if types is None:
-        types = _layer_types(keys, num_layers)
-    if not isinstance(types, list) or len(types) != num_layers:
+def _like_a_known_one(
+    model_type: str, values: Mapping, path: str, where: str
+) -> tuple[Family, str]:
+    """Returns the family whose layout an unknown file has, and why the counts are an estimate."""
+    latent = recognise.is_latent(values)
+    reason = recognise.unlike_llama(values, latent)
+    named = "the file has no model_type"
+    if model_type:
+        named = f"model_type {model_type[:40]!r} is not known to plan"
+    part = f"its {where.removesuffix('.')}" if where else "the file"
+    if reason is not None:
         raise UserError(
-            f"{keys.path}: {keys.where}'layer_types' must be a list with an entry for each of the"
-            f" {num_layers} layers"
+            f"{path}: {named}, and {part} is not laid out like Llama's: {reason}; {REMEDY}"
         )
-    if model_type == "gemma4_text":
-        types = [*types[:-1], "full_attention"]  # as its configuration class forces
-    for name in types:
-        if name not in ("full_attention", "sliding_attention"):
-            raise UserError(
-                f"{keys.path}: plan counts layers of full_attention and sliding_attention, and"
-                f" {keys.where}'layer_types' has {name!r}, which does not cache K and V like them"
-            )
-    return [keys.whole("sliding_window") if t == "sliding_attention" else None for t in types]
+    family = FAMILIES["deepseek_v3"] if latent else FAMILIES["llama"]
+    if latent and not values.get("n_routed_experts"):
+        family = dataclasses.replace(family, experts=None)
+    family = dataclasses.replace(family, defaults={}, mlp_bias="mlp_bias")
+    like = "DeepSeek-V3's" if latent else "Llama's"
+    return family, f"{named}: its keys were counted like {like}"
 
 
-def _layer_types(keys: _Keys, num_layers: int) -> list[str]:
-    kind, full = keys.family.windows, ["full_attention"] * num_layers
-    off = kind == "none" or keys.values.get("use_sliding_window") is False
-    if off or keys.get("sliding_window") is None:
-        return full
-    first, every = 0, None
-    if kind == "qwen":
-        if not keys.get("use_sliding_window"):
-            return full
-        first = keys.whole("max_window_layers", least=0)
-    if kind == "pattern" or keys.get("sliding_window_pattern") is not None:
-        every = keys.whole("sliding_window_pattern")
-    return [
-        "full_attention" if i < first or (every and (i + 1) % every == 0) else "sliding_attention"
-        for i in range(num_layers)
-    ]
+def _another_class(
+    model_type: str, family: Family, values: Mapping, outer: Mapping, architectures: list[str]
+) -> str | None:
+    """Returns why the class of a file may not be that of its `model_type`; None where it is."""
+    if values is not outer:
+        return None
+    expected = {_plain(model_type), *family.classes}
+    for name in architectures:
+        headless = name.endswith("Model") and not name.endswith("LMHeadModel")
+        fits = _class_of(name) in expected and not headless
+        if not fits and _plain(name) not in family.classes:
+            return f"architectures has {name[:40]}, which is not the decoder of {model_type}"
+    return None
+
+
+def _plain(model_type: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", model_type.lower()).removesuffix("text")
+
+
+def _class_of(architecture: str) -> str:
+    return _plain(_HEADS.sub("", architecture))

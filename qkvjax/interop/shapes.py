@@ -1,6 +1,6 @@
-"""A stranger's decoder in our words: its shapes and what they cost, no weights, no jax.
+"""A published decoder in our words: its shapes and what they cost, no weights, no jax.
 
-Letters: D model width, K key-value heads, H head width, L layers, E experts.
+Letters: D model width, N query heads, K key-value heads, H head width, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -8,38 +8,78 @@ from __future__ import annotations
 import dataclasses
 
 from qkvjax.attention.spec import AttentionSpec
+from qkvjax.interop.latent import LatentSpec
+from qkvjax.interop.quantization import Quantization, Widths
+
+Spec = AttentionSpec | LatentSpec
+
+
+def matrix_params(spec: Spec) -> int:
+    """Returns the learned numbers of the matrices of an attention layer."""
+    if isinstance(spec, LatentSpec):
+        return spec.matrix_params
+    return dataclasses.replace(spec, use_bias=False, qk_norm=False).num_params
+
+
+def cache_reads(spec: Spec, dtype: str, layout: str | None) -> list[tuple[int, int | None]]:
+    """Returns what a decoding step reads of a layer's cache: (bytes a token, most tokens)."""
+    if isinstance(spec, LatentSpec):
+        return spec.reads(dtype)
+    return [(spec.cache_bytes_per_token(dtype, layout), spec.window)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One block of a stranger's model.
+    """One block of a published model.
 
     Attributes:
       attention: the variant; its `sharing` and `num_kv_heads` are what `plan` changes.
       dense_params: learned numbers outside attention and experts.
       dense_macs: multiply-adds a token costs there.
+      ffn_macs: of them, in the feed-forward that every token passes.
+      shared_macs: of them, in the experts that every token uses.
       num_experts: E; 0 for a dense layer.
       experts_per_token: how many of them one token uses.
       expert_params: learned numbers of one expert.
       expert_macs: multiply-adds a token costs in one expert.
       reuses_cache: whether K and V come from an earlier layer (`num_kv_shared_layers`).
+      role_norm_params: of a norm, for all query heads, and again for all key heads.
+      head_norm_params: of a norm, for each query head and each key-value head.
+      widths: bytes of a number of each part in a quantised file.
     """
 
-    attention: AttentionSpec
+    attention: Spec
     dense_params: int
     dense_macs: int
+    ffn_macs: int = 0
+    shared_macs: int = 0
     num_experts: int = 0
     experts_per_token: int = 0
     expert_params: int = 0
     expert_macs: int = 0
     reuses_cache: bool = False
+    role_norm_params: int = 0
+    head_norm_params: int = 0
+    widths: Widths | None = None
 
     @property
     def _absent_width(self) -> int:
         """Width of the K and V projections that a layer with a borrowed cache lacks."""
         spec = self.attention
+        if not self.reuses_cache:
+            return 0
         blocks = sum("q" not in block for block in spec.blocks)
-        return blocks * spec.num_kv_heads * spec.head_dim if self.reuses_cache else 0
+        return blocks * spec.num_kv_heads * spec.head_dim
+
+    def _norms_beside(self) -> int:
+        """Learned numbers of norms of queries and keys that `AttentionSpec` does not know."""
+        if not self.role_norm_params and not self.head_norm_params:
+            return 0
+        spec = self.attention
+        tied = spec.block("q") == spec.block("k")
+        roles = 1 if tied else 2
+        heads = spec.num_heads if tied else spec.num_heads + spec.num_kv_heads
+        return roles * self.role_norm_params + heads * self.head_norm_params
 
     def params(self, experts: float) -> float:
         """Learned numbers with `experts` of the experts counted."""
@@ -47,7 +87,24 @@ class Layer:
         absent = self._absent_width * spec.d_model
         if self.reuses_cache and spec.qk_norm:
             absent += spec.head_dim
-        return spec.num_params - absent + self.dense_params + experts * self.expert_params
+        attention = spec.num_params - absent + self._norms_beside()
+        return attention + self.dense_params + experts * self.expert_params
+
+    def weight_bytes(self, experts: float, size: int | None) -> float:
+        """Bytes of the same: `size` a number, or None for those of the quantised file."""
+        if size is not None or self.widths is None:
+            return self.params(experts) * (2 if size is None else size)
+        widths = self.widths
+        attention = matrix_params(self.attention) - self._absent_width * self.attention.d_model
+        parts = (
+            (attention, widths.attention),
+            (self.ffn_macs, widths.feed_forward),
+            (self.shared_macs, widths.shared),
+            (experts * self.expert_macs, widths.experts),
+        )
+        narrow = sum(count for count, _ in parts)
+        rest = self.params(experts) - narrow
+        return rest * widths.rest + sum(count * width for count, width in parts)
 
     def forward_macs(self, length: int) -> int:
         """Multiply-adds of one sequence, all length^2 pairs or the window's band counted."""
@@ -59,7 +116,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A stranger's decoder.
+    """A published decoder.
 
     Attributes:
       model_type: as the file says.
@@ -71,6 +128,11 @@ class Model:
       max_length: positions the model was made for; None where the file does not say.
       learned_positions: whether longer sequences are impossible.
       notes: what a reader must know about the counts, a sentence each.
+      estimate: why the counts are not exact; None where they are.
+      part: what is counted where the file describes more, such as a vision tower; else None.
+      quantization: how the file stores the weights; None for all alike.
+      head_bytes: bytes of a number of an output head of its own, in a quantised file.
+      head_params: learned numbers of that head; 0 where it is the embedding.
     """
 
     model_type: str
@@ -81,6 +143,16 @@ class Model:
     max_length: int | None
     learned_positions: bool
     notes: tuple[str, ...]
+    estimate: str | None = None
+    part: str | None = None
+    quantization: Quantization | None = None
+    head_bytes: float = 2.0
+    head_params: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the parameters and the cache are those of the architecture, to the digit."""
+        return self.estimate is None
 
     @property
     def num_params(self) -> int:
@@ -100,20 +172,38 @@ class Model:
         Rows looked up in tables are left out; of E experts, k a token, uniform routing reads
         E (1 - (1 - k/E)^batch) on average.
         """
-        total = float(self.other_params)
-        for layer in self.layers:
-            e, k = layer.num_experts, layer.experts_per_token
-            total += layer.params(e * (1 - (1 - k / e) ** batch) if e else 0)
-        return total
+        inside = sum(layer.params(_experts_read(layer, batch)) for layer in self.layers)
+        return float(self.other_params) + inside
+
+    def weight_bytes(self, size: int | None) -> float:
+        """Bytes of all weights: `size` a number, or None for those of the quantised file."""
+        inside = sum(layer.weight_bytes(layer.num_experts, size) for layer in self.layers)
+        tables = self.table_params * (2 if size is None else size)
+        return tables + self._other_bytes(size) + inside
+
+    def read_bytes(self, batch: int, size: int | None) -> float:
+        """Bytes of the weights that one decoding step of `batch` sequences reads."""
+        inside = sum(layer.weight_bytes(_experts_read(layer, batch), size) for layer in self.layers)
+        return self._other_bytes(size) + inside
+
+    def _other_bytes(self, size: int | None) -> float:
+        if size is not None:
+            return self.other_params * size
+        return 2 * (self.other_params - self.head_params) + self.head_bytes * self.head_params
 
     def forward_macs(self, length: int) -> int:
         """Multiply-adds of one sequence: matrix products and attention, no lookups or norms."""
         inside = sum(layer.forward_macs(length) for layer in self.layers)
         return inside + length * self.other_macs
 
-    def with_attention(self, specs: tuple[AttentionSpec, ...]) -> Model:
+    def with_attention(self, specs: tuple[Spec, ...]) -> Model:
         """The same model with other attention layers."""
         layers = zip(self.layers, specs)
         return dataclasses.replace(
             self, layers=tuple(dataclasses.replace(layer, attention=s) for layer, s in layers)
         )
+
+
+def _experts_read(layer: Layer, batch: int) -> float:
+    e = layer.num_experts
+    return e * (1 - (1 - layer.experts_per_token / e) ** batch) if e else 0

@@ -1,0 +1,119 @@
+"""Rewrites files whose keys need more than another name into the keys that `blocks` reads.
+
+Each function takes the parsed values of a file and returns them with standard keys added. What a
+file does not say is left to the defaults of its configuration class, repeated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def falcon(values: Mapping) -> Mapping:
+    """Returns Falcon's three kinds: multi-query (7B), grouped (40B, 180B, 11B) and plain (RW)."""
+    heads = values.get("num_attention_heads", values.get("n_head"))
+    # The first files of 40B have no such switch, but a key that only they have.
+    grouped = values.get("new_decoder_architecture", values.get("n_head_kv") is not None)
+    norms = values.get("num_ln_in_parallel_attn")
+    if norms is None and grouped:
+        norms = 2
+    kv_heads = heads
+    if grouped:
+        kv_heads = values.get("num_kv_heads", values.get("n_head_kv")) or heads
+    elif values.get("multi_query", True):
+        kv_heads = 1
+    one_norm = bool(values.get("parallel_attn", True)) and norms != 2
+    return dict(values) | {
+        "num_key_value_heads": kv_heads,
+        "one_norm": one_norm,
+        "rotary": not values.get("alibi", False),
+    }
+
+
+def gpt_bigcode(values: Mapping) -> Mapping:
+    """Returns GPTBigCode with its one key-value head, or as many as query heads."""
+    heads = values.get("n_head", values.get("num_attention_heads"))
+    return dict(values) | {"num_key_value_heads": 1 if values.get("multi_query", True) else heads}
+
+
+def mpt(values: Mapping) -> Mapping:
+    """Returns MPT with the keys of `attn_config` beside the others."""
+    attention = values.get("attn_config") or {}
+    heads = values.get("n_heads")
+    kv_heads = attention.get("kv_n_heads") or heads
+    if attention.get("attn_type") == "multiquery_attention":
+        kv_heads = 1
+    # Learned positions are what remains where neither ALiBi nor RoPE is on.
+    learned = values.get("learned_pos_emb", True)
+    learned = learned and not attention.get("alibi", True) and not attention.get("rope")
+    return dict(values) | {
+        "num_key_value_heads": kv_heads,
+        "feed_forward_times": values.get("expansion_ratio", 4),
+        "learned_positions": learned,
+        "rotary": bool(attention.get("rope")),
+        "biased": not values.get("no_bias", True),
+        "qk_ln": attention.get("qk_ln", False),
+    }
+
+
+def dbrx(values: Mapping) -> Mapping:
+    """Returns DBRX with the keys of `attn_config` and `ffn_config` beside the others."""
+    attention = values.get("attn_config") or {}
+    feed_forward = values.get("ffn_config") or {}
+    return dict(values) | {
+        "num_key_value_heads": attention.get("kv_n_heads", 1),
+        "num_experts": feed_forward.get("moe_num_experts", 4),
+        "num_experts_per_tok": feed_forward.get("moe_top_k", 1),
+        "intermediate_size": feed_forward.get("ffn_hidden_size", 3584),
+    }
+
+
+def gpt_neo(values: Mapping) -> Mapping:
+    """Returns GPT-Neo with `attention_types` written out as `layer_types`."""
+    kinds = {"global": "full_attention", "local": "sliding_attention"}
+    types = []
+    for pattern, times in values.get("attention_types") or [[["global", "local"], 12]]:
+        types += [kinds.get(name, name) for name in pattern] * times
+    window = values.get("window_size", 256)
+    return dict(values) | {"layer_types": types, "sliding_window": window}
+
+
+def chatglm(values: Mapping) -> Mapping:
+    """Returns ChatGLM 2 and 3 and GLM-4's first files, of which some have groups of heads."""
+    heads = values.get("num_attention_heads")
+    grouped = values.get("multi_query_attention", False)
+    return dict(values) | {
+        "num_key_value_heads": values.get("multi_query_group_num", 1) if grouped else heads,
+        "qkv_biased": values.get("add_qkv_bias", False) or values.get("add_bias_linear", False),
+    }
+
+
+def qwen1(values: Mapping) -> Mapping:
+    """Returns the first Qwen, whose `intermediate_size` counts both halves of the gated pair."""
+    both = values.get("intermediate_size")
+    halved = both // 2 if isinstance(both, int) else both
+    return dict(values) | {"intermediate_size": halved, "biased": not values.get("no_bias", True)}
+
+
+def opt(values: Mapping) -> Mapping:
+    """Returns OPT; 350M has its norms after the blocks and none at the end."""
+    before = values.get("do_layer_norm_before", True)
+    final = before and not values.get("_remove_final_layer_norm", False)
+    return dict(values) | {"has_final_norm": final}
+
+
+def hunyuan_moe(values: Mapping) -> Mapping:
+    """Returns Hunyuan MoE with lists of equal entries as their one value."""
+    changed = dict(values)
+    for name in ("moe_topk", "num_experts", "moe_intermediate_size", "num_shared_expert"):
+        value = values.get(name)
+        if isinstance(value, list) and len(set(map(repr, value))) == 1:
+            changed[name] = value[0]
+    return changed
+
+
+def exaone4(values: Mapping) -> Mapping:
+    """Returns EXAONE 4 with a pattern of letters ("LLLG") as the number that it stands for."""
+    pattern = values.get("sliding_window_pattern")
+    regular = isinstance(pattern, str) and pattern == "L" * (len(pattern) - 1) + "G"
+    return dict(values) | ({"sliding_window_pattern": len(pattern)} if regular else {})
