@@ -236,7 +236,8 @@ def _dataset(
     counts = f"train {labels.get('train', 0):,} tokens, validation {labels['validation']:,}"
     if whole:
         counts = f"{labels['validation']:,} tokens to score"
-    size = f"{num_files:,} file{'s' * (num_files != 1)}, {num_documents:,} documents"
+    size = f"{num_files:,} file{'s' * (num_files != 1)}, {num_documents:,} document"
+    size += "s" * (num_documents != 1)
     size += f" ({skipped} skipped)" * bool(skipped) + f", {num_bytes / 1e6:.2f} MB"
     return Dataset(
         tokenizer=tokenizer, seq_len=seq_len, score_pads=score_pads, digest=digest,

@@ -15,6 +15,7 @@ from pathlib import Path
 from qkvjax.data.compression import compression_of, opened
 from qkvjax.errors import UserError
 
+TOKEN_MAGICS = (20240520, 20240801)  # of llm.c's files of ids
 HEAD = 1 << 16  # bytes that are looked at
 # Bytes that text does not hold, whatever its encoding (tab, line ends, backspace, form feed and
 # escape are in texts). One in ten bytes of compressed or numeric data is among them.
@@ -23,13 +24,13 @@ _MOST_CONTROL = 0.02
 _MOST_NUL = 0.001
 
 _UNPACK = "unpack it and name the folder"
-_IMAGE = "text is wanted; labelled images for a ViT are npz:PATH or idx:FOLDER"
+_IMAGE = "leave it out; labelled images for a ViT are npz:FILE or idx:FOLDER"
 _DOCUMENT = "save its text as UTF-8"
 _ROWS = "save the column with the text as jsonl or parquet"
 _PARQUET = "use parquet:PATH#COLUMN"
 _ARROW = "use arrow:PATH#COLUMN"
 _TOKENS = "if it holds token ids, use tokens:PATH"
-_ARRAYS = "token ids are tokens:PATH, labelled images npz:PATH"
+_ARRAYS = "token ids are tokens:PATH, labelled images npz:FILE"
 _CONVERT = "convert it to UTF-8 text"
 _WEIGHTS = "it holds a model's weights: name files of text"
 _PROGRAM = "name files of text"
@@ -182,7 +183,7 @@ def refusal(path: Path, found: Format, wanted: str) -> UserError:
       wanted: what the source takes, as "text: takes UTF-8 text".
     """
     remedy = found.remedy.replace("PATH", str(path))
-    return UserError(f"{path} is {found.name}, and {wanted}: {remedy}")
+    return UserError(f"{path} is {found.name}, and {wanted}; {remedy}")
 
 
 def require_text(path: Path, wanted: str) -> Format:
@@ -207,7 +208,8 @@ def token_header(head: bytes) -> tuple[int, int, int] | None:
     magic, version, count = struct.unpack("<3i", head[:12])
     year, month, day = magic // 10000, magic // 100 % 100, magic % 100
     is_date = 2023 <= year <= 2039 and 1 <= month <= 12 and 1 <= day <= 31
-    return (magic, version, count) if is_date and 0 <= version < 1000 else None
+    is_header = magic in TOKEN_MAGICS or (is_date and 0 <= version < 1000)
+    return (magic, version, count) if is_header else None
 
 
 def _wide_text(head: bytes) -> str:

@@ -74,9 +74,12 @@ def _opened(kind, file):
             yield table
     except (pyarrow.ArrowException, OSError) as error:
         found = look(file)
-        if found.is_text or found.name.startswith((_IS[kind], "an Arrow stream", "binary data")):
+        if found.is_text:
+            use = f"use jsonl:{file}#FIELD or text:{file}"
+            raise UserError(f"{file} is no {kind} file but {found.name}: {use}") from None
+        if found.evidence == "content" or f"use {kind}:" in found.remedy:
             raise UserError(
-                f"{file} is no {kind} file, or a damaged one ({error}): copy it again"
+                f"{file} is no {kind} file, or damaged ({error}): copy it again"
             ) from None
         raise refusal(file, found, f"{kind}: takes {_IS[kind]}") from None
 

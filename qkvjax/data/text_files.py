@@ -30,6 +30,7 @@ def open_text(name: str, path: str) -> tuple[tuple[Path, ...], tuple[str, ...], 
         raise refusal(files[0], formats[0], _WANTED)
     kept = [(file, found) for file, found in zip(files, formats) if found.is_text]
     others = [(file, found) for file, found in zip(files, formats) if not found.is_text]
+    _refuse_tables(name, kept, others)
     left_out += tuple(f"{file.name} ({found.name})" for file, found in others)
     if not kept:
         file, found = others[0]
@@ -58,3 +59,10 @@ def read_text(files: tuple[Path, ...], formats: list[Format]) -> Iterator[bytes]
                     " it to UTF-8"
                 ) from None
         yield content
+
+
+def _refuse_tables(name, kept, others):
+    """Raises UserError where texts lie beside more data, as a card beside a data set does."""
+    data = [(file, found) for file, found in others if found.remedy.startswith("use ")]
+    if sum(file.stat().st_size for file, _ in data) > sum(file.stat().st_size for file, _ in kept):
+        raise refusal(*data[0], f"{name} names few texts beside such files")
