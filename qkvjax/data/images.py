@@ -176,8 +176,8 @@ def _require_numbered(source, labels):
     """Raises UserError for labels that are names and not numbers."""
     if labels.dtype.kind in "USOV":
         raise UserError(
-            f"{source}: the labels are names ({labels.dtype}, the first {str(labels[0])!r}), and must be"
-            " whole numbers from 0 on: number them, with the same names for every split:"
+            f"{source}: the labels are names ({labels.dtype}, the first {str(labels[0])!r}), and"
+            " must be whole numbers from 0 on: number them, the same way in every split:"
             " names, labels = numpy.unique(labels, return_inverse=True)"
         )
 

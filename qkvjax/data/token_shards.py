@@ -189,7 +189,9 @@ class Ids:
         while start < stop:
             limit = min(stop, int(self._limits[first + 1]))
             before = int(self._limits[first])
-            pieces.append(self._mapped(first)[start - before : limit - before])
+            piece = self._mapped(first)[start - before : limit - before]
+            is_whole = limit - start == stop - start and not pieces
+            pieces.append(piece if is_whole else np.array(piece))  # a view keeps its file open
             start = limit
             first += 1
         ids = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, "<u2"), *pieces])

@@ -116,7 +116,10 @@ def test_every_set_has_one_odd_image(npz):
             r"1099511627778 is out of range.*fewer",
         ),
         ({"images": np.where(PIXELS == 7, np.nan, PIXELS), "labels": LABELS}, "finite real"),
-        ({"images": PIXELS, "labels": LABELS.astype(str)}, "labels are names.*'[012]'.*numpy.unique"),
+        (
+            {"images": PIXELS, "labels": LABELS.astype(str)},
+            "labels are names.*'[012]'.*numpy.unique",
+        ),
         ({"images": PIXELS, "labels": LABELS.astype("S4")}, "labels are names"),
         (
             {"x_train": PIXELS, "y_train": LABELS, "x_test": PIXELS, "y_test": LABELS.astype(str)},
