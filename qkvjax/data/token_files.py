@@ -14,7 +14,7 @@ import numpy as np
 from qkvjax.data.sources import TokenFiles
 from qkvjax.data.split import HELD_OUT
 from qkvjax.data.store import damaged, find_or_make
-from qkvjax.data.token_shards import Ids, open_shard, recognise
+from qkvjax.data.token_shards import Ids, doubt, open_shard, recognise
 from qkvjax.data.tokenizers import Tokenizer
 from qkvjax.errors import UserError
 
@@ -66,6 +66,8 @@ def open_tokens(
     files = source.train_files + source.validation_files
     _refuse_characters(files, tokenizer)
     shards = [open_shard(file, source.dtype) for file in files]
+    for line in filter(None, map(doubt, shards if source.dtype else ())):
+        log(f"data: warning: {line}")
     shards = recognise(shards, tokenizer.num_ids, source.name)
     number = len(source.train_files)
     train = Ids(shards[:number])

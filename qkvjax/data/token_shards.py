@@ -100,6 +100,15 @@ def with_dtype(shard: Shard, dtype: np.dtype) -> Shard:
     return Shard(shard.path, 0, size // dtype.itemsize, dtype)
 
 
+def doubt(shard: Shard) -> str:
+    """Returns what speaks against the type that was named for a file without a header, or ""."""
+    width = _width(shard) if not shard.offset else None
+    if width in (None, shard.dtype.itemsize):
+        return ""
+    named = f"{shard.path} is read as {shard.dtype.name}, as it was named"
+    return f"{named}, and looks like uint{8 * width}"
+
+
 def recognise(shards: list[Shard], num_ids: int, name: str) -> list[Shard]:
     """Gives every shard without a header its dtype, from a sample of its content.
 

@@ -129,6 +129,12 @@ def test_a_named_type(tmp_path, plain):
     path = tmp_path / "a#1.bin"
     IDS.astype("<u4").tofile(path)
     same(prepared(f"{path}#uint32"), plain)
+    lines = []
+    prepare(f"tokens:{path}#uint16", "bytes", 8, log=lines.append)
+    assert "is read as uint16, as it was named, and looks like uint32" in lines[0]
+    lines.clear()
+    prepare(f"tokens:{path}#uint32", "bytes", 8, log=lines.append)
+    assert not any("warning" in line for line in lines)
     np.zeros(500, "<u4").tofile(path)
     assert prepared(f"{path}#uint32").num_train_tokens == 448
     with pytest.raises(UserError, match="'uint23' is no type of ids.*did you mean 'uint32'"):
