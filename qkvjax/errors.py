@@ -49,6 +49,11 @@ def read_object(path: Path, remedy: str = "restore it from a copy, or delete it"
     """
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} cannot be read (there is no such file): check the path, or restore it from a"
+            " copy"
+        ) from None
     except OSError as error:
         why = f"{path} cannot be read ({error.strerror})"
         raise UserError(f"{why}: check the path, or {remedy}") from None

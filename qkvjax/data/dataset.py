@@ -171,6 +171,8 @@ def prepare(
     """
     opened = open_source(source)
     loaded = load_tokenizer(tokenizer)
+    for note in opened.notes():
+        log(f"data: {note}")
     flags = (seq_len, score_pads, whole)
     make = _from_tokens if isinstance(opened, TokenFiles) else _from_documents
     dataset = make(opened, loaded, flags, log)
@@ -219,6 +221,7 @@ def _from_documents(source: Source, tokenizer: Tokenizer, flags, log) -> Dataset
             "num_documents": split.num_documents,
             "num_bytes": split.num_bytes,
             "counts": counts,
+            "skipped": ", ".join(source.skipped),
         }
         (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -230,35 +233,42 @@ def _from_documents(source: Source, tokenizer: Tokenizer, flags, log) -> Dataset
     labels = {name: count["labels"] for name, count in counts.items()}
     return _dataset(
         source.name, tokenizer, flags, summary["content"], summary["num_documents"],
-        summary["num_bytes"], rows, labels,
+        summary["num_bytes"], rows, labels, len(source.files), summary["skipped"],
     )  # fmt: skip
 
 
 def _from_tokens(source: TokenFiles, tokenizer: Tokenizer, flags, log) -> Dataset:
     seq_len, score_pads, whole = flags
-    streams, content = open_tokens(source, tokenizer, whole)
+    streams, content = open_tokens(source, tokenizer, whole, log)
     rows, labels = {}, {}
     for name in SPLITS[1:] if whole else SPLITS:
         stream = streams[name]
         packed = name == "train" and not score_pads
         windows = WindowRows(stream, seq_len, tokenizer.separator, first_only=score_pads)
         rows[name] = PackedRows(stream, seq_len) if packed else windows
-        scored = int((stream.spans[:, 1] - stream.spans[:, 0]).sum())
+        scored = stream.num_labels
         num_tokens = len(stream.tokens) if name == "train" else scored
         _check(source.name, name, len(rows[name]), num_tokens, seq_len, whole)
         labels[name] = len(rows[name]) * seq_len if packed or score_pads else scored
     num_documents = sum(len(stream.spans) for stream in streams.values())
     num_bytes = sum(stream.tokens.nbytes for stream in streams.values())
-    return _dataset(source.name, tokenizer, flags, content, num_documents, num_bytes, rows, labels)
+    return _dataset(
+        source.name, tokenizer, flags, content, num_documents, num_bytes, rows, labels,
+        len(source.train_files + source.validation_files),
+    )  # fmt: skip
 
 
-def _dataset(name, tokenizer, flags, content, num_documents, num_bytes, rows, labels) -> Dataset:
+def _dataset(
+    name, tokenizer, flags, content, num_documents, num_bytes, rows, labels, num_files, skipped=""
+) -> Dataset:
     seq_len, score_pads, whole = flags
     digest = _sha256([content, tokenizer.fingerprint, flags])
     counts = f"train {labels.get('train', 0):,} tokens, validation {labels['validation']:,}"
     if whole:
         counts = f"{labels['validation']:,} tokens to score"
-    size = f"{num_documents:,} documents, {num_bytes / 1e6:.2f} MB"
+    size = f"{num_files:,} file{'s' * (num_files != 1)}, {num_documents:,} document"
+    size += "s" * (num_documents != 1)
+    size += f" ({skipped} skipped)" * bool(skipped) + f", {num_bytes / 1e6:.2f} MB"
     return Dataset(
         tokenizer=tokenizer, seq_len=seq_len, score_pads=score_pads, digest=digest,
         description=f"{name}, {size}, sha256 {content[:12]}; {counts}", num_documents=num_documents,
@@ -276,7 +286,11 @@ def _rows(split, name, tokenizer, flags, counts) -> Iterator[np.ndarray]:
     def documents():
         nonlocal num_tokens
         for document in split.documents(name):
-            ids = tokenizer.encode(document)
+            try:
+                ids = tokenizer.encode(document)
+            except UserError as error:
+                file = split.source.file_of(document)
+                raise UserError(f"{file}: {error}" if file else str(error)) from None
             num_tokens += len(ids)
             yield ids
 
@@ -312,7 +326,8 @@ def _check(source, split, num_rows, num_tokens, seq_len, whole):
 def _read_summary(folder: Path):
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        return {key: summary[key] for key in ("content", "num_documents", "num_bytes", "counts")}
+        found = {key: summary[key] for key in ("content", "num_documents", "num_bytes", "counts")}
+        return found | {"skipped": summary.get("skipped", "")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(folder, error) from None
 

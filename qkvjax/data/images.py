@@ -16,7 +16,8 @@ import numpy as np
 
 from qkvjax.data import tfds_source
 from qkvjax.data.examples import Examples, Labelled
-from qkvjax.data.sources import expanded
+from qkvjax.data.files import expanded
+from qkvjax.data.formats import HEAD, identify
 from qkvjax.data.split import HELD_OUT
 from qkvjax.errors import UserError
 
@@ -73,9 +74,13 @@ def patches_of(
     _, height, width, channels = images.train[0].shape
     down, across = height // patch_size, width // patch_size
     if height % patch_size or width % patch_size:
+        common = np.gcd(height, width)
+        remedy = f"choose a divisor of {common}"
+        if common == 1:
+            remedy = "only 1 divides both sides, so pad or crop the images, to a square for example"
         raise UserError(
             f"model.patch_size={patch_size} does not divide images of {height} x {width} pixels:"
-            f" choose a divisor of {np.gcd(height, width)}"
+            f" {remedy}"
         )
     if seq_len != down * across + 1:
         raise UserError(
@@ -143,11 +148,14 @@ def _crop_flip(images, rng):
 def _checked(source, images, labels, train_images, train_labels):
     """Images with a channel axis, and int64 labels of classes that the training images have."""
     _paired(source, images, labels)
+    _require_numbered(source, train_labels)
     if images.shape[1:] != train_images.shape[1:]:
         raise UserError(
             f"{source}: images to score are {images.shape[1:]}, those to train on"
             f" {train_images.shape[1:]}: make them of one size"
         )
+    _require_channels_last(source, images)
+    _require_numbered(source, labels)
     if images.dtype.kind not in "buif" or not np.isfinite(images).all():
         raise UserError(f"{source}: pixels ({images.dtype}) must be finite real numbers")
     images = images[..., None] if images.ndim == 3 else images
@@ -164,13 +172,38 @@ def _checked(source, images, labels, train_images, train_labels):
     return images, labels.astype(np.int64)
 
 
+def _require_numbered(source, labels):
+    """Raises UserError for labels that are names and not numbers."""
+    if labels.dtype.kind in "USOV":
+        raise UserError(
+            f"{source}: the labels are names ({labels.dtype}, the first {str(labels[0])!r}), and"
+            " must be whole numbers from 0 on: number them, the same way in every split:"
+            " names, labels = numpy.unique(labels, return_inverse=True)"
+        )
+
+
+def _require_channels_last(source, images):
+    """Raises UserError for [n, channels, height, width], which PyTorch uses."""
+    if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[3] > 4:
+        raise UserError(
+            f"{source}: images {images.shape} look like [n, channels, height, width], and must be"
+            " [n, height, width, channels]: save images.transpose(0, 2, 3, 1)"
+        )
+
+
 def _paired(source, images, labels):
     """Raises UserError unless the shapes are those of images and their labels."""
     fits = images.ndim in (3, 4) and labels.ndim == 1 and len(images) == len(labels)
     if not fits or not len(images):
+        remedy = ""
+        if len(images) == len(labels) and labels.ndim == 2:
+            one_hot = labels.shape[1] > 1
+            remedy = f"; save labels{'.argmax(1)' if one_hot else '[:, 0]'}"
+        elif images.ndim == 2 and len(images) == len(labels):
+            remedy = "; save images.reshape(n, height, width)"
         raise UserError(
             f"{source}: images {images.shape} and labels {labels.shape} do not fit: they are"
-            " [n, height, width] or [n, height, width, channels], and [n]"
+            f" [n, height, width] or [n, height, width, channels], and [n]{remedy}"
         )
 
 
@@ -252,7 +285,23 @@ def _read_or_tell(source, file: Path, read: Callable[[Path], object]):
             f"data.source={source!r}: nothing is at {file.absolute()}: check the path"
         ) from None
     except _DAMAGE as error:
-        raise UserError(f"{file} is damaged or of another kind ({error}): copy it again") from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    """What is said of a file that is damaged, or of another format."""
+    text = f"{file} is damaged or of another kind ({error}): "
+    if "Object arrays" in str(error):
+        return UserError(
+            f"{text}it holds Python objects, which can run code when they are opened; save images"
+            " of one size and labels as plain arrays of numbers"
+        )
+    with open(file, "rb") as content:
+        found = identify(content.read(HEAD))
+    if file.suffix == ".npz" and found.name.startswith("a numpy array"):
+        return UserError(f"{text}it is one array; save images and labels with numpy.savez")
+    named = found.evidence == "magic" and not found.name.startswith(("compressed", "a zip"))
+    return UserError(text + (f"it is {found.name}" if named else "copy it again"))
 
 
 def _tfds(source, rest):

@@ -91,7 +91,8 @@ def training_batch(rows: np.ndarray, separator: int, score_pads: bool) -> dict[s
 def scored_batch(
     rows: np.ndarray, separator: int, score_pads: bool, bytes_of_id: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """A training batch whose separators, and so its padding, weigh 0 (1 with `score_pads`).
+    """A training batch whose labels of no bytes weigh 0 (1 with `score_pads`): separators, and so
+    padding, and special tokens inside documents.
 
     Args:
       rows: int32 [R, T + 1].
@@ -105,7 +106,7 @@ def scored_batch(
     targets = batch["targets"]
     is_pad = targets == separator
     if not score_pads:
-        batch["weights"][is_pad] = 0
+        batch["weights"][is_pad | (bytes_of_id[targets] == 0)] = 0
     batch["num_bytes"] = bytes_of_id[targets].sum(1, dtype=np.int32)
     batch["pad_labels"] = (is_pad & (batch["weights"] > 0)).sum(1, dtype=np.int32)
     return batch

@@ -1,24 +1,27 @@
 """Where documents come from: `data.source`, as bytes in a fixed order.
 
-One function a kind. It finds the files at once (a missing path is told before anything is
-read) and gives a generator that reads them document by document.
+One function a kind. It finds the files at once and looks at the first bytes of each, so that what
+is missing or of another format is refused before anything is read; the generator it gives reads
+them document by document.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import glob
 import importlib.util
 import itertools
 import json
-import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from qkvjax.data import tfds_source
+from qkvjax.data import jsonl, tables, text_files, tfds_source
+from qkvjax.data.files import expanded, listed, split_field, walk
+from qkvjax.data.token_paths import find_tokens
+from qkvjax.data.token_shards import open_shard
 from qkvjax.errors import UserError, did_you_mean
 
+__all__ = ["Source", "TokenFiles", "expanded", "open_source"]
 # Parts of the standard library that hold tests and packages of others.
 STDLIB_SKIPPED = frozenset(
     "site-packages dist-packages test tests idlelib lib2to3 turtledemo __pycache__".split()
@@ -32,41 +35,93 @@ class Source:
     Attributes:
       name: as in the configuration.
       files: what is read, in order.
-      read: yields the documents, empty ones too.
+      read: yields the documents, empty ones too, and None for a null.
+      left_out: files that are not read, each with the reason.
+      document_per_file: whether `read` yields a document for each of `files`.
+      skipped: what the last complete reading skipped, as "2 nulls"; filled by `documents`.
     """
 
     name: str
     files: tuple[Path, ...]
-    read: Callable[[], Iterable[bytes]] = dataclasses.field(repr=False)
+    read: Callable[[], Iterable[bytes | None]] = dataclasses.field(repr=False)
+    left_out: tuple[str, ...] = ()
+    document_per_file: bool = False
+    skipped: list[str] = dataclasses.field(default_factory=list, compare=False)
 
     def documents(self) -> Iterator[bytes]:
-        """The documents that are not empty, always in the same order."""
-        return filter(None, self.read())
+        """Yields the documents that are not empty, always in the same order."""
+        empty = nulls = 0
+        for document in self.read():
+            if document:
+                yield document
+            elif document is None:
+                nulls += 1
+            else:
+                empty += 1
+        counts = ((empty, "empty"), (nulls, "null"))
+        self.skipped[:] = [f"{count:,} {what}" for count, what in counts if count]
 
     def key(self) -> str:
-        """A fingerprint that costs no reading: the name, and paths, sizes and times of files."""
+        """Returns a fingerprint that costs no reading: the name, and paths, sizes and times."""
         return _key(self.name, self.files)
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns lines for the log, about files that were left out."""
+        return _notes(self.name, len(self.files), self.left_out)
+
+    def file_of(self, document: bytes) -> Path | None:
+        """Finds the file that a document, or a part of one, stands in, by reading again."""
+        if self.document_per_file:
+            for file, content in zip(self.files, self.read()):
+                if document in content:
+                    return file
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenFiles:
-    """`tokens:`: uint16 ids as nanoGPT writes them; without `validation`, one file to split."""
+    """`tokens:`: files of ids; without `validation`, one stream to divide.
+
+    Attributes:
+      train, validation: the first file of each.
+      more_train, more_validation: the files behind it, in order.
+      dtype: what the ids are, where it is named.
+      left_out: files beside these that are not read.
+    """
 
     name: str
     train: Path
     validation: Path | None = None
+    more_train: tuple[Path, ...] = ()
+    more_validation: tuple[Path, ...] = ()
+    dtype: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def train_files(self) -> tuple[Path, ...]:
+        """All files to train on, or to divide."""
+        return (self.train, *self.more_train)
+
+    @property
+    def validation_files(self) -> tuple[Path, ...]:
+        """All files that are held out."""
+        return (self.validation, *self.more_validation) if self.validation else ()
 
     def key(self) -> str:
-        """A fingerprint that costs no reading."""
-        return _key(self.name, filter(None, (self.train, self.validation)))
+        """Returns a fingerprint that costs no reading."""
+        return _key(self.name, self.train_files + self.validation_files)
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns lines for the log, about files that were left out."""
+        return _notes(self.name, len(self.train_files + self.validation_files), self.left_out)
 
 
 def open_source(source: str) -> Source | TokenFiles:
-    """The documents that `data.source` names.
+    """Opens what `data.source` names.
 
     Raises:
-      UserError: an unknown kind, nothing at the path, or a missing package or data set, at
-        once; malformed content while it is read.
+      UserError: an unknown kind, nothing at the path, another format, or a missing package or
+        data set, at once; malformed content while it is read.
     """
     kind, colon, rest = source.partition(":")
     if kind not in _OPENERS:
@@ -83,113 +138,52 @@ def _key(name, files):
     return json.dumps([name, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
 
 
+def _notes(name, num_files, left_out):
+    if not left_out:
+        return ()
+    total = num_files + len(left_out)
+    return (f"{name}: {len(left_out):,} of {total:,} files are left out: {listed(left_out, 5)}",)
+
+
 def _stdlib(name, _):
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = _walk(root, ".py", skipped=STDLIB_SKIPPED)
+    files = walk(root, (".py",), skipped=STDLIB_SKIPPED)
     if not files:
         use = "use data.source=text:PATH with your own text"
         raise UserError(f"this Python keeps no sources at {root}: {use}")
-    return Source(name, files, lambda: map(Path.read_bytes, files))
+    return Source(name, files, lambda: map(Path.read_bytes, files), document_per_file=True)
 
 
 def _text(name, path):
-    files = _find(name, path)
-    return Source(name, files, lambda: (file.read_bytes() for file in files))
+    files, left_out, formats = text_files.open_text(name, path)
+
+    def read():
+        return text_files.read_text(files, formats)
+
+    return Source(name, files, read, left_out, document_per_file=True)
 
 
 def _jsonl(name, rest):
-    path, field = _split_field(rest)
-    files = _find(name, path, ".jsonl")
-
-    def read():
-        for file in files:
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _field_of_line(line, field, f"{file}, line {number}")
-
-    return Source(name, files, read)
+    path, field = split_field(rest, "text")
+    files, left_out, formats = jsonl.open_jsonl(name, path)
+    return Source(name, files, lambda: jsonl.read_jsonl(files, formats, field), left_out)
 
 
-def _field_of_line(line, field, where):
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: no JSON ({error}); correct or delete that line") from None
-    if not isinstance(row, dict) or field not in row:
-        keys = list(row) if isinstance(row, dict) else []
-        raise UserError(
-            f"{where}: no field {field!r} among {', '.join(keys) or 'none'}; name the field with"
-            f" the text as jsonl:PATH#FIELD{did_you_mean(field, keys)}"
-        )
-    try:
-        return _as_bytes(row[field])
-    except (TypeError, UnicodeEncodeError) as error:
-        raise UserError(
-            f"{where}: field {field!r} is no text ({error}); correct the line or name another"
-            " field as jsonl:PATH#FIELD"
-        ) from None
+def _table(name, rest):
+    kind = name.partition(":")[0]
+    path, column = split_field(rest, "text")
+    files = tables.open_tables(name, kind, path, column)
+    return Source(name, files, lambda: tables.read_tables(kind, files, column))
 
 
-def _parquet(name, rest):
-    import pyarrow
-    import pyarrow.parquet
-
-    path, column = _split_field(rest)
-    files = _find(name, path, ".parquet")
-
-    def opened(file):
-        try:
-            return pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{file} is no parquet file ({error}): copy it again") from None
-
-    for file in files:
-        with opened(file) as table:
-            names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(
-                f"{file} has no column {column!r} among {', '.join(names)}; name the column with"
-                f" the text as parquet:PATH#COLUMN{did_you_mean(column, names)}"
-            )
-
-    def read():
-        for file in files:
-            with opened(file) as table:
-                for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                    try:
-                        values = batch.column(0).to_pylist()
-                    except UnicodeDecodeError as error:
-                        raise UserError(
-                            f"{file}: column {column!r} is not UTF-8 ({error}): write it again"
-                        ) from None
-                    for value in values:
-                        try:
-                            yield _as_bytes("" if value is None else value)
-                        except TypeError as error:
-                            raise UserError(
-                                f"{file}: column {column!r} is no text ({error}); name another"
-                                " column as parquet:PATH#COLUMN"
-                            ) from None
-
-    return Source(name, files, read)
-
-
-def _tokens(name, path):
-    folder = expanded(path)
-    if not folder.is_dir():
-        (file, *others) = _find(name, path)
-        if others:
-            raise UserError(f"data.source={name!r} is {1 + len(others)} files: name one")
-        return TokenFiles(name, file)
-    files = [folder / "train.bin", folder / "val.bin"]
-    for file in files:
-        if not file.is_file():
-            raise UserError(
-                f"data.source={name!r}: {file.absolute()} is missing; a folder holds train.bin and"
-                " val.bin (uint16), else name one file as tokens:PATH"
-            )
-    return TokenFiles(name, *files)
+def _tokens(name, rest):
+    train, validation, dtype, left_out = find_tokens(name, rest)
+    for file in train + validation:
+        open_shard(file, dtype)
+    return TokenFiles(
+        name, train[0], *validation[:1], more_train=train[1:], more_validation=validation[1:],
+        dtype=dtype, left_out=left_out,
+    )  # fmt: skip
 
 
 def _kjv(name, _):
@@ -208,74 +202,17 @@ def _kjv(name, _):
 
 
 def _tfds(name, rest):
-    path, split = _split_field(rest, default="train")
-    files, read = tfds_source.open_prepared(path, split)
+    path, _, split = rest.partition("#")
+    files, read = tfds_source.open_prepared(path, split or "train")
     return Source(name, files, read)
 
 
 # What a user writes, and who opens it.
 _FORMS = (
-    "stdlib", "text:PATH", "jsonl:PATH#FIELD", "parquet:PATH#COLUMN", "tokens:PATH", "kjv",
-    "tfds:NAME",
+    "stdlib", "text:PATH", "jsonl:PATH#FIELD", "parquet:PATH#COLUMN", "arrow:PATH#COLUMN",
+    "tokens:PATH", "kjv", "tfds:NAME",
 )  # fmt: skip
 _OPENERS = {
-    "stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tokens": _tokens,
-    "kjv": _kjv, "tfds": _tfds,
+    "stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _table, "arrow": _table,
+    "tokens": _tokens, "kjv": _kjv, "tfds": _tfds,
 }  # fmt: skip
-
-
-def _as_bytes(value):
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise TypeError(f"it is {type(value).__name__}")
-    return value.encode()
-
-
-def _split_field(rest, default="text"):
-    path, _, field = rest.partition("#")
-    return path, field or default
-
-
-def expanded(path: str) -> Path:
-    """The path with its ~ or ~user replaced.
-
-    Raises:
-      UserError: there is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}; write the folder in full") from None
-
-
-def _find(name, path, suffix="") -> tuple[Path, ...]:
-    """A file, the files of a folder or the matches of a glob, sorted by relative path."""
-    place = expanded(path)
-    if place.is_file():
-        return (place,)
-    if place.is_dir():
-        files = _walk(place, suffix)
-        if not files:
-            what = f"{suffix} file" if suffix else "file"
-            raise UserError(f"data.source={name!r}: {place.absolute()} holds no {what}")
-        return files
-    matches = (Path(match) for match in sorted(glob.glob(str(place), recursive=True)))
-    files = tuple(match for match in matches if match.is_file())
-    if not files:
-        raise UserError(
-            f"data.source={name!r}: nothing is at {place.absolute()}: check the path, which is"
-            " relative to the current folder"
-        )
-    return files
-
-
-def _walk(root, suffix, skipped=frozenset()):
-    """Files below a folder that are regular, end in `suffix` and are not hidden."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
-        shown = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
-        found += [Path(folder, name) for name in shown]
-    files = filter(Path.is_file, found)
-    return tuple(sorted(files, key=lambda file: file.relative_to(root).as_posix()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Tokenizer:
       separator: the id that stands before each document.
       table: the bytes of each id; b"" for the separator and other special ids.
       fingerprint: tells tokenizers apart, whatever their paths.
+      special: the names of ids that stand for no text, which token files may have.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Tokenizer:
     table: tuple[bytes, ...]
     fingerprint: str
     _encode: Callable[[bytes], np.ndarray] = dataclasses.field(repr=False)
+    special: Mapping[int, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def num_ids(self) -> int:
@@ -107,7 +109,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     bpe.encode_special_tokens = True
     digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     encode = functools.partial(_encode_bpe, bpe, table, name)
-    return Tokenizer(kind, separator, table, hashlib.sha256(digests).hexdigest(), encode)
+    if kind == "gpt2":
+        special = {GPT2_SEPARATOR: SEPARATORS[0]}
+    else:
+        added = bpe.get_added_tokens_decoder().items()
+        special = {i: token.content for i, token in added if token.special}
+    fingerprint = hashlib.sha256(digests).hexdigest()
+    return Tokenizer(kind, separator, table, fingerprint, encode, special)
 
 
 def tokenizer_size(name: str) -> int:

@@ -14,13 +14,16 @@ Letters: D model width, N query heads, K key-value heads, H head width, V vocabu
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from qkvjax.data.formats import HEAD, identify
 from qkvjax.errors import UserError
 from qkvjax.kernels.stored import NORM_EPSILON
 from qkvjax.models.spec import scan_period
@@ -88,10 +91,23 @@ def read(path: str | Path) -> Imported:
         file.require_plain()
         return _model(file, gguf.dequantize)
     except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, struct.error) as error:
-        raise UserError(
-            f"{path} is damaged, truncated or no GGUF file ({type(error).__name__}: {error}): copy"
-            " it again"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """What is said of a file that the library cannot read."""
+    if "GGMLQuantizationType" in str(error) or "which we cannot handle" in str(error):
+        return UserError(
+            f"{path} is newer than the installed gguf {importlib.metadata.version('gguf')}"
+            f" ({error}): pip install --upgrade gguf, or take the model in another quantisation, as"
+            " Q8_0 or F16"
+        )
+    text = f"{path} is damaged, truncated or no GGUF file ({type(error).__name__}: {error})"
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head and not head.startswith(b"GGUF"):
+        return UserError(f"{text}: it is {identify(head).name}; give --source a .gguf file")
+    return UserError(f"{text}: copy it again")
 
 
 class _File:
@@ -112,11 +128,18 @@ class _File:
         return value
 
     def require_plain(self) -> None:
+        count = self.values.get("split.count", 1)
+        if isinstance(count, int) and count > 1:
+            number = int(self.values.get("split.no", 0)) + 1
+            raise UserError(
+                f"{self.path} is shard {number} of {count} of a model: merge them with"
+                f" llama-gguf-split --merge FIRST_SHARD {_merged(self.path)}, and import that"
+            )
         architecture = self.values.get("general.architecture")
         if architecture != "llama":
             raise UserError(
                 f"{self.path} holds a model of architecture {architecture!r}: convert import reads"
-                " 'llama' (Llama 2, SmolLM, TinyLlama and others of that form)"
+                " 'llama' with a byte-level BPE (SmolLM, SmolLM2 and others of that form)"
             )
         for name, plain in _PLAIN.items():
             if self.get(name, plain[0]) not in plain:
@@ -127,6 +150,7 @@ class _File:
 
 
 def _model(file: _File, dequantize) -> Imported:
+    tokenizer = _tokenizer(file)  # first: it refuses at once what takes minutes to widen
     layers, d = file.whole("block_count"), file.whole("embedding_length")
     heads = file.whole("attention.head_count")
     kv_heads = file.whole("attention.head_count_kv", heads)
@@ -144,11 +168,19 @@ def _model(file: _File, dequantize) -> Imported:
         if tensor is None:
             raise UserError(f"{file.path} has no tensor {name}.weight: copy it again")
         taken.add(tensor.name)
-        found = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        kind = tensor.tensor_type.name
+        try:
+            found = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except RuntimeError as error:  # what the library does not implement
+            raise UserError(
+                f"{file.path}: {tensor.name} is quantised as {kind}, which the installed gguf"
+                f" {importlib.metadata.version('gguf')} cannot widen ({error}): pip install"
+                " --upgrade gguf, or take the model in another quantisation, as Q8_0 or F16"
+            ) from None
         if found.shape != shape:
             raise UserError(f"{file.path}: {tensor.name} is {found.shape}, where {shape} was due")
         if len(shape) == 2:
-            types.add(tensor.tensor_type.name)
+            types.add(kind)
         return found
 
     def halves(rows: np.ndarray) -> np.ndarray:
@@ -199,13 +231,24 @@ def _model(file: _File, dequantize) -> Imported:
         "tie_embeddings": tied, "init": "normal",
     }  # fmt: skip
     context = file.whole("context_length")
-    return Imported(fields, context, arrays, _tokenizer(file), ", ".join(sorted(types)))
+    return Imported(fields, context, arrays, tokenizer, ", ".join(sorted(types)))
+
+
+def _merged(path: Path) -> str:
+    """A name for the file that its shards are merged into."""
+    return re.sub(r"-\d+-of-\d+$", "", path.stem) + ".gguf"
 
 
 def _tokenizer(file: _File) -> dict:
     """The content of a tokenizer.json."""
     kind, cut = (file.values.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     cut = {None: "gpt-2", "default": "gpt-2"}.get(cut, cut)
+    if kind in ("llama", "t5"):
+        raise UserError(
+            f"{file.path} has a tokenizer of kind {kind!r}, which is SentencePiece, as Llama 2,"
+            " TinyLlama and Mistral have: bits per byte need a byte-level BPE, so convert import"
+            " reads models with one, as SmolLM and SmolLM2 are"
+        )
     if kind != "gpt2" or cut not in PRE_TOKENIZERS:
         raise UserError(
             f"{file.path} has a tokenizer of kind {kind!r}, cut as {cut!r}: convert import reads"

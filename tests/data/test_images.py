@@ -116,6 +116,24 @@ def test_every_set_has_one_odd_image(npz):
             r"1099511627778 is out of range.*fewer",
         ),
         ({"images": np.where(PIXELS == 7, np.nan, PIXELS), "labels": LABELS}, "finite real"),
+        (
+            {"images": PIXELS, "labels": LABELS.astype(str)},
+            "labels are names.*'[012]'.*numpy.unique",
+        ),
+        ({"images": PIXELS, "labels": LABELS.astype("S4")}, "labels are names"),
+        (
+            {"x_train": PIXELS, "y_train": LABELS, "x_test": PIXELS, "y_test": LABELS.astype(str)},
+            "labels are names",
+        ),
+        ({"images": PIXELS, "labels": np.array([{}] * 60)}, "holds Python objects"),
+        ({"images": PIXELS, "labels": np.eye(3)[LABELS]}, r"do not fit.*labels\.argmax\(1\)"),
+        ({"images": PIXELS, "labels": LABELS[:, None]}, r"do not fit.*labels\[:, 0\]"),
+        ({"images": PIXELS.reshape(60, -1), "labels": LABELS}, "do not fit.*reshape"),
+        (
+            {"images": PIXELS[:, None].repeat(3, 1), "labels": LABELS},
+            r"3, 8, 12\) look like \[n, channels.*transpose\(0, 2, 3, 1\)",
+        ),
+        ({"images": PIXELS[:, None], "labels": LABELS}, "look like .n, channels"),
         ({"images": PIXELS * 1j, "labels": LABELS}, r"pixels \(complex128\) must be finite real"),
         ({"images": PIXELS.astype(str), "labels": LABELS}, "must be finite real"),
         (
@@ -138,7 +156,7 @@ def test_damaged_files_are_told(npz, idx, tmp_path):
             open_images(source)
     with open(file, "wb") as alone:
         np.save(alone, PIXELS)  # an array, and not a file of several
-    with pytest.raises(UserError, match="is damaged or of another kind"):
+    with pytest.raises(UserError, match="is damaged or of another kind.*numpy.savez"):
         open_images(source)
     with pytest.raises(UserError, match="nothing is at"):
         open_images("npz:/nowhere.npz")
@@ -162,6 +180,9 @@ def test_shapes_that_do_not_fit(npz):
     images = open_images(npz(images=PIXELS, labels=LABELS))
     with pytest.raises(UserError, match="patch_size=5 does not divide images of 8 x 12"):
         patches_of("npz:x", images, 5, 7, "none")
+    odd = open_images(npz(images=PIXELS[:, :7], labels=LABELS))
+    with pytest.raises(UserError, match="7 x 12 pixels: only 1 divides both sides, so pad or crop"):
+        patches_of("npz:x", odd, 4, 7, "none")
     with pytest.raises(UserError, match="data.seq_len=7, not 16"):
         patches_of("npz:x", images, 4, 16, "none")
     with pytest.raises(UserError, match="data.seq_len=10"):

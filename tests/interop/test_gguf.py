@@ -81,7 +81,8 @@ def test_the_tokenizer_comes_along(tmp_path):
         ({"without": ["blk.1.ffn_up"]}, r"no tensor blk\.1\.ffn_up\.weight"),
         ({"extra": ["rope_freqs"]}, r"no place for, the first 'rope_freqs\.weight'"),
         ({"llama__rope__scaling__type": "yarn"}, r"rope\.scaling\.type='yarn'"),
-        ({"tokenizer": "llama"}, "tokenizer of kind 'llama'"),
+        ({"tokenizer": "llama"}, "tokenizer of kind 'llama', which is SentencePiece.*as SmolLM"),
+        ({"tokenizer": "bert"}, "tokenizer of kind 'bert'"),
     ],
 )
 def test_files_that_ours_is_not_equal_to(tmp_path, options, message):
@@ -102,6 +103,52 @@ def test_damaged_files(tmp_path, capsys):
     assert not (tmp_path / "run" / "config.json").exists()
     assert main(["convert", "import", "--source=nothing.gguf", f"--workdir={tmp_path}/r"]) == 2
     assert "there is no file nothing.gguf" in capsys.readouterr().err
+
+
+def test_a_message_recommends_nothing_that_is_refused(tmp_path):
+    write(tmp_path / "a.gguf", architecture="gemma")
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / "a.gguf")
+    assert "Llama 2" not in str(refused.value) and "TinyLlama" not in str(refused.value)
+
+
+def test_shards_are_to_be_merged(tmp_path):
+    import gguf
+
+    path = tmp_path / "model-00002-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"shard 2 of 3.*gguf-split --merge .* model\.gguf"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(999, "is newer than the installed gguf.*999.*pip install --upgrade gguf"), (9, "Q8_1")],
+)
+def test_a_quantisation_that_the_library_does_not_know(tmp_path, number, message):
+    path = tmp_path / "a.gguf"
+    write(path)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 2 * 8
+    content[at : at + 4] = number.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as refused:
+        read(path)
+    assert "copy it again" not in str(refused.value)
+
+
+def test_another_format_is_named(tmp_path):
+    path = tmp_path / "a.gguf"
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match="no GGUF file.*it is a safetensors file"):
+        read(path)
 
 
 def test_tied_copies(tmp_path, capsys):

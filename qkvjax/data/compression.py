@@ -1,0 +1,63 @@
+"""Compressed files, read as what is in them: gzip, zstd, bz2, xz and lz4."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from qkvjax.errors import UserError
+
+# How a file starts, whatever its name; a zstd file may start with a frame to be skipped.
+_STARTS = {
+    "gzip": rb"\x1f\x8b\x08",
+    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+    "bz2": rb"BZh[1-9](1AY&SY|\x17\x72E8P\x90)",
+    "xz": rb"\xfd7zXZ\0",
+    "lz4": rb"\x04\x22\x4d\x18",
+}
+_BUFFER = 1 << 16
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def compression_of(head: bytes) -> str:
+    """Returns "gzip", "zstd", "bz2", "xz", "lz4", or "" for the first bytes of a plain file."""
+    return next((name for name, start in _STARTS.items() if re.match(start, head, re.DOTALL)), "")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to read what it holds, decompressed on the way.
+
+    Raises:
+      UserError: while it is read: a compressed file that is damaged or truncated.
+    """
+    with open(path, "rb") as file:
+        name = compression_of(file.read(16))
+    if not name:
+        with open(path, "rb") as file:
+            yield file
+        return
+    try:
+        with _open(path, name) as file:
+            yield file
+    except _DAMAGE as error:
+        raise UserError(
+            f"{path} is compressed ({name}), and damaged or truncated ({error}): copy it again"
+        ) from None
+
+
+def _open(path, name) -> BinaryIO:
+    if name in ("gzip", "bz2", "xz"):
+        return {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[name](path, "rb")
+    import pyarrow
+
+    stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), name)
+    return io.BufferedReader(stream, _BUFFER)
