@@ -98,6 +98,7 @@ def train(
     from qkvjax.training.report import cost_table, goodput
     from qkvjax.training.run import check_workdir, only_one, prepare_run
     from qkvjax.training.signals import requests
+    from qkvjax.training.workdir import keep_tokenizer
 
     # ---- data, model, mesh ------------------------------------------------------------------
     started = time.perf_counter()
@@ -141,6 +142,9 @@ def train(
         if done >= steps:
             log(f"nothing left to train: {workdir} is at step {done} of {steps}")
             return earlier[-1] if earlier else {"step": done}
+        if hasattr(run.dataset, "tokenizer"):
+            fingerprint = run.dataset.tokenizer.fingerprint
+            first(lambda: keep_tokenizer(workdir, config.data.tokenizer, fingerprint))
         first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
 
         # ---- compile ----------------------------------------------------------------------------
