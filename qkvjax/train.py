@@ -92,6 +92,7 @@ def train(
 
     from qkvjax import config as configs
     from qkvjax.evaluation.evaluators import make_evaluators
+    from qkvjax.parallel.mesh import find_devices, idle_devices
     from qkvjax.training import guard, loop, resume
     from qkvjax.training.checkpoint import Checkpoints, check_copies
     from qkvjax.training.metrics import Metrics, append_line, check_wandb, read_lines, write_json
@@ -107,11 +108,11 @@ def train(
     fields = configs.flatten(configs.to_dict(config))
     distributed.check_alike(lambda: fields | distributed.program())
     together(lambda: check_wandb(config.train.wandb))
+    if idle := idle_devices(config.mesh, len(together(find_devices))):
+        log(idle)
     run = together(lambda: prepare_run(config, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
     log(cost_table(run))
-    if run.mesh.size < jax.device_count():
-        log(f"{run.mesh.size} of {jax.device_count()} devices are used: mesh.fsdp=-1 takes all")
     if workdir is None:
         return {}
     first(lambda: check_workdir(workdir, config, run.dataset.digest))
