@@ -18,8 +18,9 @@ biases) and `paper` (pre-LayerNorm, GELU, learned positions, biases, N(0, 0.02^2
   7b      6,782,988,288  6,666,985,472  4096      1024              30,720
   70b     68,864,471,040 55,482,302,464 4096      1024              307,200
 
-Sizes read GPT-2 tokens from data/ and its BPE from data/gpt2; a depth trains on the interpreter's
-own library (depth=2 has 435,968 parameters, depth=4 3,281,664). No size has been trained yet.
+Sizes read GPT-2 tokens from data/ and its BPE from data/gpt2, and train on all devices, over which
+parameters are sharded (mesh.fsdp=-1). A depth trains on the interpreter's library, on one device
+(depth=2 has 435,968 parameters, depth=4 3,281,664). No size has been trained yet.
 
 Learning rate of the modern recipe: 3e-3 at width 256, falling as width^-1/2; the paper's is
 its own, 2e-4 at 300m and 6e-5 at 1.2b.
@@ -61,6 +62,7 @@ def get_config(arg=None):
         data.source, data.tokenizer = "tokens:data", "gpt2:data/gpt2"
         config.train.steps = f"{20 * 12 * layers * width**2} tokens"  # 20 a parameter
         config.train.compute_dtype = "bfloat16"
+        config.mesh.fsdp = -1  # all devices there are; the mesh is no part of what a run is
         model.update(ALSO.get(given.size, {}))
     else:
         layers = given.depth or 4

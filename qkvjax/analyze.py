@@ -53,11 +53,14 @@ def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
     from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.metrics import write_lines
     from qkvjax.training.restore import load_model
+    from qkvjax.training.workdir import check_data
 
     model, _, config, step = load_model(workdir, values.step, mesh=for_scoring)
     inside.chosen(model.spec.layers, values.projections)  # before the data are read
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
     check_fits(dataset, model.spec)
+    if values.data is None:
+        check_data(workdir, config.data.source, dataset.digest)
     inputs = inside.sequences(dataset, values.num_sequences)
     with rules.on_mesh_of(model):
         records, seen = inside.analyze(model, inputs, values.projections)

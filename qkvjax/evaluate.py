@@ -5,11 +5,11 @@
   qkvjax evaluate --workdir=runs/first --tasks=bits_per_byte --step=500
   qkvjax evaluate --workdir=runs/first --verify            reads every checkpoint, scores nothing
 
-Without --data the run's own validation documents are scored; with it, the whole corpus. Each
-document is read on its own in windows of data.seq_len and every token is scored once, so that
-the score does not depend on the batch size. Parameters are sharded over all devices, and so are
-the rows of a batch where the devices divide their number. Tasks: bits_per_byte and perplexity of
-text; accuracy, of all labels and as a mean over classes, of what has labels. Lines are added to
+Without --data the run's own validation documents are scored, provided that its data are still what
+it was trained on; with --data, the whole corpus. Each document is read on its own in windows of
+data.seq_len and every token is scored once, so that the score does not depend on the batch size.
+Parameters and rows are sharded over all devices. Tasks: bits_per_byte and perplexity of text;
+accuracy, of all labels and as a mean over classes, of what has labels. Lines are added to
 WORKDIR/evaluation.jsonl. --verify compares every array with the fingerprint that was saved beside
 it; a damaged checkpoint is exit code 45.
 """
@@ -67,10 +67,15 @@ def body(values: flags.FlagValues) -> None:
     from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.metrics import append_line
     from qkvjax.training.restore import load_model
+    from qkvjax.training.workdir import check_data, same_location
 
     model, tokenizer, config, step = load_model(values.workdir, values.step, mesh=for_scoring)
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
     check_fits(dataset, model.spec)
+    if values.data is None:
+        check_data(Path(values.workdir), config.data.source, dataset.digest)
+    elif same_location(values.data, config.data.source):
+        print(f"note: {values.data} is what the run was trained on: most of this text it has seen")
     for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
         with rules.on_mesh_of(model):
             scores = score(task, model, dataset, config, values.batch_size)

@@ -116,6 +116,7 @@ def train(
     from qkvjax import config as configs
     from qkvjax import kernels
     from qkvjax.evaluation.evaluators import compile_evaluators, make_evaluators
+    from qkvjax.parallel.mesh import find_devices, idle_devices
     from qkvjax.progress import working
     from qkvjax.training import guard, loop, resume
     from qkvjax.training.checkpoint import Checkpoints, check_copies
@@ -125,6 +126,7 @@ def train(
     from qkvjax.training.report import cost_table, goodput
     from qkvjax.training.run import check_workdir, only_one, prepare_run, steps_of
     from qkvjax.training.signals import requests
+    from qkvjax.training.workdir import keep_tokenizer
 
     # ---- data, model, mesh ------------------------------------------------------------------
     started = time.perf_counter()
@@ -134,11 +136,11 @@ def train(
     chosen = {"--attention": kernels.preferred, "XLA's flags": xla_flags.in_force()}
     distributed.check_alike(lambda: fields | distributed.program() | chosen)
     together(lambda: check_wandb(config.train.wandb))
+    if idle := idle_devices(config.mesh, len(together(find_devices))):
+        log(idle)
     run = together(lambda: prepare_run(config, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
     log(cost_table(run))
-    if run.mesh.size < jax.device_count():
-        log(f"{run.mesh.size} of {jax.device_count()} devices are used: mesh.fsdp=-1 takes all")
     if workdir is None:
         return {}
     first(lambda: check_workdir(workdir, config, run.dataset.digest))
@@ -180,6 +182,9 @@ def train(
         if done >= steps and not loop.is_unscored(earlier, done, run, evaluators):
             log(f"nothing left to train: {workdir} is at step {done} of {steps}")
             return earlier[-1] if earlier else {"step": done}
+        if hasattr(run.dataset, "tokenizer"):
+            fingerprint = run.dataset.tokenizer.fingerprint
+            first(lambda: keep_tokenizer(workdir, config.data.tokenizer, fingerprint))
         first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
 
         # ---- compile ----------------------------------------------------------------------------

@@ -287,3 +287,18 @@ def test_data_sets_of_the_vision_study(recipe, arg, source, length, epochs, sett
 def test_a_data_set_that_the_paper_does_not_have(recipe):
     with pytest.raises(UserError, match="dataset='minst' is none of mnist.*did you mean 'mnist'"):
         recipe("configs/paper/vision.py", "dataset=minst")
+
+
+@pytest.mark.parametrize("path", ["configs/lm.py", "configs/paper/lm.py"])
+def test_recipes_with_a_size_use_all_devices(recipe, path):
+    import jax
+
+    from qkvjax.parallel.mesh import idle_devices, make_mesh
+
+    config = recipe(path, "size=300m")
+    assert idle_devices(config.mesh, 8) is None
+    mesh = make_mesh(dict(config.mesh), jax.devices()[:1])
+    assert mesh.size == 1
+    one = configs.changed(config, mesh={"fsdp": 1})
+    assert configs.identity(one) == configs.identity(configs.changed(config))
+    assert recipe("configs/lm.py", "depth=2").mesh.fsdp == 1

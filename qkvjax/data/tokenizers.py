@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -107,15 +108,40 @@ def load_tokenizer(name: str) -> Tokenizer:
     bpe.no_padding()
     # A document that spells a special token means its characters.
     bpe.encode_special_tokens = True
-    digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     encode = functools.partial(_encode_bpe, bpe, table, name)
     if kind == "gpt2":
         special = {GPT2_SEPARATOR: SEPARATORS[0]}
     else:
         added = bpe.get_added_tokens_decoder().items()
         special = {i: token.content for i, token in added if token.special}
-    fingerprint = hashlib.sha256(digests).hexdigest()
-    return Tokenizer(kind, separator, table, fingerprint, encode, special)
+    return Tokenizer(kind, separator, table, _digest(files), encode, special)
+
+
+def tokenizer_files(name: str) -> tuple[Path, ...]:
+    """Returns the files that `data.tokenizer` reads, in the order of its fingerprint.
+
+    Raises:
+      UserError: `name` is not a tokenizer, or one of its files is missing.
+    """
+    kind, path = _parse(name)
+    if kind == "bytes":
+        return ()
+    files = (path,) if kind == "bpe" else tuple(_gpt2_files(path))
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"data.tokenizer={name!r}: there is no file {file}: check the path")
+    return files
+
+
+def tokenizer_fingerprint(name: str) -> str:
+    """Returns what `Tokenizer.fingerprint` is for `data.tokenizer`, without loading it."""
+    files = tokenizer_files(name)
+    return _digest(files) if files else "bytes"
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    return hashlib.sha256(digests).hexdigest()
 
 
 def tokenizer_size(name: str) -> int:

@@ -34,6 +34,22 @@ def find_devices() -> list[jax.Device]:
         ) from None
 
 
+def idle_devices(sizes: Mapping[str, int], count: int) -> str | None:
+    """Returns how to use the devices that a mesh leaves idle; None where it leaves none.
+
+    Args:
+      sizes: the `mesh` group of a config.
+      count: devices in all.
+    """
+    used = math.prod(int(sizes.get(axis, 1)) for axis in AXES)
+    if not 0 < used < count:  # negative with an axis of -1, which takes all
+        return None
+    return (
+        f"{used} of {count} devices {'is' if used == 1 else 'are'} used: --config.mesh.fsdp=-1"
+        f" trains one model on all of them, qkvjax study --jobs={count} a model on each"
+    )
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.sharding.Mesh:
     """Builds the mesh from the `mesh` group of a config.
 
@@ -49,7 +65,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
     devices = list(find_devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UserError(f"mesh={dict(sizes)}: sizes are at least 1, and at most one is -1")
+        raise UserError(
+            f"mesh={dict(sizes)}: sizes are at least 1, and at most one is -1 (recipes with a size"
+            " set mesh.fsdp=-1: give --config.mesh.fsdp=1 beside another)"
+        )
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known

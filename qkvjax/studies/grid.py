@@ -11,6 +11,7 @@ from qkvjax import sweep
 from qkvjax.errors import UserError
 from qkvjax.models.spec import model_spec
 from qkvjax.training.metrics import read_json, read_lines, require_keys, write_json
+from qkvjax.training.workdir import LOCATIONS
 
 MOST_SEEDS = 10_000
 
@@ -90,6 +91,7 @@ class Study:
                 "train.max_seconds would give slower variants fewer steps: unset it, and use the"
                 " study's own --max_seconds"
             )
+        self.locations = self._locations()
         self.points, self.labels = _grid("points", options["points"])
         # Every point is trained in every setting, and compared with the baseline there.
         settings, names = _grid("settings", options.get("settings") or [{}])
@@ -141,10 +143,30 @@ class Study:
             raise UserError(told) from None
         # Fields at their default are left out: one that is added later leaves old runs what they
         # are. A base whose default has changed is told by `claim`, which compares all of them.
-        fixed = configs.identity(config).items()
-        given = {name: value for name, value in fixed if value != _defaults().get(name)}
+        fixed = configs.identity(config)
+        for name in self.locations.keys() - overrides.keys():
+            fixed[name] = self.locations[name]
+        given = {name: value for name, value in fixed.items() if value != _defaults().get(name)}
         identity = sweep.identity_hash(given | {"label": label})
         return Task(number, label, setting, overrides, seed, config, identity)
+
+    def _locations(self) -> dict[str, str]:
+        """Where the data lie, as the first runs of this workdir wrote it.
+
+        Paths enter the identity of a run as text. The same data by another path stay the same
+        study: its runs keep their identities, and their results say by digest which data they had.
+        """
+        flat = configs.flatten(self.base)
+        new = {name: flat[name] for name in LOCATIONS}
+        path = self.workdir / "study.json"
+        old = read_json(path)
+        if not old or not self.lines():
+            return new
+        require_keys(str(path), old, config=dict)
+        old_flat = configs.flatten(old["config"])
+        return {name: old_flat.get(name, new[name]) for name in LOCATIONS} | {
+            name: value for name, value in (old.get("locations") or {}).items() if name in new
+        }
 
     @property
     def metric(self) -> str:
@@ -246,7 +268,10 @@ class Study:
             require_keys(str(path), old, config=dict, data=dict, command=str)
             require_keys(f"{path}: data", old["data"], digest=str)
             both = map(configs.from_dict, (old["config"], self.base))
-            lines = configs.differing(*map(configs.identity, both))
+            before, after = map(configs.identity, both)
+            if old["data"]["digest"] == self.dataset.digest:
+                before |= {name: after[name] for name in LOCATIONS}
+            lines = configs.differing(before, after)
             if old["data"]["digest"] != self.dataset.digest:
                 lines.append(f"data: {old['data']['digest'][:12]} -> {self.dataset.digest[:12]}")
             if lines and self.lines():
@@ -267,7 +292,7 @@ class Study:
             "title": self.title, "baseline": self.labels[0], "points": points,
             "settings": [name for name in self.settings if name], "setting": self.setting,
             "reference": self.reference,
-            "seeds": self.seeds, "config": self.base,
+            "seeds": self.seeds, "config": self.base, "locations": self.locations,
             "command": old["command"] if old and keep_command else command,
             "environment": environment, "data": {"source": self.base["data"]["source"]} | data,
         })  # fmt: skip

@@ -2,7 +2,8 @@
 
 Each run is a process of its own, `qkvjax study ... --point=K`: a crash takes nothing with it,
 and a job array does the same with other means. On CPU each process is pinned to a core: small
-models train faster on one core than on two.
+models train faster on one core than on two. On GPUs and TPUs each of several gets devices of its
+own (`studies.devices`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import zlib
 from pathlib import Path
 
 from qkvjax.errors import UserError
+from qkvjax.parallel.mesh import idle_devices
 from qkvjax.progress import duration
+from qkvjax.studies import devices
 from qkvjax.studies.grid import Study, Task
 from qkvjax.studies.live import Live
 from qkvjax.studies.point import failure
@@ -45,7 +48,8 @@ def run_all(
 
     Args:
       arguments: the study's own command line, which its processes get with --point=K.
-      jobs: processes at a time; None means one a core on CPU, else one.
+      jobs: processes at a time; None means one a core on CPU, else one. On accelerators there are
+        at most as many as devices.
       max_seconds: no run starts that would probably end later than this.
     """
     began = time.monotonic()
@@ -57,10 +61,15 @@ def run_all(
     times = f" x {len(study.settings)} settings" if len(study.settings) > 1 else ""
     print(f"{len(study.points)} variants{times} x {len(study.seeds)} seeds: {total} runs,"
           f" {total - len(pending)} finished")  # fmt: skip
-    measured = _measurements(study, arguments)
-    on_cpu = measured.get("environment", {}).get("platform", "cpu") == "cpu"
+    here = devices.find()
+    on_cpu = here.platform == "cpu"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    jobs = min(jobs or (len(cores) if on_cpu else 1), len(pending))
+    if on_cpu:
+        jobs = min(jobs or len(cores), len(pending))
+    else:
+        jobs = _on_accelerators(jobs, here, pending)
+    slots = devices.environments(here, jobs)
+    measured = _measurements(study, arguments, slots[0])
     each = _estimates(study, measured)
     expected = sum(each[task.label] for task in pending) + OVERHEAD_SECONDS * len(pending) / jobs
     told = f"about {duration(expected)} for " if measured else ""
@@ -81,7 +90,7 @@ def run_all(
                 free = next(slot for slot in range(jobs) if slot not in running)
                 core = cores[free % len(cores)] if on_cpu and jobs > 1 else None
                 known = len(study.lines())
-                process = _start(study, task, arguments, core)
+                process = _start(study, task, arguments, core, slots[free])
                 running[free] = (task, process, time.monotonic(), known)
             time.sleep(POLL_SECONDS)
             for slot, (task, process, since, known) in list(running.items()):
@@ -110,7 +119,20 @@ def run_all(
     return failed
 
 
-def _measurements(study: Study, arguments: list[str]) -> dict:
+def _on_accelerators(asked: int | None, here: devices.Devices, pending: list[Task]) -> int:
+    """The runs at a time on accelerators; says which devices are left idle, and how to use them."""
+    meshes = [dict(task.config.mesh) for task in pending]
+    jobs = devices.jobs_at_a_time(asked, here, meshes)
+    count = len(here.ids)
+    if asked and asked > jobs:
+        print(f"--jobs={asked}: {count} devices are here, so {jobs} runs at a time")
+    jobs = min(jobs, len(pending))
+    if jobs == 1 and (idle := idle_devices(meshes[0], count)):
+        print(idle)
+    return jobs
+
+
+def _measurements(study: Study, arguments: list[str], environment: dict[str, str]) -> dict:
     """measurements.json, measured in a process of its own when it is not there."""
     if len(study.settings) > 1 or study.base["model"]["kind"] != "lm":
         return {}  # each setting has costs of its own; encoders decode nothing
@@ -121,7 +143,7 @@ def _measurements(study: Study, arguments: list[str]) -> dict:
     print("measuring what each variant costs on this machine", flush=True)
     log = study.workdir / "measure.log"
     with log.open("w") as out:
-        command, options = _door(study, arguments, "--measure")
+        command, options = _door(study, arguments, "--measure", environment)
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, **options).returncode
     if code:
         print(f"  that failed (exit code {code}, see {log}); the report will say not measured")
@@ -138,7 +160,9 @@ def _estimates(study: Study, measured: dict) -> dict[str, float]:
     return {label: step.get(label, 0.0) * steps for label in study.labels}
 
 
-def _start(study: Study, task: Task, arguments: list[str], core: int | None) -> subprocess.Popen:
+def _start(
+    study: Study, task: Task, arguments: list[str], core: int | None, environment: dict[str, str]
+) -> subprocess.Popen:
     folder = study.workdir / task.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,14 +170,16 @@ def _start(study: Study, task: Task, arguments: list[str], core: int | None) -> 
         raise UserError(
             f"{folder} cannot be made ({error.strerror}): remove what is in its way"
         ) from None
-    command, options = _door(study, arguments, f"--point={task.number}")
+    command, options = _door(study, arguments, f"--point={task.number}", environment)
     pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
     with (folder / "train.log").open("a") as log:
         options |= {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": pin}
         return subprocess.Popen(command, **options)
 
 
-def _door(study: Study, arguments: list[str], flag: str) -> tuple[list[str], dict]:
+def _door(
+    study: Study, arguments: list[str], flag: str, environment: dict[str, str]
+) -> tuple[list[str], dict]:
     """The command and the environment of this study's door in a process of its own.
 
     With -P the current folder holds no modules: a random.py there is not the library's. The seeds
@@ -166,7 +192,7 @@ def _door(study: Study, arguments: list[str], flag: str) -> tuple[list[str], dic
         "JAX_COMPILATION_CACHE_DIR": str(_compiled(study)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return command, {"env": compiled | os.environ | {"PYTHONPATH": paths}}
+    return command, {"env": compiled | os.environ | {"PYTHONPATH": paths} | environment}
 
 
 def _compiled(study: Study) -> Path:

@@ -22,10 +22,13 @@ from qkvjax.training.metrics import write_json
 from qkvjax.training.optimizer import narrow
 from qkvjax.training.run import open_workdir, spec_of
 from qkvjax.training.step import state_shardings
+from qkvjax.training.workdir import keep_tokenizer, workdir_tokenizer
 
 
 def load_model(workdir: str | Path, step: int | None = None, *, mesh=None, log=print):
     """Restores a run's model: (model, tokenizer, config, step).
+
+    The config's `data.tokenizer` names the workdir's copy of the tokenizer.
 
     The tokenizer is None where the data are labelled examples, which are opened for their
     shapes.
@@ -92,6 +95,8 @@ def save_model(workdir: Path, config, arrays: Mapping[str, np.ndarray], origin: 
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         checkpoints.save(0, state)
     write_json(workdir / "origin.json", origin)
+    if reads_text(config):
+        config.data.tokenizer = keep_tokenizer(workdir, config.data.tokenizer)
     write_json(workdir / "config.json", configs.to_dict(config))
     return spec
 
@@ -101,6 +106,8 @@ def _read_config(workdir):
         raise UserError(f"there is no workdir {workdir}: train a model first")
     config = configs.load(Path(workdir) / "config.json")
     configs.validate(config)
+    if reads_text(config):
+        config.data.tokenizer = workdir_tokenizer(Path(workdir), config.data.tokenizer)
     return config
 
 

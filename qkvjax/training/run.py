@@ -269,29 +269,33 @@ def only_one(workdir: Path):
 
 
 def check_workdir(workdir: Path, config, digest: str) -> None:
-    """Raises UserError when a workdir holds another run."""
-    from qkvjax.training.metrics import read_json, require_keys
+    """Raises UserError when a workdir holds another run.
+
+    Where the data are the same by their digest, how their paths are written does not count.
+    """
+    from qkvjax.training.workdir import LOCATIONS, check_tokenizer, trained_digest
 
     saved = workdir / "config.json"
-    if saved.exists():
-        old, new = configs.identity(configs.load(saved)), configs.identity(config)
-        if _only_longer(old, new):
-            old["train.steps"] = new["train.steps"]
-        if lines := configs.differing(old, new):
-            raise UserError(
-                f"{workdir} holds a run with another configuration; choose another --workdir, or"
-                " go on with its own values (train.steps may grow under the schedules wsd and"
-                " constant):\n  " + "\n  ".join(lines)
-            )
-        if facts := read_json(workdir / "run.json"):
-            require_keys(str(workdir / "run.json"), facts, data=dict)
-            require_keys(f"{workdir / 'run.json'}: data", facts["data"], digest=str)
-        before = facts["data"]["digest"] if facts else digest
-        if before != digest:
-            raise UserError(
-                f"{workdir} was trained on other data (digest {before[:12]}, now {digest[:12]}):"
-                " restore the data or choose another --workdir"
-            )
+    if not saved.exists():
+        return
+    old, new = configs.identity(configs.load(saved)), configs.identity(config)
+    trained = trained_digest(workdir)
+    if trained == digest:
+        old |= {name: new[name] for name in LOCATIONS}
+    if _only_longer(old, new):
+        old["train.steps"] = new["train.steps"]
+    if lines := configs.differing(old, new):
+        raise UserError(
+            f"{workdir} holds a run with another configuration; choose another --workdir, or"
+            " go on with its own values (train.steps may grow under the schedules wsd and"
+            " constant):\n  " + "\n  ".join(lines)
+        )
+    check_tokenizer(workdir, config.data.tokenizer)
+    if trained not in (None, digest):
+        raise UserError(
+            f"{workdir} was trained on other data (digest {trained[:12]}, now {digest[:12]}):"
+            " restore the data or choose another --workdir"
+        )
 
 
 def _only_longer(old: dict, new: dict) -> bool:

@@ -95,13 +95,13 @@ def in_process(monkeypatch, study):
         def poll(self):
             return self.returncode
 
-    def start(study, task, arguments, core):
+    def start(study, task, arguments, core, environment):
         from qkvjax import study as door
 
         return Finished(door.main(["qkvjax study", *arguments, f"--point={task.number}"]))
 
     monkeypatch.setattr(scheduler, "_start", start)
-    monkeypatch.setattr(scheduler, "_measurements", lambda study, arguments: {})
+    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
     monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
 
 
@@ -244,10 +244,10 @@ def test_a_killed_process_is_recorded(study, in_process, tmp_path, lines, monkey
     start = scheduler._start
     kill = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
 
-    def killed_once(study, task, arguments, core):
+    def killed_once(study, task, *how):
         if task.number == 0:
             return subprocess.Popen([sys.executable, "-c", kill])
-        return start(study, task, arguments, core)
+        return start(study, task, *how)
 
     monkeypatch.setattr(scheduler, "_start", killed_once)
     told = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
@@ -356,6 +356,42 @@ def test_damaged_json_is_told_with_its_path(study, by_points, copy, name):
     (workdir / name).write_text('{"config": ')
     told = study(workdir, "--point=0")
     assert told.code == 2 and name in told.err and "delete it" in told.err
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message", "visible"),
+    [
+        ("--jobs=2", "4 runs, 2 at a time", {"4", "6"}),
+        ("--jobs=9", "--jobs=9: 2 devices are here, so 2 runs at a time", {"4", "6"}),
+        ("--jobs=1", "1 of 2 devices is used.*mesh.fsdp=-1.*qkvjax study --jobs=2", {None}),
+    ],
+)
+def test_each_run_at_a_time_sees_its_own_gpu(study, tmp_path, monkeypatch, jobs, message, visible):
+    """The environment of the processes, which end at once here, on a machine with two GPUs."""
+    from qkvjax.studies import devices, scheduler
+
+    started = []
+
+    class Process:
+        """Runs until it is polled twice, and fails."""
+
+        def __init__(self, command, env, **options):
+            self.gpu, self.returncode, self.polls = env.get("CUDA_VISIBLE_DEVICES"), 1, 0
+            beside = [other.gpu for other in started if other.polls < 2]
+            assert self.gpu not in beside
+            started.append(self)
+
+        def poll(self):
+            self.polls += 1
+            return self.returncode if self.polls > 1 else None
+
+    monkeypatch.setattr(devices, "find", lambda: devices.Devices("cuda", ("4", "6")))
+    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
+    monkeypatch.setattr(scheduler.subprocess, "Popen", Process)
+    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
+    told = study(tmp_path, jobs)
+    assert re.search(message, told.out), told.out + told.err
+    assert len(started) == 4 and {process.gpu for process in started} == visible
 
 
 def test_the_slots_are_pinned_to_cores(two_jobs):

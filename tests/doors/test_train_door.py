@@ -321,3 +321,15 @@ def test_the_newest_recipes_train(door, corpus, tmp_path):
             "--config.data.batch_size=2", f"--workdir={tmp_path / recipe}",
         )  # fmt: skip
         assert told.code == 0, told.err
+
+
+def test_a_run_says_first_how_to_use_idle_devices(process, recipe):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = ("-m", "qkvjax.train", f"--config={recipe}", "--dry_run")
+    told = process(*command, env=os.environ | flags)
+    assert told.code == 0, told.err
+    first = told.out.splitlines()[0]
+    assert first.startswith("1 of 4 devices is used: ")
+    assert "--config.mesh.fsdp=-1" in first and "qkvjax study --jobs=4" in first
+    told = process(*command, "--config.mesh.fsdp=-1", env=os.environ | flags)
+    assert told.code == 0 and "devices" not in told.out.splitlines()[0]

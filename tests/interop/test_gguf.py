@@ -1,6 +1,7 @@
 """GGUF files: the model that is read is the one that the file's own conventions describe."""
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,21 @@ def test_the_tokenizer_comes_along(tmp_path):
     ids = tokenizer.encode("in the 12<|endoftext|>é")
     assert tokenizer.decode(ids) == "in the 12<|endoftext|>é" and tokenizer.separator not in ids
     assert tokens().index("Ġthe") in ids and len(ids) == 2 + 1 + 1 + 2 + 13 + 2
+
+
+def test_an_imported_workdir_can_be_moved(tmp_path):
+    """With its own tokenizer, also one that an earlier version made; and so can a tied copy."""
+    write(tmp_path / "a.gguf")
+    main(["convert", "import", f"--source={tmp_path}/a.gguf", f"--workdir={tmp_path}/run"])
+    argv = ["convert", "tie", f"--workdir={tmp_path}/run", f"--output={tmp_path}/tied"]
+    assert main([*argv, "--sharing=q-k=v"]) == 0
+    for name in ("run", "tied"):
+        moved = shutil.move(tmp_path / name, tmp_path / f"{name}-moved")
+        _, tokenizer, config, _ = load_model(moved)
+        assert tokenizer.num_ids == len(tokens())
+        assert config.data.tokenizer == f"bpe:{moved}/tokenizer.json"
+    (tmp_path / "run-moved" / "tokenizer_copy.json").unlink()
+    assert load_model(tmp_path / "run-moved")[1].num_ids == len(tokens())
 
 
 @pytest.mark.parametrize(

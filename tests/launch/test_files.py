@@ -154,6 +154,36 @@ def test_usage(command, message):
     assert done.returncode != 0 and message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("variables", "code", "message"),
+    [
+        ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS=1 SLURM_GPUS_ON_NODE=1", 0, "--jobs=2 --point=3"),
+        ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS=1", 0, "--point=3"),
+        ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS=1 SLURM_GPUS_ON_NODE=8", 2, "--gpus-per-node=1"),
+        ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS=8 SLURM_GPUS_ON_NODE=8", 2, "--ntasks-per-node=1"),
+        ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS_PER_NODE=8", 2, "this job has 8"),
+        ("SLURM_NTASKS=1 SLURM_GPUS_ON_NODE=8", 0, "qkvjax.study --jobs=2"),
+    ],
+)
+def test_a_point_of_an_array_takes_one_device(tmp_path, variables, code, message):
+    """The script of a job, with an srun that only prints what it would start."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    given = dict(word.split("=") for word in variables.split())
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(ROOT)} | given
+    command = ("bash", "launch/slurm.sbatch", "study", "--jobs=2")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == code and message in done.stdout + done.stderr, done.stderr
+    assert ("qkvjax.study" in done.stdout) == (code == 0)
+
+
+def test_the_array_of_the_example_asks_for_one_device():
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    examples = [line for line in text.splitlines() if "sbatch --array=" in line and "#" in line]
+    assert examples and all("--gpus-per-node=1 " in line for line in examples)
+
+
 def test_each_file_says_what_was_run():
     for file in LAUNCH.iterdir():
         if file.name in ("environment.sh", "test.sh", "quickstart.sh"):

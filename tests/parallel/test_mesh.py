@@ -1,11 +1,13 @@
 """The mesh: five axes that multiply to the devices in use, and the message when they do not."""
 
+import re
+
 import jax
 import pytest
 
 from qkvjax.errors import UserError
 from qkvjax.parallel import rules
-from qkvjax.parallel.mesh import AXES, make_mesh
+from qkvjax.parallel.mesh import AXES, idle_devices, make_mesh
 from qkvjax.training.run import check_mesh
 
 
@@ -29,6 +31,23 @@ def test_one_device_has_all_axes(sizes):
 def test_sizes_that_do_not_fit(sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(sizes, jax.devices()[:1] * 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "message"),
+    [
+        ({}, 8, r"^1 of 8 devices is used: .*mesh\.fsdp=-1.*qkvjax study --jobs=8"),
+        ({"fsdp": 2, "tensor": 2}, 8, "^4 of 8 devices are used"),
+        ({"fsdp": 8}, 8, None),
+        ({"fsdp": -1}, 8, None),
+        ({"replica": -1, "tensor": 2}, 8, None),
+        ({}, 1, None),
+        ({"fsdp": 0}, 8, None),  # which is refused
+    ],
+)
+def test_idle_devices_are_named_with_their_use(sizes, count, message):
+    told = idle_devices(sizes, count)
+    assert told is None if message is None else re.search(message, told)
 
 
 TWO = dict.fromkeys(AXES, 2)

@@ -141,6 +141,20 @@ def test_claim_keeps_the_base(study):
         study(SHARED, optimizer__b1=0.8).claim("fourth")
 
 
+def test_the_same_data_by_another_path_are_the_same_study(study, tmp_path, monkeypatch):
+    made = study(SHARED, data__source=f"text:{tmp_path}/book.txt")
+    made.claim("first")
+    task = made.tasks[0]
+    line = {"identity": task.identity, "status": "done", "data_digest": made.dataset.digest}
+    append_line(made.results, line)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        again = study(SHARED, data__source="text:book.txt")
+        again.claim("second")
+        assert [task.number for task in again.pending()] == [1, 2, 3, 4, 5]
+        assert [task.folder for task in again.tasks] == [task.folder for task in made.tasks]
+
+
 def test_claim_notices_other_data(study, tmp_path):
     made = study(SHARED)
     made.claim("first")
