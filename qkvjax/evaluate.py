@@ -63,7 +63,7 @@ def body(values: flags.FlagValues) -> None:
         verify(Path(values.workdir), values.step)
         return
     from qkvjax.data.open import check_fits, open_dataset
-    from qkvjax.parallel import rules
+    from qkvjax.parallel import placed
     from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.metrics import append_line
     from qkvjax.training.restore import load_model
@@ -72,7 +72,7 @@ def body(values: flags.FlagValues) -> None:
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
     check_fits(dataset, model.spec)
     for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
-        with rules.on_mesh_of(model):
+        with placed.on_mesh_of(model):
             scores = score(task, model, dataset, config, values.batch_size)
         for line in scores:
             line = {"task": task, **line, "step": step, "data": values.data or config.data.source}
@@ -111,11 +111,11 @@ def verify(workdir: Path, step: int | None) -> None:
 def score(task: str, model, dataset, config, batch_size: int | None) -> list[dict]:
     """The lines of a task on the validation split of a data set, one a metric."""
     from qkvjax.evaluation.evaluators import SCORES, check_text
-    from qkvjax.parallel import rules
+    from qkvjax.parallel import placed
 
     check_text("--tasks", task, dataset)
     size, dtype = batch_size or config.data.batch_size, config.train.compute_dtype
-    mesh = rules.mesh_of(model)
+    mesh = placed.mesh_of(model)
     found = SCORES[task](model, dataset, batch_size=size, dtype=dtype, mesh=mesh)
     common = {"num_items": int(found["num_labels"]), "data_digest": dataset.digest}
     if hasattr(dataset, "tokenizer"):

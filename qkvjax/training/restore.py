@@ -15,7 +15,7 @@ from qkvjax.data.tokenizers import load_tokenizer, tokenizer_size
 from qkvjax.errors import UserError
 from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec, model_spec
-from qkvjax.parallel import rules
+from qkvjax.parallel import placed
 from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints, named_arrays
 from qkvjax.training.metrics import write_json
@@ -35,7 +35,7 @@ def load_model(workdir: str | Path, step: int | None = None, *, mesh=None, log=p
       step: which checkpoint; None means the newest intact one.
       mesh: over whose devices the parameters are sharded, as in training; or a function from the
         model's spec to that mesh, such as `parallel.mesh.for_generation`; None means one device.
-        Run the model under `rules.on_mesh_of(model)`.
+        Run the model under `placed.on_mesh_of(model)`.
 
     Raises:
       UserError: no run there, no such step, or no intact checkpoint (code 45).
@@ -123,9 +123,12 @@ def _restore(workdir, config, step, log, mesh=None):
         places = jax.tree.map(lambda leaf: device, abstract)
     else:
         places = state_shardings(abstract, mesh)
-    placed = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
-    abstract = {"model": jax.tree.map(placed, abstract, places)}
+
+    def place(leaf, at):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+    abstract = {"model": jax.tree.map(place, abstract, places)}
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
-    with contextlib.closing(checkpoints), rules.on_mesh_of(abstract):
+    with contextlib.closing(checkpoints), placed.on_mesh_of(abstract):
         state, step = checkpoints.restore(abstract, step, log=log)
     return state["model"], step
