@@ -26,12 +26,12 @@ def load(workdir, step: int | None = None):
     Raises:
       qkvjax.errors.UserError: no run, no such step, no intact checkpoint.
     """
-    from qkvjax.parallel import rules
+    from qkvjax.parallel import placed
     from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.restore import load_model
 
     model, tokenizer, config, _ = load_model(workdir, step, mesh=for_scoring)
-    rules.use_mesh_of(model)
+    placed.use_mesh_of(model)
     return model, tokenizer, config
 
 

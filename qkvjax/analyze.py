@@ -49,7 +49,7 @@ def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
     from qkvjax.attention.spec import sharing_name
     from qkvjax.data.open import check_fits, open_dataset
     from qkvjax.evaluation import inside
-    from qkvjax.parallel import rules
+    from qkvjax.parallel import placed
     from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.metrics import write_lines
     from qkvjax.training.restore import load_model
@@ -62,7 +62,7 @@ def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
     if values.data is None:
         check_data(workdir, config.data.source, dataset.digest)
     inputs = inside.sequences(dataset, values.num_sequences)
-    with rules.on_mesh_of(model):
+    with placed.on_mesh_of(model):
         records, seen = inside.analyze(model, inputs, values.projections)
     num_tokens = len(inputs) * config.data.seq_len
     facts = {"step": step, "data_digest": dataset.digest, "num_tokens": num_tokens}

@@ -63,7 +63,7 @@ def body(values: flags.FlagValues) -> None:
         verify(Path(values.workdir), values.step)
         return
     from qkvjax.data.open import check_fits, open_dataset
-    from qkvjax.parallel import rules
+    from qkvjax.parallel import placed
     from qkvjax.parallel.mesh import for_scoring
     from qkvjax.training.metrics import append_line
     from qkvjax.training.restore import load_model
@@ -77,7 +77,7 @@ def body(values: flags.FlagValues) -> None:
     elif same_location(values.data, config.data.source):
         print(f"note: {values.data} is what the run was trained on: most of this text it has seen")
     for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
-        with rules.on_mesh_of(model):
+        with placed.on_mesh_of(model):
             scores = score(task, model, dataset, config, values.batch_size)
         for line in scores:
             line = {"task": task, **line, "step": step, "data": values.data or config.data.source}
@@ -117,10 +117,10 @@ def score(task: str, model, dataset, config, batch_size: int | None) -> list[dic
     """The lines of a task on the validation split of a data set, one a metric."""
     from qkvjax.evaluation import scoring
     from qkvjax.evaluation.evaluators import SCORES, check_text, num_scored
-    from qkvjax.parallel import rules
+    from qkvjax.parallel import placed
 
     check_text("--tasks", task, dataset)
-    mesh = rules.mesh_of(model)
+    mesh = placed.mesh_of(model)
     found = SCORES[task](
         model,
         dataset,

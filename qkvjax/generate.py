@@ -53,6 +53,7 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
     """The lines of one model's column: a head, the text, the figures."""
     from qkvjax.attention.spec import sharing_name
     from qkvjax.generation.decode import continuation, generate, prompt_ids
+    from qkvjax.generation.serving import serve
     from qkvjax.parallel.mesh import for_generation
     from qkvjax.training.restore import load_model
 
@@ -62,6 +63,7 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
             f"{workdir} was trained on {config.data.source}, which is no text: generate needs a"
             " language model of text"
         )
+    model = serve(model, config.train.compute_dtype)
     made = generate(
         model, prompt_ids(tokenizer, values.prompt), num_ids=tokenizer.num_ids,
         max_tokens=values.max_tokens, temperature=values.temperature, seed=values.seed,

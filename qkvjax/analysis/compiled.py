@@ -70,7 +70,7 @@ def _programs(config, devices, train: dict) -> dict[str, dict]:
       train: of `_compiled`.
     """
     from qkvjax.evaluation.evaluators import compile_scoring
-    from qkvjax.generation.compiled import compile_generation
+    from qkvjax.generation.serving import compile_generation
     from qkvjax.parallel.mesh import for_generation, make_mesh
     from qkvjax.training.run import abstract_state, planned_spec
     from qkvjax.training.step import make_optimizer
@@ -88,7 +88,8 @@ def _programs(config, devices, train: dict) -> dict[str, dict]:
     def generation():
         where = for_generation(spec, devices) or make_mesh({}, devices[:1])
         dtype = config.train.compute_dtype
-        return compile_generation(spec, where, batch=1, context=length, dtype=dtype)
+        programs = compile_generation(spec, where, batch=1, context=length, dtype=dtype)
+        return list(programs.values())
 
     return {
         "train": {"peak_bytes_per_device": train["peak_bytes_per_device"]},

@@ -28,7 +28,7 @@ from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch, stored
 from qkvjax.kernels.stored import Int8, Stored, in_order, widen, write
-from qkvjax.parallel import local, rules
+from qkvjax.parallel import local, placed, rules
 
 Cache = dict[str, Stored]
 # (base, width) of a rotation -> its (cos, sin) of every slot.
@@ -64,7 +64,7 @@ def empty(
 
 def num_bytes(cache) -> int:
     """Bytes of the arrays that are really there, over any tree of caches and over all devices."""
-    return sum(rules.allocated_bytes(array) for array in jax.tree.leaves(cache))
+    return sum(placed.allocated_bytes(array) for array in jax.tree.leaves(cache))
 
 
 def block_table(lengths: Sequence[int], page_size: int, num_pages: int) -> np.ndarray:

@@ -19,7 +19,8 @@ from qkvjax.attention.spec import itemsize
 from qkvjax.errors import UserError
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec
-from qkvjax.parallel import host, rules
+from qkvjax.models.unrolled import UnrolledStack
+from qkvjax.parallel import host, placed, rules
 
 PREFILL = 512  # tokens of a prompt that enter the cache at a time
 
@@ -58,7 +59,8 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, 
 
     Args:
       model: for embedding and final norm.
-      layers: `model.stack.layers()`.
+      layers: `model.stack.layers()`; None means that the model's own arrays are read, of a model
+        that `generation.serving.serve` made.
       cache: a list of caches, one a layer.
       ids: int [B, T] new tokens at positions start, ..., start + T - 1.
       start: int scalar, or [B] where sequences have come to different lengths.
@@ -73,7 +75,9 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, 
     positions = rules.lie_as(positions, ids)
     x = model.embed(ids, positions, dtype)
     updated = []
+    layers = model.stack.layers() if layers is None else layers
     for layer, held in zip(layers, cache, strict=True):
+        x, layer = rules.gathered_after(x, layer)
         x, held = layer.decode(x, held, start, table=table, turns=turns, impl=impl)
         updated.append(held)
     return model.norm(x), updated
@@ -86,7 +90,8 @@ def decode(model, layers, cache, ids, start, **options):
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames="cache")
-def _prefill(model, layers, cache, ids, start, table, *, dtype):
+def prefill_piece(model, layers, cache, ids, start, table, *, dtype):
+    """New tokens int [B, T] of a prompt into the caches: last logits [B, V] and caches."""
     x, cache = advance(model, layers, cache, ids, start, dtype=dtype, table=table)
     return model.logits(x[:, -1:])[:, -1], cache
 
@@ -101,7 +106,9 @@ def prefill(model, layers, cache, ids, *, dtype, table=None):
     # The short piece goes first, so that prompts of any length share the program of whole ones.
     for end in range((length - 1) % PREFILL + 1, length + 1, PREFILL):
         piece = ids[:, start:end]
-        logits, cache = _prefill(model, layers, cache, piece, jnp.int32(start), table, dtype=dtype)
+        logits, cache = prefill_piece(
+            model, layers, cache, piece, jnp.int32(start), table, dtype=dtype
+        )
         start = end
     return logits, cache
 
@@ -136,6 +143,18 @@ def sample_tokens(
     return rules.replicate(ids.T), caches.restored(cache, like)
 
 
+def make_caches(model, batch, length, dtype, layout=None, page_size=None):
+    """(empty caches, block table or None) for `length` tokens of each sequence; with pages, whole
+    ones."""
+    if page_size is None:
+        return empty_caches(model, batch, length, dtype, layout), None
+    parts = rules.row_ways(batch)  # the pool and its sequences are sharded alike
+    mine, pages = batch // parts, -(-length // page_size)
+    one = caches.block_table([length] * mine, page_size, mine * pages)
+    table = rules.spread_rows(jnp.asarray(np.tile(one, (parts, 1))))
+    return empty_caches(model, batch * pages, page_size, dtype, layout, batch), table
+
+
 def allocate(model, batch, needed, length, dtype, layout, page_size):
     """(caches, block table or None, slots of each sequence) for `needed` tokens of each."""
     if page_size is not None and not 1 <= page_size < 2**31:
@@ -143,22 +162,18 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
     itemsize(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(f"a cache of {jnp.dtype(dtype)} wants JAX_ENABLE_X64=1: use float32")
-    length, pages, table = needed if length is None else length, None, None
+    length = needed if length is None else length
     per_token = model.spec.cache_bytes_per_token(dtype, layout)
     if page_size is not None:
-        pages = -(-length // page_size)
-        length = pages * page_size
+        length = -(-length // page_size) * page_size
     if length < needed:
         raise UserError(
             f"a cache of {length} tokens is too short for the prompt and the new tokens: they need"
             f" {needed} ({batch * needed * per_token:,} bytes); raise --cache_length or shorten the"
             " prompt"
         )
-    shape, sequences = (batch, length), None
-    if pages is not None:
-        shape, sequences = (batch * pages, page_size), batch
-    make = functools.partial(empty_caches, model, *shape, dtype, layout, sequences)
-    num_bytes, free = caches.num_bytes(jax.eval_shape(make)), host.free_memory()
+    make = functools.partial(make_caches, model, batch, length, dtype, layout, page_size)
+    num_bytes, free = caches.num_bytes(jax.eval_shape(make)[0]), host.free_memory()
     too_much = UserError(
         f"the cache of {length:,} tokens takes {num_bytes:,} bytes, more than is free here: lower"
         " --max_tokens or --cache_length"
@@ -166,15 +181,11 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
     if free is not None and num_bytes > free:
         raise too_much
     try:
-        cache = make()
+        cache, table = make()
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise too_much from None
-    if pages is not None:
-        parts = rules.row_ways(batch)  # the pool and its sequences are sharded alike
-        one = caches.block_table([length] * (batch // parts), page_size, batch // parts * pages)
-        table = rules.spread_rows(jnp.asarray(np.tile(one, (parts, 1))))
     return cache, table, length
 
 
@@ -189,7 +200,8 @@ def generate(
     Args:
       model: on one device, or over the devices of a mesh (`training.restore.load_model`). Caches
         are sharded over sequences and heads (`attention.cache`); a batch that the mesh's data axes
-        do not divide is whole on every device.
+        do not divide is whole on every device. `generation.serving.serve` makes a model of which
+        no second copy is needed here.
       prompt: int [P], P >= 1, usually the separator and the text's tokens.
       num_ids: ids of the tokenizer; logits beyond them are padding.
       max_tokens: how many tokens to sample.
@@ -212,7 +224,7 @@ def generate(
         raise UserError(f"seed={seed} must be at least 0 and below 2^31")
     model.check_length(len(prompt) + max_tokens)
     itemsize(dtype)
-    with rules.on_mesh_of(model):
+    with placed.on_mesh_of(model):
         check_heads(model.spec)
         return _generate(
             model, prompt, num_ids, max_tokens, temperature, seed, batch, layout, cache_length,
@@ -236,7 +248,7 @@ def _generate(
     cache_dtype, page_size, dtype,
 ) -> Generation:  # fmt: skip
     """`generate` with valid arguments, on the mesh in force."""
-    layers = model.stack.layers()
+    layers = None if isinstance(model.stack, UnrolledStack) else model.stack.layers()
     needed = len(prompt) + max_tokens
     cache, table, length = allocate(
         model, batch, needed, cache_length, cache_dtype, layout, page_size

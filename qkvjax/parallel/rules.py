@@ -7,7 +7,6 @@ Axes of size 1 are in no array's type, so that one device asks nothing of anybod
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 
@@ -170,29 +169,6 @@ def axes_of(array: jax.Array) -> tuple:
     return tuple(jax.typeof(array).sharding.spec)
 
 
-def mesh_of(tree) -> jax.sharding.Mesh | None:
-    """The mesh over which the arrays of a tree lie; None where they lie on one device."""
-    for leaf in jax.tree.leaves(tree):
-        place = getattr(leaf, "sharding", None)
-        if isinstance(place, NamedSharding):
-            return place.mesh
-    return None
-
-
-def on_mesh_of(tree) -> contextlib.AbstractContextManager:
-    """`jax.set_mesh` of the mesh over which the arrays of a tree lie, for a `with` statement."""
-    mesh = None if has_mesh() else mesh_of(tree)
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def use_mesh_of(tree) -> None:
-    """Puts the mesh over which the arrays of a tree lie in force until another one is, if there
-    is one."""
-    mesh = mesh_of(tree)
-    if mesh is not None:
-        jax.set_mesh(mesh)
-
-
 def row_axes(count: int):
     """The mesh axes over which `count` sequences are sharded: those of "batch", or None where they
     do not divide the count, so that every device has all sequences."""
@@ -219,15 +195,6 @@ def lie_as(array: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, PartitionSpec(axes_of(like)[0]))
 
 
-def allocated_bytes(array) -> int:
-    """Bytes that an array, or a ShapeDtypeStruct, takes on all devices of the mesh over which it
-    lies; copies count."""
-    shape, place = array.shape, getattr(array, "sharding", None)
-    if not isinstance(place, NamedSharding):
-        return math.prod(shape) * array.dtype.itemsize
-    return math.prod(place.shard_shape(shape)) * array.dtype.itemsize * place.mesh.size
-
-
 def cache_spec(sequences: int) -> PartitionSpec | None:
     """Where a cache of so many sequences lives, [sequences or pages, heads, ...]; None without a
     mesh."""
@@ -246,6 +213,17 @@ def gather(array: jax.Array) -> jax.Array:
         return array
     kept = (None if axis in RULES["embed"] else axis for axis in jax.typeof(array).sharding.spec)
     return jax.sharding.reshard(array, PartitionSpec(*kept))
+
+
+def gathered_after(x, parameters):
+    """(x, parameters), of which the compiler gathers the latter only when x is known.
+
+    In a row of layers it would gather all of them at the start, and before a loop what the loop
+    needs in each round: every device would have the whole model at once.
+    """
+    if not has_mesh() or ways("embed") == 1:
+        return x, parameters
+    return jax.lax.optimization_barrier((x, parameters))
 
 
 def copies(matrix: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from qkvjax.data.tokenizers import load_tokenizer, tokenizer_size
 from qkvjax.errors import UserError
 from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec, model_spec
-from qkvjax.parallel import rules
+from qkvjax.parallel import placed
 from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints, named_arrays
 from qkvjax.training.metrics import write_json
@@ -38,7 +38,7 @@ def load_model(workdir: str | Path, step: int | None = None, *, mesh=None, log=p
       step: which checkpoint; None means the newest intact one.
       mesh: over whose devices the parameters are sharded, as in training; or a function from the
         model's spec to that mesh, such as `parallel.mesh.for_generation`; None means one device.
-        Run the model under `rules.on_mesh_of(model)`.
+        Run the model under `placed.on_mesh_of(model)`.
 
     Raises:
       UserError: no run there, no such step, or no intact checkpoint (code 45).
@@ -133,11 +133,11 @@ def _restore(workdir, config, step, log, mesh=None):
     # A run that averages its weights is known by the average.
     part = "average" if config.optimizer.average else "model"
 
-    def placed(leaf, place):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def place(leaf, at):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
-    abstract = {part: jax.tree.map(placed, abstract, places)}
+    abstract = {part: jax.tree.map(place, abstract, places)}
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
-    with contextlib.closing(checkpoints), rules.on_mesh_of(abstract):
+    with contextlib.closing(checkpoints), placed.on_mesh_of(abstract):
         state, step = checkpoints.restore(abstract, step, log=log)
     return state[part], step

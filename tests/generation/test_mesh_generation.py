@@ -4,7 +4,9 @@ One process with 8 virtual devices samples from the same tiny models on one devi
 meshes, and reports the tokens and what lies where.
 """
 
+import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,16 +16,21 @@ import numpy as np
 import pytest
 
 from qkvjax import config as configs
+from qkvjax.analysis.measure import peak_bytes
+from qkvjax.analysis.program import Program
 from qkvjax.generation import decode as decoding
 from qkvjax.generation.decode import generate
+from qkvjax.generation.serving import compile_generation, serve
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec
-from qkvjax.parallel import rules
+from qkvjax.parallel import placed
 from qkvjax.parallel.mesh import for_generation, for_scoring, make_mesh
 from qkvjax.training.restore import abstract_model, load_model, new_workdir, save_model
 from qkvjax.training.step import state_shardings
 
 PARALLEL = Path(__file__).parents[1] / "parallel"
+# Parameters are gathered layer by layer, as by the compilers of accelerators.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 PROMPT = np.array([7, 3, 11, 40, 2], np.int32)
 IDS, NEW = 61, 6
 KV_SHARED = {"sharing": "q-k=v", "position": "rope"}
@@ -102,20 +109,47 @@ def restored(workdir):
     found = {"alone": bytes_on_devices(alone)}
     for name, mesh in {"scoring": for_scoring, "generation": for_generation}.items():
         model, tokenizer, _, _ = load_model(workdir, mesh=mesh)
-        with rules.on_mesh_of(model):
+        with placed.on_mesh_of(model):
             cache = decoding.empty_caches(model, 8, 32, jnp.float32)
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), model, alone)
         found[name] = {
-            "mesh": dict(rules.mesh_of(model).shape), "model": bytes_on_devices(model),
+            "mesh": dict(placed.mesh_of(model).shape), "model": bytes_on_devices(model),
             "cache": bytes_on_devices(cache), "same": all(jax.tree.leaves(same)),
         }  # fmt: skip
     return found
 
 
+def served(workdir):
+    """Bytes on each device of all arrays that are there when a restored model is served, and
+    whether the tokens of its float32 parameters in bfloat16 are the same."""
+    model, tokenizer, _, _ = load_model(workdir, mesh=for_generation)
+    options = {"num_ids": IDS, "max_tokens": NEW, "temperature": 0, "dtype": "bfloat16"}
+    before = generate(model, PROMPT, **options).ids.tolist()
+    others = {id(array) for array in jax.live_arrays()} - {id(a) for a in jax.tree.leaves(model)}
+    one = serve(model, "bfloat16")
+    gc.collect()
+    there = [array for array in jax.live_arrays() if id(array) not in others]
+    after = generate(one, PROMPT, **options).ids.tolist()
+    return {"bytes": bytes_on_devices(there), "before": before, "after": after}
+
+
+def peaks():
+    """mesh -> program -> peak bytes of a device; and the bytes of all parameters and caches."""
+    spec = spec_of(KV_SHARED, d_model=128, num_layers=6, num_heads=8, num_kv_heads=2)
+    found = {}
+    for axis in ("tensor", "fsdp"):
+        mesh = make_mesh({axis: 8})
+        programs = compile_generation(spec, mesh, 8, 64, dtype="float32")
+        found[axis] = {name: peak_bytes(program) for name, program in programs.items()}
+        sent = Program(programs["decode"].as_text()).collectives()
+        found[axis]["sent"] = sum(kind["bytes"] for kind in sent.values())
+    return found | {"parameters": 4 * spec.num_params}
+
+
 def main(workdir):
     found = {"tokens": {name: tokens(*variant) for name, variant in VARIANTS.items()}}
     with jax.enable_x64(False):
-        found["restored"] = restored(workdir)
+        found |= {"restored": restored(workdir), "served": served(workdir), "peaks": peaks()}
     print("found: " + json.dumps(found))
 
 
@@ -135,7 +169,8 @@ def found(tmp_path_factory):
     arrays = {name: np.random.default_rng(0).normal(size=s.shape) for name, s in shapes.items()}
     save_model(new_workdir(str(folder / "run")), config, arrays, {})
     program = f"import {__name__} as t; t.main({str(folder / 'run')!r})"
-    return processes.found(folder, program, JAX_ENABLE_X64="1")
+    flags = os.environ.get("XLA_FLAGS", ""), IN_ORDER
+    return processes.found(folder, program, JAX_ENABLE_X64="1", XLA_FLAGS=" ".join(flags))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -157,3 +192,19 @@ def test_a_restored_model_is_shared_out_over_all_devices(found, purpose):
     assert len(got["model"]) == 8 and whole / 8 <= max(got["model"]) < whole / 7
     heads = 2 if purpose == "scoring" else 8
     assert got["cache"] == [8 * 32 * 2 * heads * 8 * 4 // 8] * 8
+
+
+def test_a_served_model_is_there_once(found):
+    """In bfloat16, but for the embedding and the norms; and it samples the same tokens."""
+    whole = found["restored"]["alone"][0]
+    assert found["served"]["after"] == found["served"]["before"]
+    assert whole / 8 / 2 < max(found["served"]["bytes"]) < whole / 8 * 0.75
+
+
+def test_compiled_generation_holds_no_second_copy(found):
+    """Neither of its own part of the parameters nor, where they are gathered, of all of them."""
+    whole = found["peaks"]["parameters"]
+    assert found["peaks"]["tensor"]["decode"] < 2 * whole / 8
+    assert found["peaks"]["fsdp"]["decode"] < 0.4 * whole
+    assert found["peaks"]["fsdp"]["prefill"] < 0.4 * whole
+    assert found["peaks"]["tensor"]["sent"] < found["peaks"]["fsdp"]["sent"] / 20
