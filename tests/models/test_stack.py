@@ -11,6 +11,7 @@ import pytest
 from qkvjax.attention.position import sincos
 from qkvjax.errors import UserError
 from qkvjax.models import spec as model_specs
+from qkvjax.models.lm import LanguageModel
 from qkvjax.models.transformer import Stack, dropout
 
 B, T = 2, 9
@@ -145,6 +146,26 @@ def test_remat_changes_no_gradient(model, ids, monkeypatch, remat):
         for a, b in zip(*(jax.tree.leaves(gradient(m, r)) for r in ("none", remat)), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * max(1, float(jnp.max(abs(b)))))
         assert kept(remat) < kept("none")
+
+
+def test_remat_frees_memory_on_a_cpu_in_a_shallow_stack_too(tiny):
+    """XLA's CPU undoes it where it sees all layers at once; scores [T, T] are kept by none."""
+    length, rows = 512, 2
+    spec = tiny(seq_len=length, num_layers=4, num_heads=2)
+    assert spec.period == 4  # kept unrolled
+    model = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def peak(remat):
+        def loss(m, ids):
+            return jnp.sum(m.hidden(ids, remat=remat)[0] ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(model, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    none, dots, block = (peak(remat) for remat in ("none", "dots", "block"))
+    scores = 4 * rows * 2 * length**2 * spec.num_layers  # bytes of all layers'
+    assert block < dots < none - 0.5 * scores
 
 
 def test_unroll_changes_nothing_but_the_program(model, ids, monkeypatch):

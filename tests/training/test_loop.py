@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from qkvjax.data.ahead import ahead
-from qkvjax.progress import duration
 from qkvjax.training.loop import due
 from qkvjax.training.window import Window
 
@@ -43,7 +42,3 @@ def test_batches_come_in_order_and_none_too_many():
 )
 def test_what_is_due(at, every, last, is_due):
     assert due(at, every, last) == is_due
-
-
-def test_durations_read_well():
-    assert [duration(s) for s in (47.6, 200, 7500)] == ["48 s", "3 min 20 s", "2 h 05 min"]

@@ -177,3 +177,34 @@ def test_masters_train_as_float32_parameters_do(train, accumulation, name):
         if exact:
             np.testing.assert_array_equal(a, b.astype(a.dtype))
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=0.01, atol=1e-3)
+
+
+def test_the_learning_rate_follows_the_step_whatever_was_left_out(step):
+    """Updates after three bad steps are those of the rate that is reported, not of an earlier
+    one: Adam's first update is the rate times the sign of the gradient."""
+    one, before = step(optimizer__weight_decay=0.0, optimizer__clip_norm=0.0)
+    spoilt = batch(0, 1) | {"weights": batch(0, 1)["weights"] * np.float32("nan")}
+    state = before
+    for _ in range(3):
+        state, metrics = one(state, spoilt)
+        assert bool(metrics["bad"])
+    after, metrics = one(state, batch(0, 1))
+    assert int(after.step) == 4
+    moved = [
+        float(jnp.max(jnp.abs(a - b)))
+        for a, b in zip(*map(jax.tree.leaves, (after.model, state.model)), strict=True)
+    ]
+    assert max(moved) == pytest.approx(float(metrics["learning_rate"]), rel=1e-3)
+    rates = optax.tree_utils.tree_get_all_with_path(after.optimizer, "count")
+    counts = sorted(int(value) for _, value in rates)
+    assert counts == [1, 4]  # Adam's updates; the step that the rate was of, and one
+
+
+def test_gradients_of_matrices_may_be_bfloat16(train):
+    """By a field of their own; unset, products in bfloat16 still have gradients in float32."""
+    plain, found = train(train__compute_dtype="bfloat16")
+    _, narrow = train(train__compute_dtype="bfloat16", train__gradient_dtype="bfloat16")
+    assert float(narrow[0]["loss"]) == float(found[0]["loss"])
+    assert float(narrow[0]["grad_norm"]) != float(found[0]["grad_norm"])
+    np.testing.assert_allclose(losses(narrow), losses(found), rtol=0.02)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(plain.model)} == {"float32"}
