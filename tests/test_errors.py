@@ -6,11 +6,11 @@ from qkvjax.data.tokenizers import load_tokenizer
 from qkvjax.errors import UserError, read_object
 
 
-def test_nobody_deletes_a_file_that_is_missing(tmp_path):
+def test_a_missing_file_is_to_be_looked_for(tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="no such file.*check the path") as refused:
         read_object(path)
-    assert "delete" not in str(refused.value)
+    assert "or delete it" not in str(refused.value)
     path.write_text("{")
     with pytest.raises(UserError, match="no JSON.*restore it from a copy, or delete it"):
         read_object(path)
@@ -20,4 +20,4 @@ def test_a_missing_tokenizer(tmp_path):
     pytest.importorskip("tokenizers")
     with pytest.raises(UserError, match="tokenizer.json cannot be read.*check the path") as refused:
         load_tokenizer(f"bpe:{tmp_path}/tokenizer.json")
-    assert "delete" not in str(refused.value)
+    assert "or delete it" not in str(refused.value)
