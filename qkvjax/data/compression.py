@@ -32,15 +32,29 @@ def compression_of(head: bytes) -> str:
     return next((name for name, start in _STARTS.items() if re.match(start, head, re.DOTALL)), "")
 
 
+def first_bytes(path: Path, number: int) -> bytes:
+    """Reads the first bytes of a file as they are.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read(number)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check that it is there, and its permissions"
+        ) from None
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to read what it holds, decompressed on the way.
 
     Raises:
-      UserError: while it is read: a compressed file that is damaged or truncated.
+      UserError: it cannot be opened; while it is read: it is compressed, and damaged or truncated.
     """
-    with open(path, "rb") as file:
-        name = compression_of(file.read(16))
+    name = compression_of(first_bytes(path, 16))
     if not name:
         with open(path, "rb") as file:
             yield file

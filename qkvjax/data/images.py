@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax.data import tfds_source
+from qkvjax.data.compression import first_bytes
 from qkvjax.data.examples import Examples, Labelled
 from qkvjax.data.files import expanded
 from qkvjax.data.formats import HEAD, identify
@@ -296,8 +297,7 @@ def _unreadable(file: Path, error: Exception) -> UserError:
             f"{text}it holds Python objects, which can run code when they are opened; save images"
             " of one size and labels as plain arrays of numbers"
         )
-    with open(file, "rb") as content:
-        found = identify(content.read(HEAD))
+    found = identify(first_bytes(file, HEAD))
     if file.suffix == ".npz" and found.name.startswith("a numpy array"):
         return UserError(f"{text}it is one array; save images and labels with numpy.savez")
     named = found.evidence == "magic" and not found.name.startswith(("compressed", "a zip"))

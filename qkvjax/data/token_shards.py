@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qkvjax.data.compression import compression_of
+from qkvjax.data.compression import compression_of, first_bytes
 from qkvjax.data.files import listed
 from qkvjax.data.formats import HEAD, identify, refusal, token_header
 from qkvjax.errors import UserError
@@ -64,11 +64,10 @@ def open_shard(path: Path, dtype: str | None = None) -> Shard:
     Raises:
       UserError: another format, a header of an unknown version, a truncated file.
     """
+    head = first_bytes(path, HEAD)
     size = path.stat().st_size
     if not size:
         raise UserError(f"{path} is empty: tokens: takes uint16 or uint32 ids")
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
     if head.startswith(b"\x93NUMPY"):
         shard = _numpy(path)
     elif header := token_header(head):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qkvjax.data.compression import first_bytes
 from qkvjax.data.formats import HEAD, identify
 from qkvjax.errors import UserError
 from qkvjax.kernels.stored import NORM_EPSILON
@@ -103,8 +104,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             " Q8_0 or F16"
         )
     text = f"{path} is damaged, truncated or no GGUF file ({type(error).__name__}: {error})"
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
+    head = first_bytes(path, HEAD)
     if head and not head.startswith(b"GGUF"):
         return UserError(f"{text}: it is {identify(head).name}; give --source a .gguf file")
     return UserError(f"{text}: copy it again")

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from qkvjax.data.formats import identify, look
+from qkvjax.data.token_shards import open_shard
+from qkvjax.errors import UserError
 
 RNG = np.random.default_rng(0)
 TEXT = "Grüße, naïve café – " * 200
@@ -118,3 +120,18 @@ def test_a_compressed_file_is_what_is_in_it(tmp_path):
         assert "tar" in look(file).name
         file.write_bytes(pack(pack(TEXT.encode())))
         assert "compressed twice" in look(file).name
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    for opened in (look, open_shard):
+        with pytest.raises(UserError, match="a.bin cannot be read .No such file"):
+            opened(path)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    for opened in (look, open_shard):
+        with pytest.raises(UserError, match="a.bin cannot be read .Permission denied"):
+            opened(path)
