@@ -11,6 +11,7 @@ import numpy as np
 
 from qkvjax.errors import UserError
 from qkvjax.evaluation import SOLVED
+from qkvjax.models.lm import LanguageModel
 from qkvjax.parallel import rules
 from qkvjax.training.loss import cross_entropy
 
@@ -18,7 +19,11 @@ from qkvjax.training.loss import cross_entropy
 @functools.partial(jax.jit, static_argnames="dtype")
 def judge(model, batch: Mapping[str, jax.Array], *, dtype) -> tuple[jax.Array, jax.Array]:
     """(whether each label is the likeliest class, its -log p), bool and float [B, labels]."""
-    logits = model(batch["inputs"], batch["positions"], batch.get("segment_ids"), dtype=dtype)
+    inputs = batch["inputs"], batch["positions"], batch.get("segment_ids")
+    if isinstance(model, LanguageModel):  # logits of padding too, as in training
+        logits = model.logits(model.hidden(*inputs, dtype=dtype)[0])
+    else:
+        logits = model(*inputs, dtype=dtype)
     nats, _ = cross_entropy(logits, batch["targets"], batch["weights"])
     right = jnp.argmax(logits, axis=-1) == batch["targets"]
     return rules.replicate(right), rules.replicate(nats)

@@ -46,7 +46,8 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 @functools.partial(jax.jit, static_argnames="dtype")
 def row_nats(model, batch: Mapping[str, jax.Array], *, dtype) -> jax.Array:
     """Sum of -log p over the scored labels of each row: arrays [B, T] -> float32 [B]."""
-    logits = model(batch["inputs"], batch["positions"], batch["segment_ids"], dtype=dtype)
+    inputs = batch["inputs"], batch["positions"], batch["segment_ids"]
+    logits = model.logits(model.hidden(*inputs, dtype=dtype)[0])  # of padding too, as in training
     nats, _ = cross_entropy(logits, batch["targets"], batch["weights"])
     return rules.replicate(jnp.sum(nats, axis=-1))
 
