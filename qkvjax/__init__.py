@@ -19,9 +19,9 @@ def load(workdir, step: int | None = None):
 
     Returns:
       (model, tokenizer, config): a `qkvjax.models.lm.LanguageModel`, which is a plain pytree
-      and called as `model(ids)` with int [B, T], or an `Encoder` or a `VisionTransformer`; a
-      tokenizer with `encode(bytes)` and `decode(ids)`, None where there is no text; the run's
-      ConfigDict.
+      and called as `model(ids)` with int [B, T] for logits [B, T, tokenizer.num_ids], or an
+      `Encoder` or a `VisionTransformer`; a tokenizer with `encode(bytes)` and `decode(ids)`, None
+      where there is no text; the run's ConfigDict.
 
     Raises:
       qkvjax.errors.UserError: no run, no such step, no intact checkpoint.

@@ -12,6 +12,7 @@ divide.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -45,8 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def body(values: flags.FlagValues) -> None:
     if not values.workdir:
         raise UserError("--workdir=DIR is missing: which run should speak?")
+    values.prompt = _as_typed(values.prompt)
     columns = [sample(workdir, values) for workdir in values.workdir]
     print(side_by_side(columns, shutil.get_terminal_size((100, 40)).columns))
+
+
+def _as_typed(text: str) -> str:
+    """A word of the command line as the UTF-8 that it was typed in, whatever the locale (LC_ALL=C
+    has no é); what is not UTF-8 stays as it is."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def sample(workdir: str, values: flags.FlagValues) -> list[str]:

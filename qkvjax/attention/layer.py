@@ -14,10 +14,11 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from qkvjax.attention.position import rotate
+from qkvjax.attention.position import by_row, rotate
 from qkvjax.attention.projection import Linear, RMSNorm, named_key, wide_times
 from qkvjax.attention.score import Score
 from qkvjax.attention.spec import AttentionSpec
+from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch
 from qkvjax.kernels.stored import KeyOfState
 from qkvjax.parallel import rules
@@ -58,9 +59,20 @@ class Attention(nnx.Module):
 
         Args:
           x: [B, T, D].
-          positions: int [B, T], restarting with each document.
-          segment_ids: int [B, T] documents of a packed sequence, or None.
+          positions: int [B, T], restarting with each document; or [T], the same for each row.
+          segment_ids: int [B, T] or [T], documents of a packed sequence, or None.
+
+        Raises:
+          UserError: shapes that do not fit together.
         """
+        if x.ndim != 3 or x.shape[-1] != self.spec.d_model:
+            raise UserError(
+                f"x of shape {list(x.shape)} is not [B, T, D] with D = d_model ="
+                f" {self.spec.d_model}: one sequence is x[None]"
+            )
+        positions = by_row(positions, x.shape[:2])
+        if segment_ids is not None:
+            segment_ids = by_row(segment_ids, x.shape[:2], "segment_ids")
         q, entry = self.project(x, positions)
         entry = jax.tree.map(rules.gather_sequence, entry)
         places = rules.gather_sequence(positions)

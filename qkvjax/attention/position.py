@@ -5,6 +5,30 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from qkvjax.errors import UserError
+
+
+def by_row(values: jax.Array, shape: tuple[int, int], name: str = "positions") -> jax.Array:
+    """Returns values of each token as [B, T]; [T] or [1, T] is the same for every row.
+
+    Args:
+      values: integers of shape [B, T], [1, T] or [T].
+      shape: (B, T) of the tokens.
+      name: of the argument, for the message.
+
+    Raises:
+      UserError: any other shape.
+    """
+    found = jnp.shape(values)
+    if found == tuple(shape):
+        return values
+    if found not in (tuple(shape[1:]), (1, shape[1])):
+        raise UserError(
+            f"{name} of shape {list(found)} do not fit tokens of shape {list(shape)}: give [B, T],"
+            " or [T] for all rows"
+        )
+    return jnp.broadcast_to(values, shape)
+
 
 def rotate(
     x_BTNH: jax.Array, positions_BT: jax.Array, *, base: float, width: int, inverse: bool = False,

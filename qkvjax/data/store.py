@@ -12,8 +12,20 @@ from qkvjax.errors import UserError
 
 
 def data_folder() -> Path:
-    """$QKVJAX_DATA_DIR, else ~/.cache/qkvjax/data."""
-    return Path(os.environ.get("QKVJAX_DATA_DIR") or "~/.cache/qkvjax/data").expanduser()
+    """$QKVJAX_DATA_DIR, else ~/.cache/qkvjax/data.
+
+    Raises:
+      UserError: there is no home folder, or no such user's.
+    """
+    name = os.environ.get("QKVJAX_DATA_DIR") or "~/.cache/qkvjax/data"
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"prepared data have no folder: {name} names a home folder, and there is none (HOME is"
+            " unset, and the system does not know the user): set QKVJAX_DATA_DIR to a folder that"
+            " can be written, or set HOME"
+        ) from None
 
 
 def find_or_make(name: str, make: Callable[[Path], None]) -> Path:

@@ -74,7 +74,14 @@ def read_images(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _find(name: str) -> tuple[Path, list[str]]:
     """The folder of a prepared data set that can be read here, and its splits."""
-    root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    where = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    try:
+        root = Path(where).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"tfds:{name} is looked for in {where}, and there is no home folder (HOME is unset,"
+            " and the system does not know the user): set TFDS_DATA_DIR"
+        ) from None
     folder = _newest(root, name)
     info = json.loads((folder / "dataset_info.json").read_text())
     if info.get("fileFormat") != "array_record":

@@ -277,4 +277,4 @@ def _tokenizer(file: _File) -> dict:
 
 def write_tokenizer(content: dict, path: Path) -> None:
     """Writes a tokenizer.json."""
-    path.write_text(json.dumps(content, ensure_ascii=False))
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkvjax.attention.position import by_row
 from qkvjax.attention.projection import Linear, named_key, wide_add
 from qkvjax.models.spec import ModelSpec
 from qkvjax.models.transformer import STD, Stack, add_positions, dropout, norm, position_table
@@ -44,8 +45,8 @@ class Encoder(nnx.Module):
 
         Args:
           inputs: int [B, T] symbols, or float [B, T, V] vectors.
-          positions: int [B, T]; None means 0, 1, ...
-          segment_ids: int [B, T], or None.
+          positions: int [B, T] or [T]; None means 0, 1, ...
+          segment_ids: int [B, T] or [T], or None.
           key: a PRNG key turns dropout on.
           dtype: of activations and matrix products.
           impl: the implementation of attention.
@@ -56,9 +57,9 @@ class Encoder(nnx.Module):
           has one label, read from the first token, and "choice" one label whose T classes are
           the tokens.
         """
-        if positions is None:
-            length = inputs.shape[1] + (self.spec.kind == "vit")
-            positions = jnp.broadcast_to(jnp.arange(length), (inputs.shape[0], length))
+        length = inputs.shape[1] + (self.spec.kind == "vit")
+        positions = jnp.arange(length) if positions is None else positions
+        positions = by_row(positions, (inputs.shape[0], length))
         outer, inner = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, outer)
         x, _ = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat, unroll=unroll)

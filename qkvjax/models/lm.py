@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkvjax.attention.position import by_row
 from qkvjax.attention.projection import Linear, named_key
 from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec
@@ -47,20 +48,21 @@ class LanguageModel(nnx.Module):
 
         Args:
           inputs: int [B, T] token ids.
-          positions: int [B, T]; None means 0, 1, ...
+          positions: int [B, T] or [T]; None means 0, 1, ...
           segment_ids: int [B, T] documents of packed sequences, or None.
           key: a PRNG key turns dropout on.
           dtype: of activations and matrix products.
           impl: the implementation of attention.
 
         Returns:
-          [B, T, V] in float32 or wider.
+          [B, T, num_ids] in float32 or wider: a number for each id of the tokenizer. `logits` has
+          the columns too that pad the vocabulary, which take part in the training loss.
 
         Raises:
-          UserError: T exceeds a learned table.
+          UserError: T exceeds a learned table, or shapes do not fit together.
         """
         x, _ = self.hidden(inputs, positions, segment_ids, key, dtype=dtype, impl=impl)
-        return self.logits(x)
+        return self.logits(x)[..., : self.spec.num_ids]
 
     def hidden(
         self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
@@ -69,8 +71,12 @@ class LanguageModel(nnx.Module):
         """(what the head reads, [B, T, D] in `dtype`; what routers tell, see `models.moe`, or
         None). Arguments as in `__call__`, those of `transformer.Stack`, and `table`: of
         `embedding_copies`."""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        if jnp.ndim(inputs) != 2:
+            raise UserError(
+                f"ids of shape {list(jnp.shape(inputs))} are not [B, T]: one sequence is ids[None]"
+            )
+        positions = jnp.arange(inputs.shape[1]) if positions is None else positions
+        positions = by_row(positions, inputs.shape)
         stem, key = (None, None) if key is None else jax.random.split(key)
         x = self.embed(inputs, positions, dtype, table)
         x = dropout(x, self.spec.dropout, stem)

@@ -59,6 +59,8 @@ class ModelSpec:
       position_std: of the initial normal values of a learned position table; None follows
         the embedding: 0.02 under "normal", else 1 in an encoder and 1/sqrt(D) before the
         embedding's scaling in a language model.
+      num_ids: of a language model, ids of the tokenizer, which the rows of the embedding beyond
+        them pad; None means V.
     """
 
     vocab_size: int
@@ -77,6 +79,7 @@ class ModelSpec:
     num_outputs: int | None = None
     output: str = "tokens"
     position_std: float | None = None
+    num_ids: int | None = None
 
     def __post_init__(self):
         for name, known in {"norm": NORMS, "init": INITS, "kind": KINDS}.items():
@@ -243,7 +246,8 @@ def model_spec(
         vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs, layers=layers,
         max_length=max_length, d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
         num_outputs=None if kind == "lm" else num_outputs or num_inputs, output=output, init=init,
-        position_std=position_std, **{name: model[name] for name in same},
+        position_std=position_std, num_ids=num_inputs if kind == "lm" else None,
+        **{name: model[name] for name in same},
     )  # fmt: skip
 
 

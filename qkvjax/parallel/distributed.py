@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 STALLED = 43  # exit code of a process that waits in vain: for itself or for another
+NOTE_SECONDS = 3  # a process that waits for others so long says for whom
 LONG = 24 * 3600 * 1000  # ms: who waits learns by the heartbeat that another is gone
 _rounds = itertools.count()
 _index, _count = 0, 1
@@ -152,6 +153,9 @@ def _start(values: flags.FlagValues) -> None:
     patience = threading.Timer(values.init_seconds, _leave, [late])
     patience.daemon = True
     patience.start()
+    note = threading.Timer(NOTE_SECONDS, _say_who_is_missing, [address, count, index])
+    note.daemon = True
+    note.start()
     # By default jax listens on every address of the machine, to anybody.
     listen = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
     host, _, port = listen.rpartition(":")
@@ -169,8 +173,28 @@ def _start(values: flags.FlagValues) -> None:
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise UserError(f"{str(error).strip().splitlines()[0][:200]}; {late}") from None
     finally:
+        note.cancel()
         patience.cancel()
     find_devices()  # all together: each tells the others what it has
+
+
+def _say_who_is_missing(address: str, count: int, index: int) -> None:
+    """Prints for whom this process waits. An interactive shell of SLURM has the variables of a
+    step of several tasks, of which it is the only one that runs anything."""
+    others = [str(i) for i in range(count) if i != index]
+    listed = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+    if index:
+        waits = f"process {index} of {count} waits for process 0 at {address}"
+    else:
+        plural = "es" if len(others) > 1 else ""
+        waits = f"process 0 of {count} waits at {address} for process{plural} {listed}"
+    step = os.environ.get("SLURM_JOB_ID")
+    reason = f"; the variables of SLURM job {step} say {count} tasks" if step else ""
+    print(
+        f"{waits}{reason}. Start the others, by srun or by hand, or give --num_processes=1 if this"
+        " process is the only one",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def _leave(error: BaseException) -> None:

@@ -46,12 +46,12 @@ def keep_programs() -> None:
     the folder is the user's alone, and one that others can write to is left alone. Call it before
     jax is imported.
     """
-    folder = Path("~/.cache/qkvjax/programs").expanduser()
     try:
+        folder = Path("~/.cache/qkvjax/programs").expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except OSError:
-        return  # a home that cannot be written costs a minute of compiling, not the run
+    except (OSError, RuntimeError):
+        return  # no home, or one that cannot be written, costs a minute of compiling, not the run
     if status.st_uid == os.getuid() and not status.st_mode & 0o022:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
 

@@ -212,7 +212,11 @@ def _outcome(study: Study, task: Task, code: int, known: int) -> dict:
     if lines and (code == 0) == (lines[-1]["status"] == "done"):
         return lines[-1]
     log = study.workdir / task.folder / "train.log"
-    told = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    told = (
+        log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if log.exists()
+        else []
+    )
     last = f" ({told[-1]})" if told else ""
     error = f"the process ended with code {code}{last}: see {task.folder}/train.log"
     line = failure(study, task, error)

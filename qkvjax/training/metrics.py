@@ -7,12 +7,15 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qkvjax.errors import UserError, parse_object, read_object
 from qkvjax.training.tensorboard import Events
+
+WANDB_SECONDS = 10  # how long its service may take to answer; it retries for about as long again
 
 
 def append_line(path: Path, record: Mapping) -> None:
@@ -93,7 +96,7 @@ def _write(path: Path, text: str) -> None:
     # A name of its own: on a network folder two machines may have equal process numbers.
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
@@ -135,6 +138,28 @@ def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
 
 
+def _start_wandb(project: str, workdir: Path, config: Mapping):
+    """A run of Weights & Biases; one that is kept in the workdir where the service does not answer.
+
+    A run must not wait for a service that only shows it, nor end because of it.
+    """
+    import wandb
+
+    where = {"project": project, "dir": str(workdir), "config": config, "resume": "allow"}
+    try:
+        return wandb.init(**where, settings={"init_timeout": WANDB_SECONDS})
+    except (wandb.Error, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    print(
+        f"Weights & Biases does not answer ({reason[:200]}): the run goes on and keeps its record"
+        f" in {workdir}/wandb, which `wandb sync` uploads later. WANDB_MODE=offline does so from"
+        " the start; `wandb login` or WANDB_API_KEY gives the key",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os.environ["WANDB_MODE"] = "offline"  # also for what begins later in this process
+    return wandb.init(**where, mode="offline")
+
+
 class Metrics:
     """The metrics of one run.
 
@@ -156,10 +181,7 @@ class Metrics:
             raise _unwritable(workdir / "tensorboard", error) from None
         self._wandb, project = None, config and config["train"]["wandb"]
         if project:
-            import wandb
-
-            where = {"project": project, "dir": str(workdir)}
-            self._wandb = wandb.init(**where, config=config, resume="allow")
+            self._wandb = _start_wandb(project, workdir, config)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of plain numbers; NaN and infinity are written as null."""

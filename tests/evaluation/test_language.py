@@ -56,7 +56,8 @@ def direct(model, texts, separator):
             window = stream[start : start + T + 1]
             rows.append(np.pad(window[:-1], (0, T + 1 - len(window))))
             wanted.append(window[1:])
-    log_p = np.asarray(jax.nn.log_softmax(model(np.stack(rows).astype(np.int32))), np.float64)
+    x, _ = model.hidden(np.stack(rows).astype(np.int32))
+    log_p = np.asarray(jax.nn.log_softmax(model.logits(x)), np.float64)
     each = [-log_p[i, np.arange(len(ids)), ids] for i, ids in enumerate(wanted)]
     return np.concatenate(each)
 

@@ -49,7 +49,7 @@ def test_short_windows_share_rows_and_see_only_themselves(dataset, model):
                 key = tuple(batch["targets"][row][mine])
                 together[key] = (batch["inputs"][row][mine], logits[row][mine])
     for inputs, expected in together.values():
-        alone = np.asarray(model(inputs[None]))[0]
+        alone = np.asarray(model.logits(model.hidden(inputs[None])[0]))[0]
         np.testing.assert_allclose(alone, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -135,7 +135,8 @@ def test_likeliest_labels_of_a_language_model(dataset, model):
     """By chunks of the vocabulary's logits, as by all logits at once."""
     right = []
     for batch in dataset.scored_batches(4):
-        logits = model(batch["inputs"], batch["positions"], batch["segment_ids"])
+        x, _ = model.hidden(batch["inputs"], batch["positions"], batch["segment_ids"])
+        logits = model.logits(x)
         counts = batch["weights"] > 0
         right += (np.asarray(logits).argmax(-1) == batch["targets"])[counts].tolist()
     assert accuracy.score(model, dataset, batch_size=4)["accuracy"] == np.mean(right)

@@ -54,7 +54,10 @@ def test_a_loaded_model_is_called_on_ids(run):
     model, tokenizer, _ = qkvjax.load(str(run[0]))
     ids = jnp.asarray(tokenizer.encode(b"to be"))[None]
     logits = model(ids)
-    assert logits.shape == (1, 5, 264) and logits.dtype == jnp.float32
+    assert (
+        logits.shape == (1, 5, 257) == (*ids.shape, tokenizer.num_ids)
+        and logits.dtype == jnp.float32
+    )
     assert np.all(np.isfinite(logits)) and float(jnp.std(logits)) > 0.1
 
 
