@@ -133,6 +133,13 @@ def safe_cut(document: bytes, start: int, end: int) -> int | None:
         window *= 8
 
 
+def next_cut(document: bytes, start: int) -> int | None:
+    """The first place after `start`, where a character begins, at which a text may be cut."""
+    text = document[start:].decode("utf-8", "ignore")  # the end may lie within a character
+    match = _CUT.search(text)
+    return None if match is None else start + len(text[: match.start()].encode())
+
+
 def _character(document, at):
     """The start of the character that `at` stands in."""
     for back in range(min(3, at) + 1):
