@@ -19,6 +19,7 @@ is then a folder that all of them see, and a signal to one of them counts for al
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax import cli
-from qkvjax.parallel import distributed, host
+from qkvjax.parallel import distributed, folders, host
 
 FLAGS = {
     "workdir": (str, None, "where the run is kept"),
@@ -58,7 +59,7 @@ def body(values: flags.FlagValues) -> int:
     return 0
 
 
-def _train_in(folder: str | None, config, alive: Callable[[], None]) -> None:
+def _train_in(folder: str | None, config, alive: Callable[..., None]) -> None:
     from qkvjax.errors import UserError
     from qkvjax.training.run import open_workdir
 
@@ -74,7 +75,7 @@ def _train_in(folder: str | None, config, alive: Callable[[], None]) -> None:
 
 def train(
     config, workdir: Path | None, log: Callable[[str], None] = print,
-    alive: Callable[[], None] = lambda: None,
+    alive: Callable[..., None] = lambda starting=False: None,
 ) -> dict:  # fmt: skip
     """Trains to the end of `config`, from the newest intact checkpoint in `workdir` if any.
 
@@ -82,7 +83,7 @@ def train(
       config: the configuration.
       workdir: None only prints the cost table.
       log: gets every line, on process 0.
-      alive: called at each sign of progress.
+      alive: called at each sign of progress, with starting=True before the first step.
 
     Returns:
       The summary: step, seconds, and the last evaluation ("eval/bits_per_byte", ...).
@@ -91,12 +92,13 @@ def train(
     import jax
 
     from qkvjax import config as configs
+    from qkvjax.data.store import data_folder
     from qkvjax.evaluation.evaluators import make_evaluators
     from qkvjax.training import guard, loop, resume
     from qkvjax.training.checkpoint import Checkpoints, check_copies
     from qkvjax.training.metrics import Metrics, append_line, check_wandb, read_lines, write_json
     from qkvjax.training.report import cost_table, goodput
-    from qkvjax.training.run import check_workdir, only_one, prepare_run
+    from qkvjax.training.run import check_workdir, only_one, open_data, prepare_run
     from qkvjax.training.signals import requests
 
     # ---- data, model, mesh ------------------------------------------------------------------
@@ -106,7 +108,12 @@ def train(
     fields = configs.flatten(configs.to_dict(config))
     distributed.check_alike(lambda: fields | distributed.program())
     together(lambda: check_wandb(config.train.wandb))
-    run = together(lambda: prepare_run(config, log=log))
+    dataset = folders.by_folder(
+        data_folder(),
+        lambda sign: open_data(config, log, sign),
+        functools.partial(alive, starting=True),
+    )
+    run = together(lambda: prepare_run(config, dataset=dataset, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
     log(cost_table(run))
     if run.mesh.size < jax.device_count():

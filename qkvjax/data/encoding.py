@@ -151,7 +151,8 @@ class _Worker:
             facts = json.loads(rest[0])
             raise UnfitPiece(batch, facts["piece"], Unfit(facts["reason"], facts["at"]))
         counts = np.frombuffer(rest[0], np.int64)
-        return np.split(np.frombuffer(rest[1], self._dtype), np.cumsum(counts)[:-1])
+        ids = np.frombuffer(rest[1], self._dtype)
+        return [ids[end - count : end] for count, end in zip(counts, np.cumsum(counts))]
 
     def kill(self):
         self._process.kill()
