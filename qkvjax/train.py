@@ -19,6 +19,7 @@ is then a folder that all of them see, and a signal to one of them counts for al
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax import cli
-from qkvjax.parallel import distributed, host, xla_flags
+from qkvjax.parallel import distributed, folders, host, xla_flags
 
 FLAGS = {
     "workdir": (str, None, "where the run is kept"),
@@ -95,7 +96,7 @@ def train(
     config,
     workdir: Path | None,
     log: Callable[[str], None] = print,
-    alive: Callable[[], None] = lambda: None,
+    alive: Callable[..., None] = lambda starting=False: None,
     profile_steps: tuple[int, int] | None = None,
 ) -> dict:
     """Trains to the end of `config`, from the newest intact checkpoint in `workdir` if any.
@@ -104,7 +105,7 @@ def train(
       config: the configuration.
       workdir: None only prints the cost table.
       log: gets every line, on process 0.
-      alive: called at each sign of progress.
+      alive: called at each sign of progress, with starting=True before the first step.
       profile_steps: (first, stop): the steps from first on and before stop leave a trace.
 
     Returns:
@@ -115,6 +116,7 @@ def train(
 
     from qkvjax import config as configs
     from qkvjax import kernels
+    from qkvjax.data.store import data_folder
     from qkvjax.evaluation.evaluators import compile_evaluators, make_evaluators
     from qkvjax.parallel.mesh import find_devices, idle_devices
     from qkvjax.progress import working
@@ -124,7 +126,7 @@ def train(
     from qkvjax.training.init_from import growth_note, start_from
     from qkvjax.training.metrics import Metrics, append_line, check_wandb, read_lines, write_json
     from qkvjax.training.report import cost_table, goodput
-    from qkvjax.training.run import check_workdir, only_one, prepare_run, steps_of
+    from qkvjax.training.run import check_workdir, only_one, open_data, prepare_run, steps_of
     from qkvjax.training.signals import requests
     from qkvjax.training.workdir import keep_tokenizer
 
@@ -138,7 +140,9 @@ def train(
     together(lambda: check_wandb(config.train.wandb))
     if idle := idle_devices(config.mesh, len(together(find_devices))):
         log(idle)
-    run = together(lambda: prepare_run(config, log=log))
+    starting = functools.partial(alive, starting=True)
+    dataset = folders.by_folder(data_folder(), lambda sign: open_data(config, log, sign), starting)
+    run = together(lambda: prepare_run(config, dataset=dataset, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
     log(cost_table(run))
     if workdir is None:

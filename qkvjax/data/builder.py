@@ -3,74 +3,122 @@
 A record is a block of rows. Reading a record costs about 70 microseconds whatever it holds, so
 blocks bring a corpus of ten megabytes into memory in a tenth of a second, where one row a
 record takes seconds; they stay small enough for random access to corpora that do not fit.
+
+TFDS's own writer keeps up to 1 GB in memory and says nothing before its end, so the shards are
+written here one after the other, and TFDS's metadata at the end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from qkvjax.data.progress import Progress
 
 BLOCK_ROWS = 32
-
-Rows = Callable[[], Iterator[np.ndarray]]
-
-
-class PackedTokens(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Blocks of up to 32 rows of T + 1 ids, in the order in which the rows are given.
-
-    Ids are kept as raw bytes, which is quicker both ways than a list of integers.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, rows: Mapping[str, Rows], width: int, dtype, **kwargs):
-        self._rows, self._width, self._dtype = rows, width, dtype
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _info(self):
-        shape = (None, self._width)
-        tokens = tfds.features.Tensor(shape=shape, dtype=self._dtype, encoding="bytes")
-        return tfds.core.DatasetInfo(
-            builder=self, description="Token ids packed into rows of one length.",
-            features=tfds.features.FeaturesDict({"tokens": tokens}), disable_shuffling=True,
-        )  # fmt: skip
-
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(rows) for split, rows in self._rows.items()}
-
-    def _generate_examples(self, rows):
-        rows = rows()
-        for index in itertools.count():
-            block = list(itertools.islice(rows, BLOCK_ROWS))
-            if not block:
-                return
-            yield index, {"tokens": np.stack(block).astype(self._dtype)}
+NAME = "packed_tokens"
+VERSION = "1.0.0"
+_SHARD_BYTES = 256 << 20  # of ids
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
-def write(folder: Path, rows: Mapping[str, Rows], width: int, num_ids: int) -> None:
-    """Prepares the splits of `rows` below `folder`; what the generators raise comes through.
+def write(
+    folder: Path,
+    split: str,
+    blocks: Iterable[np.ndarray],
+    num_rows: int,
+    width: int,
+    dtype,
+    progress: Progress,
+) -> dict:
+    """Writes the shards of a split below `folder`; those that are there already stay as they are.
 
     Args:
-      rows: split -> function that yields int arrays [width], at least one.
+      blocks: arrays [BLOCK_ROWS, width], the last one smaller.
+      num_rows: in all blocks, at least 1.
       width: T + 1.
-      num_ids: ids of the tokenizer; up to 65,536 are kept as uint16.
+      dtype: of the ids on disk, uint16 or int32.
+
+    Returns:
+      What `write_metadata` takes: {"name", "shard_lengths", "num_bytes"}.
     """
-    dtype = np.uint16 if num_ids <= 2**16 else np.int32
-    tfds.disable_progress_bar()
-    builder = PackedTokens(rows, width, dtype, data_dir=folder)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints where it writes
-        builder.download_and_prepare()
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    place = _place(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    features = _features(width, dtype)
+    row_bytes = width * np.dtype(dtype).itemsize
+    shard_blocks = max(1, _SHARD_BYTES // (row_bytes * BLOCK_ROWS))
+    num_blocks = -(-num_rows // BLOCK_ROWS)
+    num_shards = -(-num_blocks // shard_blocks)
+    blocks = iter(blocks)
+    lengths, num_bytes = [], 0
+    for shard in range(num_shards):
+        file = place / f"{NAME}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
+        unfinished = file.with_name(f"unfinished-{split}")
+        finished = file.is_file()
+        writer = None if finished else ArrayRecordWriter(str(unfinished), "group_size:1")
+        count = 0
+        for block in itertools.islice(blocks, shard_blocks):
+            progress.add(block.shape[0] * row_bytes, skipped=finished)
+            num_bytes += block.shape[0] * row_bytes
+            count += 1
+            if writer is not None:
+                writer.write(features.serialize_example({"tokens": block.astype(dtype)}))
+        if writer is not None:
+            writer.close()
+            unfinished.rename(file)
+        lengths.append(count)
+    if sum(lengths) != num_blocks or next(blocks, None) is not None:
+        raise ValueError(f"{num_rows} rows of {split} were announced, and others came")
+    return {"name": split, "shard_lengths": lengths, "num_bytes": num_bytes}
+
+
+def write_metadata(folder: Path, splits: Iterable[Mapping], width: int, dtype) -> None:
+    """Writes what makes the shards of all splits one TFDS data set."""
+    place = _place(folder)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=place,
+        template=_TEMPLATE,
+        dataset_name=NAME,
+        filetype_suffix="array_record",
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=split["name"],
+            shard_lengths=split["shard_lengths"],
+            num_bytes=split["num_bytes"],
+            filename_template=template.replace(split=split["name"]),
+        )
+        for split in splits
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=place,
+        features=_features(width, dtype),
+        split_infos=infos,
+        version=VERSION,
+        filename_template=template,
+        check_data=False,
+        description="Token ids packed into rows of one length.",
+        disable_shuffling=True,
+    )
 
 
 def read(folder: Path, split: str):
-    """The data source of a split that `write` prepared; [i]["tokens"] is block i, [rows, T + 1]."""
-    (version,) = (folder / PackedTokens.name).iterdir()
+    """The data source of a split that was written; [i]["tokens"] is block i, [rows, T + 1]."""
+    (version,) = (folder / NAME).iterdir()
     return tfds.builder_from_directory(version).as_data_source(split)
+
+
+def _place(folder):
+    return folder / NAME / VERSION
+
+
+def _features(width, dtype):
+    """Ids are kept as raw bytes, which is quicker both ways than a list of integers."""
+    shape = (None, width)
+    tokens = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype).type, encoding="bytes")
+    return tfds.features.FeaturesDict({"tokens": tokens})

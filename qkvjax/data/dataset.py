@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -13,25 +12,28 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax.data.order import batch_rows, scored_rows, training_rows
-from qkvjax.data.packing import (
-    num_windows,
-    packed_rows,
-    rows_of_windows,
-    scored_batch,
-    training_batch,
-    window,
-    windows_batch,
-)
+from qkvjax.data.packing import rows_of_windows, scored_batch, training_batch, windows_batch
+from qkvjax.data.prepare import Settings, check_enough, make_copy, remarks
 from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
-from qkvjax.data.split import SPLITS, check_split, divide
-from qkvjax.data.store import damaged, find_or_make
+from qkvjax.data.split import check_split
+from qkvjax.data.store import damaged, find_or_go_on
 from qkvjax.data.token_files import open_tokens
 from qkvjax.data.tokenizers import Tokenizer, load_tokenizer
 from qkvjax.errors import UserError
 
-_FORMAT = 1  # of a prepared copy; another number prepares anew
+_FORMAT = 2  # of a prepared copy; another number prepares anew
 READ_ROWS = 64  # windows that are read at a time for scoring
+_SUMMARY = (
+    "content",
+    "num_documents",
+    "num_bytes",
+    "num_duplicates",
+    "moved",
+    "sizes",
+    "counts",
+    "skipped",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,13 +151,19 @@ class Dataset:
 
 
 def prepare(
-    source: str, tokenizer: str, seq_len: int, score_pads: bool = False, *, whole: bool = False,
+    source: str,
+    tokenizer: str,
+    seq_len: int,
+    score_pads: bool = False,
+    *,
+    whole: bool = False,
     log: Callable[[str], None] = lambda line: None,
-) -> Dataset:  # fmt: skip
-    """Documents as rows of tokens: read, divided, tokenised and packed once, then found again.
+    alive: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """Documents as rows of tokens: read, tokenised, divided and packed once, then found again.
 
     The copy is a TFDS data set in the data folder (`qkvjax.data.store`); `tokens:` files are
-    used as they are.
+    used as they are. A preparation that is stopped goes on at the next call.
 
     Args:
       source: `data.source`.
@@ -164,7 +172,9 @@ def prepare(
       score_pads: one document a row, padded with the separator, every label of weight 1: how
         the paper trained and scored.
       whole: all documents are validation, to score a corpus.
-      log: gets a line about the data, and one before it when they are read the first time.
+      log: gets a line about the data, and others while they are read the first time: how far that
+        is, twice a minute, unless stderr is a terminal and shows a bar.
+      alive: called again and again while data are prepared, here or by another process.
 
     Raises:
       UserError: see the sources and tokenizers; a split without a row.
@@ -173,10 +183,15 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     for note in opened.notes():
         log(f"data: {note}")
-    flags = (seq_len, score_pads, whole)
-    make = _from_tokens if isinstance(opened, TokenFiles) else _from_documents
-    dataset = make(opened, loaded, flags, log)
+    settings = Settings(seq_len, score_pads, whole)
+    if isinstance(opened, TokenFiles):
+        dataset = _from_tokens(opened, loaded, settings, log)
+        notes = []
+    else:
+        dataset, notes = _from_documents(opened, loaded, settings, log, alive)
     log(f"data: {dataset.description}")
+    for note in notes:
+        log(f"data: {note}")
     return dataset
 
 
@@ -201,133 +216,105 @@ def whole_rows(dataset: Dataset, count: int) -> np.ndarray:
     return whole[(np.arange(min(count, len(whole))) * len(whole)) // min(count, len(whole)), :-1]
 
 
-def _from_documents(source: Source, tokenizer: Tokenizer, flags, log) -> Dataset:
-    seq_len, score_pads, whole = flags
+def _from_documents(source: Source, tokenizer: Tokenizer, settings: Settings, log, alive):
+    """(data set, lines about it)."""
+    flags = dataclasses.astuple(settings)
     key = _sha256([_FORMAT, source.key(), tokenizer.fingerprint, flags])
 
-    def make(folder):
-        from qkvjax.data import builder  # imports TFDS
-
-        log(f"data: preparing {source.name} for seq_len={seq_len} in {folder.parent}, once")
-        split = divide(source, whole)
-        counts = {}
-        rows = {
-            name: functools.partial(_rows, split, name, tokenizer, flags, counts)
-            for name in (SPLITS[1:] if whole else SPLITS)
-        }
-        builder.write(folder, rows, seq_len + 1, tokenizer.num_ids)
-        summary = {
-            "content": split.digest,
-            "num_documents": split.num_documents,
-            "num_bytes": split.num_bytes,
-            "counts": counts,
-            "skipped": ", ".join(source.skipped),
-        }
-        (folder / "summary.json").write_text(json.dumps(summary))
+    def make(folder, alive):
+        place = folder.parent
+        log(f"data: preparing {source.name} for seq_len={settings.seq_len} in {place}, once")
+        make_copy(folder, source, tokenizer, settings, log, alive)
 
     kind = source.name.partition(":")[0]
-    folder = find_or_make(f"{kind}-{key[:16]}", make)
+    folder = find_or_go_on(f"{kind}-{key[:16]}", make, alive)
     summary = _read_summary(folder)
     counts = summary["counts"]
     rows = {name: PreparedRows(folder, name, count["rows"]) for name, count in counts.items()}
     labels = {name: count["labels"] for name, count in counts.items()}
-    return _dataset(
-        source.name, tokenizer, flags, summary["content"], summary["num_documents"],
-        summary["num_bytes"], rows, labels, len(source.files), summary["skipped"],
-    )  # fmt: skip
+    content = summary["content"]
+    if summary["moved"]:  # copies of a document made it another division of the same documents
+        content = f"{content} with copies on one side"
+    dataset = _dataset(
+        source.name,
+        tokenizer,
+        settings,
+        content,
+        summary["num_documents"],
+        summary["num_bytes"],
+        rows,
+        labels,
+        len(source.files),
+        summary["skipped"],
+    )
+    return dataset, remarks(summary)
 
 
-def _from_tokens(source: TokenFiles, tokenizer: Tokenizer, flags, log) -> Dataset:
-    seq_len, score_pads, whole = flags
-    streams, content = open_tokens(source, tokenizer, whole, log)
+def _from_tokens(source: TokenFiles, tokenizer: Tokenizer, settings: Settings, log) -> Dataset:
+    seq_len, score_pads = settings.seq_len, settings.score_pads
+    streams, content = open_tokens(source, tokenizer, settings.whole, log)
     rows, labels = {}, {}
-    for name in SPLITS[1:] if whole else SPLITS:
+    for name in settings.splits:
         stream = streams[name]
-        packed = name == "train" and not score_pads
+        packed = settings.packed(name)
         windows = WindowRows(stream, seq_len, tokenizer.separator, first_only=score_pads)
         rows[name] = PackedRows(stream, seq_len) if packed else windows
         scored = stream.num_labels
         num_tokens = len(stream.tokens) if name == "train" else scored
-        _check(source.name, name, len(rows[name]), num_tokens, seq_len, whole)
+        check_enough(source.name, name, len(rows[name]), num_tokens, seq_len, settings.whole)
         labels[name] = len(rows[name]) * seq_len if packed or score_pads else scored
     num_documents = sum(len(stream.spans) for stream in streams.values())
     num_bytes = sum(stream.tokens.nbytes for stream in streams.values())
     return _dataset(
-        source.name, tokenizer, flags, content, num_documents, num_bytes, rows, labels,
+        source.name,
+        tokenizer,
+        settings,
+        content,
+        num_documents,
+        num_bytes,
+        rows,
+        labels,
         len(source.train_files + source.validation_files),
-    )  # fmt: skip
+    )
 
 
 def _dataset(
-    name, tokenizer, flags, content, num_documents, num_bytes, rows, labels, num_files, skipped=""
+    name,
+    tokenizer,
+    settings,
+    content,
+    num_documents,
+    num_bytes,
+    rows,
+    labels,
+    num_files,
+    skipped="",
 ) -> Dataset:
-    seq_len, score_pads, whole = flags
-    digest = _sha256([content, tokenizer.fingerprint, flags])
+    digest = _sha256([content, tokenizer.fingerprint, dataclasses.astuple(settings)])
     counts = f"train {labels.get('train', 0):,} tokens, validation {labels['validation']:,}"
-    if whole:
+    if settings.whole:
         counts = f"{labels['validation']:,} tokens to score"
     size = f"{num_files:,} file{'s' * (num_files != 1)}, {num_documents:,} document"
     size += "s" * (num_documents != 1)
     size += f" ({skipped} skipped)" * bool(skipped) + f", {num_bytes / 1e6:.2f} MB"
     return Dataset(
-        tokenizer=tokenizer, seq_len=seq_len, score_pads=score_pads, digest=digest,
-        description=f"{name}, {size}, sha256 {content[:12]}; {counts}", num_documents=num_documents,
-        num_train_tokens=labels.get("train", 0), num_validation_tokens=labels["validation"],
-        train=rows.get("train", ()), validation=rows["validation"],
-    )  # fmt: skip
-
-
-def _rows(split, name, tokenizer, flags, counts) -> Iterator[np.ndarray]:
-    """The rows of a split; writes how many rows and labels there were into `counts`."""
-    seq_len, score_pads, whole = flags
-    separator, num_rows, num_tokens = tokenizer.separator, 0, 0
-    packed = name == "train" and not score_pads
-
-    def documents():
-        nonlocal num_tokens
-        for document in split.documents(name):
-            try:
-                ids = tokenizer.encode(document)
-            except UserError as error:
-                file = split.source.file_of(document)
-                raise UserError(f"{file}: {error}" if file else str(error)) from None
-            num_tokens += len(ids)
-            yield ids
-
-    if packed:
-        rows = packed_rows(documents(), separator, seq_len)
-    else:
-        rows = (
-            window(ids, i, separator, seq_len)
-            for ids in documents()
-            for i in range(1 if score_pads else num_windows(len(ids), seq_len))
-        )
-    for row in rows:
-        num_rows += 1
-        yield row
-    _check(split.source.name, name, num_rows, num_tokens, seq_len, whole)
-    labels = num_rows * seq_len if packed or score_pads else num_tokens
-    counts[name] = {"rows": num_rows, "labels": labels}
-
-
-def _check(source, split, num_rows, num_tokens, seq_len, whole):
-    if split == "train" and not num_rows:
-        raise UserError(
-            f"data.source={source!r} gives the train split {num_tokens:,} tokens, and one row takes"
-            f" data.seq_len + 1 = {seq_len + 1}: use more text or a smaller data.seq_len"
-        )
-    if split == "validation" and num_tokens < (1 if whole else seq_len):
-        raise UserError(
-            f"data.source={source!r} leaves the validation split {num_tokens:,} tokens, less than"
-            f" one row of data.seq_len = {seq_len}: use more text or a smaller data.seq_len"
-        )
+        tokenizer=tokenizer,
+        seq_len=settings.seq_len,
+        score_pads=settings.score_pads,
+        digest=digest,
+        description=f"{name}, {size}, sha256 {content[:12]}; {counts}",
+        num_documents=num_documents,
+        num_train_tokens=labels.get("train", 0),
+        num_validation_tokens=labels["validation"],
+        train=rows.get("train", ()),
+        validation=rows["validation"],
+    )
 
 
 def _read_summary(folder: Path):
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        found = {key: summary[key] for key in ("content", "num_documents", "num_bytes", "counts")}
-        return found | {"skipped": summary.get("skipped", "")}
+        return {key: summary[key] for key in _SUMMARY}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(folder, error) from None
 

@@ -40,16 +40,21 @@ def check_fits(dataset: Dataset | Examples, spec) -> None:
 
 
 def open_dataset(
-    config, source: str | None = None, *, whole: bool = False,
+    config,
+    source: str | None = None,
+    *,
+    whole: bool = False,
     log: Callable[[str], None] = lambda line: None,
-) -> Dataset | Examples:  # fmt: skip
+    alive: Callable[[], None] = lambda: None,
+) -> Dataset | Examples:
     """The data of a run.
 
     Args:
       config: a configuration, of which `model.kind`, `model.patch_size` and `data` count.
       source: replaces `data.source`.
       whole: all documents are validation, to score a corpus; labelled examples keep their split.
-      log: gets a line about the data.
+      log: gets a line about the data, and more of them while they are prepared.
+      alive: called again and again while text is prepared.
 
     Raises:
       UserError: see the sources; or the model's kind cannot read this one.
@@ -73,7 +78,8 @@ def open_dataset(
                 f" see: use model.kind=encoder, or one of {able}"
             )
     elif kind == "lm" and name not in {"anomaly", *IMAGES} - {"tfds"}:
-        return prepare(source, data.tokenizer, data.seq_len, data.score_pads, whole=whole, log=log)
+        sizes = (data.seq_len, data.score_pads)
+        return prepare(source, data.tokenizer, *sizes, whole=whole, log=log, alive=alive)
     else:
         raise UserError(
             f"model.kind={kind!r} does not read data.source={source!r}: it reads {READS[kind]}"

@@ -11,27 +11,82 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 
-def packed_rows(
-    documents: Iterable[np.ndarray], separator: int, seq_len: int
-) -> Iterator[np.ndarray]:
-    """Training rows: separator, t1..tn of every document as one stream, cut every T tokens.
+def packed_rows(stream: Iterable[np.ndarray], seq_len: int, block_rows: int) -> Iterator:
+    """Training rows: one stream of tokens, cut every T of them.
 
     Row i is stream[i T : i T + T + 1]; each token of the stream is a target once, the first
     one excepted. What is left at the end and fills no row is dropped.
 
     Args:
-      documents: int arrays [n].
+      stream: arrays [n] that follow on each other: separator, t1..tn of every document.
+      block_rows: rows of a block; no more of the stream than that, and one of the arrays, is in
+        memory.
 
     Yields:
-      int32 [T + 1].
+      [block_rows, T + 1]; the last block may be smaller.
     """
-    stream = np.empty(0, np.int32)
+    waiting, count = [], 0
+    for part in stream:
+        start = 0
+        while start < len(part):
+            # A block of R rows takes R T + 1 tokens, of which the next one repeats the last.
+            taken = part[start : start + block_rows * seq_len + 1 - count]
+            start += len(taken)
+            waiting.append(taken)
+            count += len(taken)
+            if count == block_rows * seq_len + 1:
+                tokens = np.concatenate(waiting)
+                yield _rows(tokens, seq_len)
+                waiting, count = [tokens[-1:]], 1
+    if count > seq_len:
+        tokens = np.concatenate(waiting)
+        yield _rows(tokens[: num_packed_rows(count, seq_len) * seq_len + 1], seq_len)
+
+
+def _rows(tokens, seq_len):
+    """[R, T + 1] of [R T + 1] tokens; a row begins with the last token of the one before."""
+    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+
+
+def window_rows(
+    documents: Iterable[np.ndarray],
+    separator: int,
+    seq_len: int,
+    block_rows: int,
+    first_only: bool = False,
+) -> Iterator[np.ndarray]:
+    """The rows of `window` of each document in order, with `first_only` window 0 alone.
+
+    Args:
+      documents: arrays [n].
+
+    Yields:
+      [block_rows, T + 1]; the last block may be smaller.
+    """
+    waiting, count = [], 0
     for document in documents:
-        stream = np.concatenate([stream, [separator], document], dtype=np.int32, casting="unsafe")
-        count = num_packed_rows(len(stream), seq_len)
-        for i in range(count):
-            yield stream[i * seq_len : (i + 1) * seq_len + 1]
-        stream = stream[count * seq_len :]
+        num_rows = 1 if first_only else num_windows(len(document), seq_len)
+        at = 0
+        while at < num_rows:
+            taken = min(num_rows - at, block_rows - count)
+            waiting.append(_windows(document, at, taken, separator, seq_len))
+            at += taken
+            count += taken
+            if count == block_rows:
+                yield np.concatenate(waiting)
+                waiting, count = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _windows(document, index, count, separator, seq_len):
+    """[count, T + 1]: windows index, index + 1, ... of a document."""
+    padded = np.full(count * seq_len + 1, separator, np.int32)
+    start = index * seq_len - 1  # in the document; the separator stands at -1
+    tokens = document[max(start, 0) : start + len(padded)]
+    offset = max(-start, 0)
+    padded[offset : offset + len(tokens)] = tokens
+    return _rows(padded, seq_len)
 
 
 def num_packed_rows(num_tokens: int, seq_len: int) -> int:
@@ -49,12 +104,7 @@ def window(document: np.ndarray, index: int, separator: int, seq_len: int) -> np
     Returns:
       int32 [T + 1].
     """
-    row = np.full(seq_len + 1, separator, np.int32)
-    start = index * seq_len - 1  # in the document; the separator stands at -1
-    tokens = document[max(start, 0) : start + seq_len + 1]
-    offset = max(-start, 0)
-    row[offset : offset + len(tokens)] = tokens
-    return row
+    return _windows(document, index, 1, separator, seq_len)[0]
 
 
 def num_windows(num_tokens, seq_len: int):
@@ -112,9 +162,7 @@ def scored_batch(
     return batch
 
 
-def rows_of_windows(
-    windows: Iterable[np.ndarray], separator: int
-) -> Iterator[list[np.ndarray]]:
+def rows_of_windows(windows: Iterable[np.ndarray], separator: int) -> Iterator[list[np.ndarray]]:
     """Puts document windows, in order, into as few rows of T labels as this order allows.
 
     Which windows share a row follows from the windows alone, not from a batch size, so a score

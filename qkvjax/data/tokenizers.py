@@ -1,7 +1,8 @@
 """Tokenizers: bytes, GPT-2's, and any byte-level BPE in a tokenizer.json.
 
 All of them keep every byte of a document, which is what lets bits per byte be exact and
-comparable: each id stands for a known string of bytes.
+comparable: each id stands for a known string of bytes. Long documents are encoded in pieces where
+the ids of the pieces are the ids of the whole (`qkvjax.data.words`).
 """
 
 from __future__ import annotations
@@ -9,19 +10,51 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from qkvjax.data import words
 from qkvjax.data.sources import expanded
 from qkvjax.errors import UserError, did_you_mean, read_object
 
 KINDS = ("bytes", "bpe", "gpt2")
 GPT2_SEPARATOR, GPT2_IDS = 50256, 50257
 _MOST_IDS = 10**8
+_WORDS = 10_000  # given to the library at once
+_PIECE = 1 << 20  # bytes of a long document that are encoded at once
 # Looked for in a tokenizer.json, in this order.
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>")
+
+
+class Unfit(Exception):
+    """Bytes that a tokenizer does not take.
+
+    Attributes:
+      reason: why they are not UTF-8; "" where the tokenizer loses some of them.
+      at: the first such byte.
+    """
+
+    def __init__(self, reason: str, at: int):
+        super().__init__(reason, at)
+        self.reason = reason
+        self.at = at
+
+    def refusal(self, spec: str, where: str) -> UserError:
+        """The message for `where`, a document, of a tokenizer called `spec`."""
+        if self.reason:
+            return UserError(
+                f"{where} is not UTF-8 ({self.reason} at byte {self.at:,}), which"
+                f" data.tokenizer={spec!r} needs: convert it, or use"
+                " --config.data.tokenizer=bytes"
+            )
+        return UserError(
+            f"data.tokenizer={spec!r} does not give back {where}, so bits per byte would be wrong:"
+            " use a byte-level BPE without normalizer and prefix space, or"
+            " --config.data.tokenizer=bytes"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +67,8 @@ class Tokenizer:
       table: the bytes of each id; b"" for the separator and other special ids.
       fingerprint: tells tokenizers apart, whatever their paths.
       special: the names of ids that stand for no text, which token files may have.
+      spec: `data.tokenizer`, which loads the same tokenizer in another process.
+      cuts: where a long document may be cut: "anywhere", between "words", or "nowhere".
     """
 
     name: str
@@ -42,6 +77,8 @@ class Tokenizer:
     fingerprint: str
     _encode: Callable[[bytes], np.ndarray] = dataclasses.field(repr=False)
     special: Mapping[int, str] = dataclasses.field(default_factory=dict, repr=False)
+    spec: str = "bytes"
+    cuts: str = "anywhere"
 
     @property
     def num_ids(self) -> int:
@@ -60,7 +97,61 @@ class Tokenizer:
           UserError: a BPE tokenizer and bytes that are not UTF-8, or a tokenizer that loses
             some of them.
         """
-        return self._encode(document.encode() if isinstance(document, str) else document)
+        if isinstance(document, str):
+            document = document.encode()
+        found = []
+        at = 0
+        for piece in self.pieces(document):
+            try:
+                found.append(self.encode_piece(piece))
+            except Unfit as why:
+                where = f"the document that starts with {document[:40]!r}"
+                raise Unfit(why.reason, at + why.at).refusal(self.spec, where) from None
+            at += len(piece)
+        return np.concatenate(found) if found else np.empty(0, np.int32)
+
+    def encode_piece(self, piece: bytes) -> np.ndarray:
+        """The ids of one of `pieces`, int32 [n].
+
+        Raises:
+          Unfit: as `encode`, for the caller to name the document.
+        """
+        return self._encode(piece)
+
+    def pieces(self, document: bytes) -> Iterator[bytes]:
+        """A document in parts of about 1 MB whose ids, one after the other, are its ids."""
+        start = 0
+        while start < len(document):
+            end = self._cut(document, start) if len(document) - start > _PIECE else len(document)
+            yield document[start:end]
+            start = end
+
+    def _cut(self, document, start):
+        """Where the piece that begins at `start` ends."""
+        if self.cuts == "nowhere":
+            return len(document)
+        if self.cuts == "anywhere":
+            return start + _PIECE
+        for end in range(start + _PIECE, len(document), _PIECE):
+            try:
+                cut = words.safe_cut(document, start, end)
+            except UnicodeDecodeError:
+                break  # `encode_piece` says where
+            if cut is not None and cut > start:
+                return cut
+        return len(document)
+
+    def bytes_of(self, ids: np.ndarray) -> bytes:
+        """The bytes that ids stand for, one after the other."""
+        joined, starts = self._joined
+        ids = np.asarray(ids, np.int64)
+        return words.gather(joined, starts[ids], self.num_bytes[ids].astype(np.int64)).tobytes()
+
+    @functools.cached_property
+    def _joined(self):
+        """uint8, the bytes of all ids; int64 [num_ids], where those of each begin."""
+        ends = np.cumsum(self.num_bytes, dtype=np.int64)
+        return np.frombuffer(b"".join(self.table), np.uint8), ends - self.num_bytes
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; separators are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -108,13 +199,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     bpe.no_padding()
     # A document that spells a special token means its characters.
     bpe.encode_special_tokens = True
-    encode = functools.partial(_encode_bpe, bpe, table, name)
     if kind == "gpt2":
         special = {GPT2_SEPARATOR: SEPARATORS[0]}
     else:
         added = bpe.get_added_tokens_decoder().items()
         special = {i: token.content for i, token in added if token.special}
-    return Tokenizer(kind, separator, table, _digest(files), encode, special)
+    encode = _Bpe(bpe, table)
+    cuts = "nowhere" if encode.by_word is None else "words"
+    return Tokenizer(kind, separator, table, _digest(files), encode, special, name, cuts)
 
 
 def tokenizer_files(name: str) -> tuple[Path, ...]:
@@ -167,23 +259,36 @@ def _encode_bytes(document):
     return np.frombuffer(document, np.uint8).astype(np.int32)
 
 
-def _encode_bpe(bpe, table, name, document):
-    try:
-        text = document.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the document that starts with {document[:40]!r} is not UTF-8 ({error.reason} at byte"
-            f" {error.start}), which data.tokenizer={name!r} needs: convert it, or use"
-            " --config.data.tokenizer=bytes"
-        ) from None
-    ids = bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids  # twice as fast
-    if b"".join([table[i] for i in ids]) != document:
-        raise UserError(
-            f"data.tokenizer={name!r} does not give back the document that starts with"
-            f" {document[:40]!r}, so bits per byte would be wrong: use a byte-level BPE without"
-            " normalizer and prefix space, or --config.data.tokenizer=bytes"
-        )
-    return np.array(ids, np.int32)
+class _Bpe:
+    """Bytes -> ids by the library `tokenizers`, word by word where that is exact."""
+
+    def __init__(self, library, table):
+        self._library = library
+        self._table = table
+        description = json.loads(library.to_str())
+        self._whole = words.added_texts(description)
+        expression = words.word_expression(description)
+        self.by_word = expression and words.WordEncoder(expression, self._encode_texts)
+
+    def __call__(self, document: bytes) -> np.ndarray:
+        try:
+            text = document.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Unfit(error.reason, error.start) from None
+        if self.by_word is None or any(added in text for added in self._whole):
+            return np.array(self._encode_texts([text])[0], np.int32)
+        return self.by_word(text)
+
+    def _encode_texts(self, texts):
+        encoded = []
+        for start in range(0, len(texts), _WORDS):
+            some = texts[start : start + _WORDS]
+            found = self._library.encode_batch_fast(some, add_special_tokens=False)
+            encoded += [one.ids for one in found]
+        for text, ids in zip(texts, encoded, strict=True):
+            if b"".join([self._table[i] for i in ids]) != text.encode():
+                raise Unfit("", 0)
+        return encoded
 
 
 def _table(path, vocabulary, added, num_ids, separator):

@@ -53,6 +53,21 @@ def several() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
+def index() -> int:
+    """Which process of the job this is, from 0."""
+    return _index
+
+
+def count() -> int:
+    """Processes of the job."""
+    return _count
+
+
+def next_key() -> str:
+    """A key of the store that every process uses for the same step of the program."""
+    return f"qkvjax/{next(_rounds)}"
+
+
 def is_first() -> bool:
     """Whether this is process 0, which writes and prints."""
     return _index == 0
@@ -216,7 +231,8 @@ def _end() -> None:
     jax.distributed.shutdown()  # waits for the others
 
 
-def _client():
+def client():
+    """The client of the job's key-value store."""
     from jax._src import distributed  # jax shows its key-value store to nobody else
 
     return distributed.global_state.client
@@ -224,7 +240,7 @@ def _client():
 
 def _heard(key: str):
     """What some process says under this key, as soon as it does."""
-    return json.loads(_client().blocking_key_value_get(key, LONG))
+    return json.loads(client().blocking_key_value_get(key, LONG))
 
 
 def first(call: Callable[[], T]) -> T:
@@ -234,12 +250,12 @@ def first(call: Callable[[], T]) -> T:
     """
     if not several():
         return call()
-    key = f"qkvjax/{next(_rounds)}"
+    key = next_key()
     if is_first():
-        answer = _outcome(call)
-        _client().key_value_set(key, json.dumps(answer[:2]))
-        return _opened(*answer)
-    return _opened(*_heard(key))
+        answer = outcome(call)
+        client().key_value_set(key, json.dumps(answer[:2]))
+        return opened(*answer)
+    return opened(*_heard(key))
 
 
 def together(call: Callable[[], T]) -> T:
@@ -249,19 +265,19 @@ def together(call: Callable[[], T]) -> T:
     """
     if not several():
         return call()
-    key = f"qkvjax/{next(_rounds)}"
-    value, refusal, error = _outcome(call)
-    _client().key_value_set(f"{key}/{_index}", json.dumps(refusal))
+    key = next_key()
+    value, refusal, error = outcome(call)
+    client().key_value_set(f"{key}/{_index}", json.dumps(refusal))
     if is_first():
         told = [(i, _heard(f"{key}/{i}")) for i in range(_count)]
         verdict = next(([f"process {i}: {r[0]}" if i else r[0], r[1]] for i, r in told if r), None)
-        _client().key_value_set(f"{key}/verdict", json.dumps(verdict))
+        client().key_value_set(f"{key}/verdict", json.dumps(verdict))
     else:
         verdict = _heard(f"{key}/verdict")
-    return _opened(value, verdict, error if refusal == verdict else None)
+    return opened(value, verdict, error if refusal == verdict else None)
 
 
-def _outcome(call: Callable[[], T]) -> tuple[T | None, list | None, UserError | None]:
+def outcome(call: Callable[[], T]) -> tuple[T | None, list | None, UserError | None]:
     """(result, None, None) of a call, or (None, [message, code], error)."""
     try:
         return call(), None, None
@@ -269,7 +285,7 @@ def _outcome(call: Callable[[], T]) -> tuple[T | None, list | None, UserError | 
         return None, [str(error), error.code], error
 
 
-def _opened(value, refusal: list | None, error: UserError | None = None):
+def opened(value, refusal: list | None, error: UserError | None = None):
     if refusal is None:
         return value
     error = error or UserError(*refusal)

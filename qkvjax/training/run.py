@@ -145,24 +145,43 @@ def _lengths(config, dataset) -> dict[str, int]:
     }
 
 
-def prepare_run(config, *, log: Callable[[str], None] = print, devices=None) -> Run:
+def prepare_run(config, *, dataset=None, log: Callable[[str], None] = print, devices=None) -> Run:
     """Validates the config, prepares its data, its mesh and the state's shapes.
 
     Call it, and everything on the run, under `jax.set_mesh(run.mesh)` from here on.
+
+    Args:
+      dataset: from `open_data`, where that was called before.
 
     Raises:
       UserError: anything in the config or the data that does not fit.
     """
     configs.validate(config)
     data = config.data
-    dataset = open_dataset(config, log=log)
+    dataset = open_dataset(config, log=log) if dataset is None else dataset
     spec = spec_of(config, dataset)
     durations = resolve_durations(config, dataset)
+    if data.batch_size > len(dataset.train):
+        log(
+            f"data: a batch of {data.batch_size:,} rows is larger than an epoch of"
+            f" {len(dataset.train):,}, so each step repeats rows: a duration of '2ep' is 2 steps,"
+            f" {2 * data.batch_size / len(dataset.train):,.0f} passes over the data"
+        )
     mesh = make_mesh(dict(config.mesh), devices)
     check_mesh(mesh, spec, data.seq_len, data.batch_size // config.train.accumulation)
     optimizer, rate = make_optimizer(config, durations.steps, durations.warmup)
     abstract = abstract_state(spec, optimizer, mesh, config)
     return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
+
+
+def open_data(config, log: Callable[[str], None], alive: Callable[[], None]) -> Dataset | Examples:
+    """The data of a valid config, which may take hours to prepare the first time.
+
+    Raises:
+      UserError: see `prepare_run`.
+    """
+    configs.validate(config)
+    return open_dataset(config, log=log, alive=alive)
 
 
 def check_mesh(mesh: jax.sharding.Mesh, spec: ModelSpec, seq_len: int, micro_batch: int) -> None:

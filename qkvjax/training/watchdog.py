@@ -22,8 +22,9 @@ GRACE = 5
 
 
 @contextlib.contextmanager
-def watchdog(seconds: float, start: float) -> Iterator[Callable[[], None]]:
-    """Yields a function to be called at each sign of progress.
+def watchdog(seconds: float, start: float) -> Iterator[Callable[..., None]]:
+    """Yields a function to be called at each sign of progress, with `starting=True` at those before
+    the first step, such as a part of the data that is prepared.
 
     Without one for `seconds` the process writes its stack traces to stderr and exits with STALLED.
     Python that holds its lock for ever (a hung call into a driver, say) is ended by the system's
@@ -31,16 +32,17 @@ def watchdog(seconds: float, start: float) -> Iterator[Callable[[], None]]:
 
     Args:
       seconds: 0 watches nothing.
-      start: how long the first sign may take: it comes after restoring and compiling.
+      start: how long the first sign may take, and the one after a sign of the start: restoring and
+        compiling lie between.
     """
     if not seconds:
-        yield lambda: None
+        yield lambda starting=False: None
         return
     deadline = [time.monotonic() + max(start, seconds)]
     over = threading.Event()
 
-    def sign() -> None:
-        deadline[0] = time.monotonic() + seconds
+    def sign(starting: bool = False) -> None:
+        deadline[0] = time.monotonic() + (max(start, seconds) if starting else seconds)
 
     def watch() -> None:
         while not over.wait(min(max(deadline[0] - time.monotonic(), 0.05), 1.0)):

@@ -3,11 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkvjax.data.packing import (
+    num_packed_rows,
     num_windows,
     packed_rows,
     scored_batch,
     training_batch,
     window,
+    window_rows,
 )
 
 SEPARATOR = 9
@@ -23,13 +25,45 @@ def windows(document, seq_len):
     return np.stack([window(document, i, SEPARATOR, seq_len) for i in range(count)])
 
 
-@given(documents, lengths)
-def test_packed_rows_are_slices_of_one_stream(docs, seq_len):
-    stream = np.concatenate([[SEPARATOR, *doc] for doc in docs])
-    rows = list(packed_rows(docs, SEPARATOR, seq_len))
-    assert len(rows) == (len(stream) - 1) // seq_len
+def stream_of(docs):
+    return np.concatenate([[SEPARATOR, *doc] for doc in docs])
+
+
+@given(documents, lengths, st.integers(1, 5), st.integers(1, 30))
+def test_packed_rows_are_slices_of_one_stream(docs, seq_len, block_rows, size):
+    stream = stream_of(docs)
+    parts = [stream[i : i + size] for i in range(0, len(stream), size)]
+    blocks = list(packed_rows(parts, seq_len, block_rows))
+    rows = [row for block in blocks for row in block]
+    assert all(len(block) == block_rows for block in blocks[:-1])
+    assert len(rows) == num_packed_rows(len(stream), seq_len)
     for i, row in enumerate(rows):
         np.testing.assert_array_equal(row, stream[i * seq_len : i * seq_len + seq_len + 1])
+
+
+@given(documents, lengths, st.integers(1, 5), st.booleans())
+def test_window_rows_are_the_windows_of_each_document(docs, seq_len, block_rows, first_only):
+    blocks = list(window_rows(docs, SEPARATOR, seq_len, block_rows, first_only))
+    expected = [windows(doc, seq_len)[: 1 if first_only else None] for doc in docs]
+    assert all(len(block) == block_rows for block in blocks[:-1])
+    np.testing.assert_array_equal(np.concatenate(blocks), np.concatenate(expected))
+
+
+def test_packing_does_not_gather_what_it_is_given():
+    """A row of many small documents: no document is copied more than a few times."""
+    seq_len, copied = 4096, []
+
+    class Watched(np.ndarray):
+        def __array_finalize__(self, other):
+            copied.append(self.size)
+
+    def documents():
+        for _ in range(20_000):
+            yield np.zeros(10, np.int32).view(Watched)
+
+    rows = sum(len(block) for block in packed_rows(documents(), seq_len, 32))
+    assert rows == (200_000 - 1) // seq_len
+    assert sum(copied) < 10 * 200_000
 
 
 @given(documents, lengths)
@@ -51,10 +85,10 @@ def test_a_window_reads_the_separator_then_only_its_own_document(docs, seq_len):
 
 @given(documents, lengths)
 def test_positions_and_segments_follow_the_separators(docs, seq_len):
-    rows = list(packed_rows(docs, SEPARATOR, seq_len))
-    if not rows:
+    blocks = list(packed_rows([stream_of(docs)], seq_len, 100))
+    if not blocks:
         return
-    batch = training_batch(np.stack(rows), SEPARATOR, False)
+    batch = training_batch(blocks[0], SEPARATOR, False)
     assert (batch["weights"] == 1).all()
     for inputs, positions, segments in zip(
         batch["inputs"], batch["positions"], batch["segment_ids"]

@@ -1,21 +1,33 @@
-from pathlib import Path
+import hashlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkvjax.data.sources import Source
-from qkvjax.data.split import divide
+from qkvjax.data.split import Divider, boundary
 from qkvjax.errors import UserError
 
 
 def divided(documents, whole=False):
-    return divide(Source("made up", (Path(),), lambda: documents), whole)
+    divider = Divider()
+    for document in filter(None, documents):
+        divider.add(hashlib.sha256(document).digest(), len(document))
+    return divider.divide("made up", whole)
 
 
 def sides(documents, whole=False):
+    """The bytes of the documents of both splits."""
     split = divided(documents, whole)
-    return list(split.documents("train")), list(split.documents("validation"))
+    if split.last_held_out is not None:
+        digests = [list(hashlib.sha256(document).digest()) for document in documents]
+        held_out = split.held_out(np.array(digests, np.uint8))
+        pairs = list(zip(documents, held_out, strict=True))
+        return [d for d, held in pairs if not held], [d for d, held in pairs if held]
+    cuts = [boundary(d, split.cuts[hashlib.sha256(d).digest()]) for d in documents]
+    heads = [document[:at] for document, at in zip(documents, cuts, strict=True)]
+    tails = [document[at:] for document, at in zip(documents, cuts, strict=True)]
+    return list(filter(None, heads)), list(filter(None, tails))
 
 
 texts = st.lists(st.text(min_size=1, max_size=9).map(lambda text: text.encode("utf-8", "replace")))
@@ -27,6 +39,7 @@ def test_a_tenth_by_content(documents):
     assert sorted(train + validation) == sorted(documents)
     assert not set(train) & set(validation)
     assert len(set(validation)) == max(1, round(len(set(documents)) / 10))
+    assert divided(documents).num_duplicates == len(documents) - len(set(documents))
 
 
 def test_order_and_neighbours_hardly_matter():
@@ -38,7 +51,10 @@ def test_order_and_neighbours_hardly_matter():
     assert len(set(before) ^ set(after)) <= 2
 
 
-@given(texts.filter(lambda documents: 0 < len(documents) < 20))
+few = texts.filter(lambda documents: 0 < len(documents) < 20)
+
+
+@given(few.filter(lambda documents: len(set(documents)) == len(documents)))
 def test_few_documents_are_split_by_position(documents):
     train, validation = sides(documents)
     assert b"".join(train + validation) == b"".join(documents)
@@ -46,6 +62,28 @@ def test_few_documents_are_split_by_position(documents):
         part.decode("utf-8")  # no character is cut
     total = sum(map(len, documents))
     assert total / 10 <= sum(map(len, validation)) < total / 10 + 4
+    assert not divided(documents).moved
+
+
+@given(few, st.randoms())
+def test_copies_are_divided_alike(documents, random):
+    """Whatever is copied, and wherever the copies stand."""
+    copies = documents + random.choices(documents, k=min(5, 19 - len(documents)))
+    split = divided(copies)
+    assert split.num_duplicates == len(copies) - len(set(copies))
+    plain = divided(list(dict.fromkeys(documents)))
+    assert split.cuts == plain.cuts
+
+
+def test_copies_at_the_end_are_not_held_out():
+    """Fourteen files of which the last two repeat the first two."""
+    documents = [bytes([65 + i]) * 100 for i in range(12)]
+    train, validation = sides(documents + documents[:2])
+    assert set(train).isdisjoint(validation)
+    assert train[:2] == train[-2:] == documents[:2]
+    assert sum(map(len, validation)) == 120
+    split = divided(documents + documents[:2])
+    assert split.num_duplicates == 2 and split.moved
 
 
 def test_bytes_that_are_not_utf8_are_split_too():
@@ -62,9 +100,9 @@ def test_a_source_without_text():
         divided([b""])
 
 
-def test_a_source_that_changes_while_it_is_read():
-    documents = [b"one", b"two"]
-    split = divided(documents)
-    documents[1] = b"owt"
-    with pytest.raises(UserError, match="changed while it was read"):
-        list(split.documents("train"))
+def test_the_digest_is_that_of_the_documents_in_order():
+    documents = [b"one", b"two", b"one"]
+    hashes = b"".join(hashlib.sha256(document).digest() for document in documents)
+    assert divided(documents).digest == hashlib.sha256(hashes).hexdigest()
+    assert divided(documents[::-1]).digest == divided(documents).digest
+    assert divided([b"two", b"one"]).digest != divided([b"one", b"two"]).digest
