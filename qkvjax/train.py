@@ -87,9 +87,18 @@ def _train_in(folder: str | None, config, **options) -> None:
     try:
         train(config, workdir, **options)
     except UserError:
-        if distributed.is_first() and not there and not any(workdir.iterdir()):
-            workdir.rmdir()  # a refused run leaves nothing
+        if distributed.is_first() and not there:
+            _remove_unused(workdir)  # a refused run leaves nothing
         raise
+
+
+def _remove_unused(workdir: Path) -> None:
+    """Removes a workdir in which nothing but its lock was made."""
+    names = {path.name for path in workdir.iterdir()}
+    if names <= {".lock"}:
+        for name in names:
+            (workdir / name).unlink()
+        workdir.rmdir()
 
 
 def train(
@@ -122,7 +131,7 @@ def train(
     from qkvjax.progress import working
     from qkvjax.training import guard, loop, resume
     from qkvjax.training.checkpoint import Checkpoints, check_copies
-    from qkvjax.training.fits import compile_all, peak_bytes
+    from qkvjax.training.fits import check_arrays, compile_all, peak_bytes
     from qkvjax.training.init_from import growth_note, start_from
     from qkvjax.training.metrics import Metrics, append_line, check_wandb, read_lines, write_json
     from qkvjax.training.report import cost_table, goodput
@@ -176,6 +185,8 @@ def train(
             log(f"resumed after step {done} of {steps}, {likeness}")
             return state, done
 
+        remedy = "set mesh.fsdp=-1, which shares it out over all devices, or take more devices"
+        together(lambda: check_arrays("the train state", run.abstract, remedy))
         state, done = begin()
         lines = first(lambda: read_lines(workdir / "metrics.jsonl", step=int))
         earlier = [line for line in lines if line["step"] <= done]
@@ -186,10 +197,6 @@ def train(
         if done >= steps and not loop.is_unscored(earlier, done, run, evaluators):
             log(f"nothing left to train: {workdir} is at step {done} of {steps}")
             return earlier[-1] if earlier else {"step": done}
-        if hasattr(run.dataset, "tokenizer"):
-            fingerprint = run.dataset.tokenizer.fingerprint
-            first(lambda: keep_tokenizer(workdir, config.data.tokenizer, fingerprint))
-        first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
 
         # ---- compile ----------------------------------------------------------------------------
         began = time.perf_counter()
@@ -208,6 +215,10 @@ def train(
         [train_step] = programs["the train step"]
         compile_seconds = time.perf_counter() - began
         log(f"compiled in {compile_seconds:.1f} s")
+        if hasattr(run.dataset, "tokenizer"):
+            fingerprint = run.dataset.tokenizer.fingerprint
+            first(lambda: keep_tokenizer(workdir, config.data.tokenizer, fingerprint))
+        first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
         counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
         described = {n: getattr(run.dataset, n) for n in ("description", "digest", *counts)}
         facts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -28,6 +29,26 @@ def added_bytes(compiled) -> int:
         return 0
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return results + memory.temp_size_in_bytes
+
+
+def check_arrays(what: str, arrays, remedy: str) -> None:
+    """Raises UserError when arrays would not fit into the memory that a device has free.
+
+    Args:
+      what: the arrays, such as "the train state".
+      arrays: a tree of ShapeDtypeStructs with shardings.
+      remedy: what the user can do.
+    """
+    needed = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arrays)
+    )
+    free = host.free_device_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{what} does not fit: it takes {needed / 2**30:.2f} GiB of a device, which has"
+            f" {free / 2**30:.2f} GiB free, {(needed - free) / 2**30:.2f} GiB too little: {remedy}"
+        )
 
 
 def compile_all(compile_each: Mapping[str, Callable[[], Sequence]]) -> dict[str, Sequence]:

@@ -18,6 +18,7 @@ from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel import placed
 from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints, named_arrays
+from qkvjax.training.fits import check_arrays
 from qkvjax.training.metrics import write_json
 from qkvjax.training.optimizer import narrow
 from qkvjax.training.run import open_workdir, spec_of
@@ -137,6 +138,11 @@ def _restore(workdir, config, step, log, mesh=None):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
     abstract = {part: jax.tree.map(place, abstract, places)}
+    check_arrays(
+        "the checkpoint's model",
+        abstract,
+        "run it where there are more devices, or with more memory",
+    )
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     with contextlib.closing(checkpoints), placed.on_mesh_of(abstract):
         state, step = checkpoints.restore(abstract, step, log=log)

@@ -111,3 +111,15 @@ def test_a_trace_of_a_few_steps(door, recipe, tmp_path):
 def test_steps_that_are_no_range(door, recipe, tmp_path, steps):
     done = door("train", f"--config={recipe}", f"--workdir={tmp_path}", f"--profile_steps={steps}")
     assert done.code == 2 and "write FIRST,STOP" in done.err
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(door, recipe, tmp_path, monkeypatch):
+    from qkvjax.parallel import host
+
+    workdir = tmp_path / "run"
+    flags = [f"--config={recipe}", f"--workdir={workdir}"]
+    for free, message in ((2**10, "the train state does not fit"), (2**17, "GiB too little")):
+        monkeypatch.setattr(host, "free_device_memory", lambda free=free: free)
+        done = door("train", *flags)
+        assert done.code == 2 and message in done.err and "mesh.fsdp" in done.err
+        assert not workdir.exists()

@@ -8,7 +8,7 @@ import pytest
 
 from qkvjax.errors import UserError
 from qkvjax.parallel import host
-from qkvjax.training.fits import added_bytes, compile_all, peak_bytes
+from qkvjax.training.fits import added_bytes, check_arrays, compile_all, peak_bytes
 
 
 def program():
@@ -42,3 +42,13 @@ def test_a_compiler_that_finds_no_room_is_one_message():
 def test_this_machine_says_what_is_free():
     free = host.free_device_memory()
     assert free is None or free > 2**20
+
+
+def test_arrays_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arrays = [jax.ShapeDtypeStruct((2**20,), jnp.float32, sharding=place)]
+    monkeypatch.setattr(host, "free_device_memory", lambda: 2**22)
+    check_arrays("the train state", arrays, "take more devices")
+    monkeypatch.setattr(host, "free_device_memory", lambda: 2**22 - 1)
+    with pytest.raises(UserError, match="the train state does not fit: .*: take more devices"):
+        check_arrays("the train state", arrays, "take more devices")
