@@ -17,7 +17,11 @@ from qkvjax.interop.family_table_deepseek import DEEPSEEK_FAMILIES
 from qkvjax.interop.family_table_gpt import GPT_FAMILIES
 
 _GEMMA = {"head_dim": 256}
-_GEMMA2 = _GEMMA | {"sliding_window": 4096, "sliding_window_pattern": 2}
+_GEMMA2 = _GEMMA | {
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 2,
+}
 _GEMMA3 = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
@@ -46,9 +50,22 @@ _MISTRAL = Family(
     windows="all",
     defaults={"num_key_value_heads": 8, "sliding_window": 4096},
 )
-_QWEN2 = Family(qkv_bias=True, out_bias=False, mlp_bias=False, windows="qwen")
-_QWEN3 = Family(qk_norm=True, mlp_bias=False, windows="qwen", defaults={"head_dim": 128})
-_QWEN3_MOE = dataclasses.replace(_QWEN3, experts=_QWEN_EXPERTS, names=_EITHER_COUNT, defaults={})
+_QWEN2 = Family(
+    qkv_bias=True,
+    out_bias=False,
+    mlp_bias=False,
+    windows="qwen",
+    defaults={"max_window_layers": 28},
+)
+_QWEN3 = Family(
+    qk_norm=True,
+    mlp_bias=False,
+    windows="qwen",
+    defaults={"head_dim": 128, "max_window_layers": 28},
+)
+_QWEN3_MOE = dataclasses.replace(
+    _QWEN3, experts=_QWEN_EXPERTS, names=_EITHER_COUNT, defaults={"num_key_value_heads": 4}
+)
 _GLM4 = Family(
     qkv_bias="attention_bias",
     out_bias=False,
@@ -183,7 +200,7 @@ FAMILIES = (
             out_bias="attention_out_bias",
             defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8},
         ),
-        "bitnet": Family(mlp_bias=False, sub_norms=True),
+        "bitnet": Family(mlp_bias=False, sub_norms=True, defaults={"num_key_value_heads": 5}),
         "jais2": Family(
             gated=False, norm_numbers=2, defaults={"attention_bias": True, "mlp_bias": True}
         ),
@@ -196,7 +213,11 @@ FAMILIES = (
         ),
         "olmoe": dataclasses.replace(_OLMO2, experts=Experts(width="intermediate_size")),
         "flex_olmo": dataclasses.replace(_OLMO2, experts=Experts(width="intermediate_size")),
-        "smollm3": Family(tied=True, windows="no_rope", defaults={"no_rope_layer_interval": 4}),
+        "smollm3": Family(
+            tied=True,
+            windows="no_rope",
+            defaults={"no_rope_layer_interval": 4, "num_key_value_heads": 4},
+        ),
         "glm": dataclasses.replace(_GLM4, norms=2),
         "glm4": _GLM4,
         "cohere": _COHERE,
@@ -211,7 +232,9 @@ FAMILIES = (
         "granitemoeshared": Family(
             experts=dataclasses.replace(_MIXTRAL_EXPERTS, shared_width="shared_intermediate_size")
         ),
-        "ernie4_5": _ERNIE,
+        "ernie4_5": dataclasses.replace(
+            _ERNIE, defaults={"head_dim": 128, "num_key_value_heads": 2}
+        ),
         "ernie4_5_moe": dataclasses.replace(
             _ERNIE,
             head_bias="use_bias",
@@ -233,7 +256,11 @@ FAMILIES = (
             ),
             classes=("hunyuanmoev1",),
         ),
-        "exaone": Family(names={"num_hidden_layers": ("num_layers",)}, defaults={}),
+        "exaone": Family(
+            names={"num_hidden_layers": ("num_layers",)},
+            defaults={"num_key_value_heads": 8},
+            classes=("llama",),
+        ),
         "exaone4": Family(
             standard=dialects.exaone4,
             qkv_bias=False,
@@ -252,8 +279,8 @@ FAMILIES = (
         ),
         "minicpm": Family(mlp_bias=False, tied=True),
         "baichuan": Family(mlp_bias=False),
-        "internlm3": Family(defaults={"head_dim": 128}),
-        "iquestcoder": Family(defaults={"head_dim": 128}),
+        "internlm3": Family(defaults={"head_dim": 128, "num_key_value_heads": 2}),
+        "iquestcoder": Family(defaults={"head_dim": 128, "num_key_value_heads": 8}),
         "internlm": Family(qkv_bias="bias", out_bias="bias", mlp_bias=False),
         "internlm2": Family(qkv_bias="bias", out_bias="bias", mlp_bias=False),
         "qwen": Family(

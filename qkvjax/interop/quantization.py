@@ -115,8 +115,10 @@ def _bits(method: str, config: Mapping) -> float | None:
         return None if number is None else number + _per_group(16 + number, group)
     if method == "fp8":
         block = config.get("weight_block_size")
-        sizes = block if isinstance(block, list) and len(block) == 2 else None
-        return 8 + (32 / (sizes[0] * sizes[1]) if sizes else 0)
+        if block is None:
+            return 8.0
+        sizes = [_number(one) for one in block] if isinstance(block, list) else []
+        return 8 + 32 / (sizes[0] * sizes[1]) if len(sizes) == 2 and all(sizes) else None
     if method in ("fbgemm_fp8", "eetq"):
         return 8.0
     if method == "bitsandbytes":
@@ -126,13 +128,17 @@ def _bits(method: str, config: Mapping) -> float | None:
     if method == "bitnet":
         return 2.0
     if method == "hqq":
-        weights = (config.get("quant_config") or {}).get("weight_quant_params") or {}
+        weights = config.get("quant_config")
+        weights = weights.get("weight_quant_params") if isinstance(weights, dict) else None
+        if not isinstance(weights, dict):
+            return None
         number = _number(weights.get("nbits"))
         return (
             None if number is None else number + _per_group(32, _number(weights.get("group_size")))
         )
     if method == "quanto":
-        return {"int8": 8.0, "float8": 8.0, "int4": 4.25, "int2": 2.25}.get(config.get("weights"))
+        named = {"int8": 8.0, "float8": 8.0, "int4": 4.25, "int2": 2.25}
+        return named.get(str(config.get("weights")))
     return None
 
 
