@@ -130,8 +130,8 @@ def _latent(keys: Keys) -> LatentSpec:
     kinds = keys.listed("indexer_types") or []
     if any(kind != "full" for kind in kinds):
         raise UserError(
-            f"{keys.path}: {keys.where}'indexer_types' names layers without an indexer of their"
-            " own, which plan does not count: give it a model whose layers are alike"
+            f"{keys.path}: {keys.where}'indexer_types' names layers that share an indexer,"
+            " which plan does not count: give it a model whose layers are alike"
         )
     d = keys.whole("hidden_size")
     n = keys.whole("num_attention_heads")

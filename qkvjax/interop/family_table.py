@@ -3,8 +3,8 @@
 Those with LayerNorm and feed-forwards of two matrices, after GPT-2, stand in `family_table_gpt`;
 those with latent attention or DeepSeek's experts in `family_table_deepseek`.
 
-Facts of the public modelling code of `transformers` (5.24), and of the models that bring their
-own: baichuan, chatglm, deepseek, internlm, minicpm, qwen.
+Facts of the public modelling code of `transformers` (5.24), and of models that come with
+remote code: baichuan, chatglm, deepseek, internlm, minicpm, qwen.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ _OTHERS = {
 }
 FAMILIES = GPT_FAMILIES | DEEPSEEK_FAMILIES | _OTHERS
 
-# Other names of the same architectures; of files with a `text_config` that does not name its own.
+# Other names of the same architectures; of files whose `text_config` names none.
 SAME = {
     "Yi": "llama",
     "aquila": "llama",
@@ -332,7 +332,7 @@ SAME = {
     "stablelm_epoch": "stablelm",
 }
 
-# A `text_config` holds only what differs from the defaults of its class.
+# A `text_config` lists only what differs from the defaults of its class.
 NESTED_DEFAULTS = {
     "llama": {
         "hidden_size": 4096,

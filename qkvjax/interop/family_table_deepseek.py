@@ -1,6 +1,6 @@
 """The architectures after DeepSeek: latent attention, or experts of which some serve every token.
 
-Facts of the public modelling code of `transformers` (5.24), and of DeepSeek's own first model.
+Facts of the public modelling code of `transformers` (5.24), and of DeepSeek-MoE's remote code.
 """
 
 from __future__ import annotations

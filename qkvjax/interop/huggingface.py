@@ -193,7 +193,7 @@ def _family(
         for one in FAMILIES:
             if _plain(one) in classes:
                 return one, FAMILIES[one]
-        # GPT-2's own files are older than model_type.
+        # The first files of GPT-2 are older than model_type.
         foreign = ("multi_query", "rotary_dim", "position_embedding_type", "alibi")
         if "n_embd" in values and not any(values.get(key) for key in foreign):
             return "gpt2", FAMILIES["gpt2"]

@@ -1,4 +1,4 @@
-"""How a quantised file stores its weights: bits of a number of each part, by its own keys.
+"""How a quantised file stores its weights: bits of a number of each part, by its keys.
 
 Scales and zero points are counted with the numbers that they scale. What is left alone by a method
 (embeddings, norms, routers, biases, most output heads) is counted in 16 bits.
@@ -83,7 +83,7 @@ def read(values: Mapping) -> Quantization | None:
     config = values.get("quantization_config") or values.get("compression_config")
     if not isinstance(config, dict):
         return None
-    if isinstance(config.get("quantization"), dict):  # ModelOpt's own file, put into this one
+    if isinstance(config.get("quantization"), dict):  # as ModelOpt writes it
         config = config | config["quantization"]
     method = str(config.get("quant_method") or config.get("quant_algo") or "unknown").lower()
     if method == "unknown" and (config.get("load_in_4bit") or config.get("load_in_8bit")):
