@@ -307,7 +307,7 @@ def _width_notes(values: flags.FlagValues, model: Model, record: dict) -> list[s
         notes.append("Weights in int8 are counted without scales, a few percent more in practice.")
     if stored is not None and record["weight_dtype"] != stored.method:
         notes.append(
-            f"The file's own width ({stored.method}) is left aside for --weight_dtype:"
+            f"The file's width ({stored.method}) is left aside for --weight_dtype:"
             " all weights are counted in that."
         )
     return notes

@@ -130,8 +130,8 @@ def _latent(keys: Keys) -> LatentSpec:
     kinds = keys.listed("indexer_types") or []
     if any(kind != "full" for kind in kinds):
         raise UserError(
-            f"{keys.path}: {keys.where}'indexer_types' names layers without an indexer of their"
-            " own, which plan does not count: give it a model whose layers are alike"
+            f"{keys.path}: {keys.where}'indexer_types' names layers that share an indexer,"
+            " which plan does not count: give it a model whose layers are alike"
         )
     d = keys.whole("hidden_size")
     n = keys.whole("num_attention_heads")
@@ -152,7 +152,11 @@ def _latent(keys: Keys) -> LatentSpec:
 
 def _feed_forward_width(keys: Keys, borrows: bool) -> int:
     times = keys.get("feed_forward_times", keys.family.feed_forward_times)
-    default = keys.whole("hidden_size") * times if times else None
+    default = None
+    if (
+        isinstance(times, int | float) and 0 < times < 1000
+    ):  # MPT's expansion_ratio may be a fraction
+        default = int(keys.whole("hidden_size") * times)
     name = keys.family.experts.dense_width if keys.family.experts else "intermediate_size"
     doubled = borrows and keys.get("use_double_wide_mlp")
     return keys.whole(name, default) * (2 if doubled else 1)
@@ -230,7 +234,7 @@ def _windows(keys: Keys, num_layers: int) -> list[int | None]:
     if keys.family.wide_globals:
         types = [*types[:-1], "full_attention"]  # as Gemma 4's configuration class forces
     for name in types:
-        if name not in _LAYER_TYPES:
+        if not isinstance(name, str) or name not in _LAYER_TYPES:
             raise UserError(
                 f"{keys.path}: plan counts layers of full_attention and sliding_attention, and"
                 f" {keys.where}'layer_types' has {name!r}, which does not cache K and V like them:"

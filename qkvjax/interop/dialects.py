@@ -8,6 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qkvjax.errors import UserError
+
+
+def _part(values: Mapping, name: str) -> Mapping:
+    """Returns the object under `name`, or an empty one; raises UserError for anything else."""
+    value = values.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{name!r} must be an object of keys, and is {repr(value)[:40]}")
+    return value
+
 
 def falcon(values: Mapping) -> Mapping:
     """Returns Falcon's three kinds: multi-query (7B), grouped (40B, 180B, 11B) and plain (RW)."""
@@ -38,7 +50,7 @@ def gpt_bigcode(values: Mapping) -> Mapping:
 
 def mpt(values: Mapping) -> Mapping:
     """Returns MPT with the keys of `attn_config` beside the others."""
-    attention = values.get("attn_config") or {}
+    attention = _part(values, "attn_config")
     heads = values.get("n_heads")
     kv_heads = attention.get("kv_n_heads") or heads
     if attention.get("attn_type") == "multiquery_attention":
@@ -58,8 +70,8 @@ def mpt(values: Mapping) -> Mapping:
 
 def dbrx(values: Mapping) -> Mapping:
     """Returns DBRX with the keys of `attn_config` and `ffn_config` beside the others."""
-    attention = values.get("attn_config") or {}
-    feed_forward = values.get("ffn_config") or {}
+    attention = _part(values, "attn_config")
+    feed_forward = _part(values, "ffn_config")
     return dict(values) | {
         "num_key_value_heads": attention.get("kv_n_heads", 1),
         "num_experts": feed_forward.get("moe_num_experts", 4),
@@ -72,8 +84,14 @@ def gpt_neo(values: Mapping) -> Mapping:
     """Returns GPT-Neo with `attention_types` written out as `layer_types`."""
     kinds = {"global": "full_attention", "local": "sliding_attention"}
     types = []
-    for pattern, times in values.get("attention_types") or [[["global", "local"], 12]]:
-        types += [kinds.get(name, name) for name in pattern] * times
+    try:
+        for pattern, times in values.get("attention_types") or [[["global", "local"], 12]]:
+            types += [kinds[name] for name in pattern] * times
+    except (TypeError, ValueError, KeyError):
+        raise UserError(
+            "'attention_types' must be a list as [[['global', 'local'], 12]], and is"
+            f" {repr(values['attention_types'])[:40]}"
+        ) from None
     window = values.get("window_size", 256)
     return dict(values) | {"layer_types": types, "sliding_window": window}
 

@@ -1,7 +1,7 @@
 """What the `model_type` of a published file means beyond its keys: the form of a family.
 
 The facts stand in `family_table`; they follow the public modelling code of `transformers`, and
-of the models that bring their own.
+of models that come with remote code.
 
 Letters: D model width, N query heads, K key-value heads, H head width, F feed-forward width,
 E experts.

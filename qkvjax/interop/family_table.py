@@ -3,8 +3,8 @@
 Those with LayerNorm and feed-forwards of two matrices, after GPT-2, stand in `family_table_gpt`;
 those with latent attention or DeepSeek's experts in `family_table_deepseek`.
 
-Facts of the public modelling code of `transformers` (5.24), and of the models that bring their
-own: baichuan, chatglm, deepseek, internlm, minicpm, qwen.
+Facts of the public modelling code of `transformers` (5.24), and of models that come with
+remote code: baichuan, chatglm, deepseek, internlm, minicpm, qwen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from qkvjax.interop.family_table_deepseek import DEEPSEEK_FAMILIES
 from qkvjax.interop.family_table_gpt import GPT_FAMILIES
 
 _GEMMA = {"head_dim": 256}
-_GEMMA2 = _GEMMA | {"sliding_window": 4096, "sliding_window_pattern": 2}
+_GEMMA2 = _GEMMA | {
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 2,
+}
 _GEMMA3 = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
@@ -46,9 +50,22 @@ _MISTRAL = Family(
     windows="all",
     defaults={"num_key_value_heads": 8, "sliding_window": 4096},
 )
-_QWEN2 = Family(qkv_bias=True, out_bias=False, mlp_bias=False, windows="qwen")
-_QWEN3 = Family(qk_norm=True, mlp_bias=False, windows="qwen", defaults={"head_dim": 128})
-_QWEN3_MOE = dataclasses.replace(_QWEN3, experts=_QWEN_EXPERTS, names=_EITHER_COUNT, defaults={})
+_QWEN2 = Family(
+    qkv_bias=True,
+    out_bias=False,
+    mlp_bias=False,
+    windows="qwen",
+    defaults={"max_window_layers": 28},
+)
+_QWEN3 = Family(
+    qk_norm=True,
+    mlp_bias=False,
+    windows="qwen",
+    defaults={"head_dim": 128, "max_window_layers": 28},
+)
+_QWEN3_MOE = dataclasses.replace(
+    _QWEN3, experts=_QWEN_EXPERTS, names=_EITHER_COUNT, defaults={"num_key_value_heads": 4}
+)
 _GLM4 = Family(
     qkv_bias="attention_bias",
     out_bias=False,
@@ -61,228 +78,236 @@ _OLMO2 = Family(wide_qk_norm=True, mlp_bias=False)
 _COHERE = Family(wide_qk_norm="use_qk_norm", mlp_bias=False, norms=1, tied=True)
 _ERNIE = Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True)
 
-FAMILIES = (
-    GPT_FAMILIES
-    | DEEPSEEK_FAMILIES
-    | {
-        "llama": dataclasses.replace(_LLAMA, classes=("llama", "yi", "aquila", "baichuan")),
-        "mistral": _MISTRAL,
-        "ministral": dataclasses.replace(_MISTRAL, defaults={"head_dim": 128}),
-        "ministral3": dataclasses.replace(_LLAMA, defaults={"head_dim": 128}),
-        "mixtral": dataclasses.replace(
-            _MISTRAL, defaults={"num_key_value_heads": 8}, experts=_MIXTRAL_EXPERTS
+_OTHERS = {
+    "llama": dataclasses.replace(_LLAMA, classes=("llama", "yi", "aquila", "baichuan")),
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
+    "ministral3": Family(defaults={"head_dim": 128, "num_key_value_heads": 8}),
+    "mixtral": dataclasses.replace(
+        _MISTRAL, defaults={"num_key_value_heads": 8}, experts=_MIXTRAL_EXPERTS
+    ),
+    "llama4_text": Family(
+        mlp_bias=False,
+        windows="chunked",
+        defaults={
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "attention_chunk_size": 8192,
+            "interleave_moe_layer_step": 1,
+            "no_rope_layer_interval": 4,
+        },
+        experts=Experts(
+            count="num_local_experts",
+            width="intermediate_size",
+            dense_width="intermediate_size_mlp",
+            shared_width="intermediate_size",
+            layers="listed",
         ),
-        "llama4_text": Family(
-            mlp_bias=False,
-            windows="chunked",
-            defaults={
-                "head_dim": 128,
-                "attention_chunk_size": 8192,
-                "interleave_moe_layer_step": 1,
-                "no_rope_layer_interval": 4,
-            },
-            experts=Experts(
-                count="num_local_experts",
-                width="intermediate_size",
-                dense_width="intermediate_size_mlp",
-                shared_width="intermediate_size",
-                layers="listed",
-            ),
-            kinds=("chunked",),
+        kinds=("chunked",),
+    ),
+    "phi": Family(
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        gated=False,
+        head_bias=True,
+        qk_norm="qk_layernorm",
+        qk_norm_bias=True,
+        norms=1,
+        norm_numbers=2,
+    ),
+    "phi3": Family(qkv_bias=False, out_bias=False, mlp_bias=False, windows="all"),
+    "phimoe": Family(
+        head_bias="lm_head_bias",
+        norm_numbers=2,
+        windows="all",
+        experts=_MIXTRAL_EXPERTS,
+        defaults={"num_key_value_heads": 8},
+    ),
+    "qwen2": _QWEN2,
+    "qwen2_moe": dataclasses.replace(
+        _QWEN2,
+        qkv_bias="qkv_bias",
+        names=_EITHER_COUNT,
+        defaults={"qkv_bias": True},
+        experts=dataclasses.replace(
+            _QWEN_EXPERTS, shared_width="shared_expert_intermediate_size", shared_gate=True
         ),
-        "phi": Family(
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            gated=False,
-            head_bias=True,
-            qk_norm="qk_layernorm",
-            qk_norm_bias=True,
-            norms=1,
-            norm_numbers=2,
+    ),
+    "qwen3": _QWEN3,
+    "qwen3_moe": _QWEN3_MOE,
+    "gpt_oss": Family(
+        windows="pattern",
+        names={"num_experts_per_tok": ("num_experts_per_tok", "experts_per_token")},
+        defaults={
+            "attention_bias": True,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+        },
+        experts=dataclasses.replace(_MIXTRAL_EXPERTS, router_bias=True, biased=True),
+        sinks=True,
+    ),
+    "gemma": _GEMMA_FAMILY,
+    "gemma2": dataclasses.replace(_GEMMA_FAMILY, norms=4, windows="pattern", defaults=_GEMMA2),
+    "vaultgemma": dataclasses.replace(_GEMMA_FAMILY, windows="pattern", defaults=_GEMMA2),
+    "gemma3_text": dataclasses.replace(
+        _GEMMA_FAMILY, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA3
+    ),
+    "gemma4_text": dataclasses.replace(
+        _GEMMA_FAMILY,
+        norms=4,
+        qk_norm=True,
+        windows="pattern",
+        defaults=_GEMMA4,
+        per_layer_inputs=True,
+        wide_globals=True,
+        names=_EITHER_COUNT,
+        experts=Experts(used="top_k_experts", norms=3, router_scales=True, beside_dense=True),
+    ),
+    "starcoder2": Family(
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        gated=False,
+        norm_numbers=2,
+        tied=True,
+        windows="all",
+        defaults={"use_bias": True, "num_key_value_heads": 2},
+    ),
+    "stablelm": Family(
+        qkv_bias="use_qkv_bias",
+        out_bias=False,
+        mlp_bias=False,
+        wide_qk_norm="qk_layernorm",
+        norm_numbers=2,
+        parallel="use_parallel_residual",
+        classes=("stablelm", "stablelmepoch"),
+    ),
+    "nemotron": Family(gated=False, norm_numbers=2),
+    "arcee": Family(gated=False),
+    "helium": Family(out_bias=False, defaults={"head_dim": 128}),
+    "apertus": Family(
+        gated=False,
+        mlp_bias=False,
+        qk_norm=True,
+        activation_params=2,
+        defaults={"hidden_act": "xielu"},
+    ),
+    "seed_oss": Family(
+        out_bias="attention_out_bias",
+        defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8},
+    ),
+    "bitnet": Family(mlp_bias=False, sub_norms=True, defaults={"num_key_value_heads": 5}),
+    "jais2": Family(
+        gated=False, norm_numbers=2, defaults={"attention_bias": True, "mlp_bias": True}
+    ),
+    "olmo": Family(mlp_bias=False, norm_numbers=0),
+    "olmo2": _OLMO2,
+    "olmo3": dataclasses.replace(
+        _OLMO2,
+        windows="pattern",
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "olmoe": dataclasses.replace(_OLMO2, experts=Experts(width="intermediate_size")),
+    "flex_olmo": dataclasses.replace(_OLMO2, experts=Experts(width="intermediate_size")),
+    "smollm3": Family(
+        tied=True,
+        windows="no_rope",
+        defaults={"no_rope_layer_interval": 4, "num_key_value_heads": 4},
+    ),
+    "glm": dataclasses.replace(_GLM4, norms=2),
+    "glm4": _GLM4,
+    "cohere": _COHERE,
+    "cohere2": dataclasses.replace(
+        _COHERE,
+        wide_qk_norm=False,
+        windows="pattern",
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "granite": Family(),
+    "granitemoe": Family(experts=_MIXTRAL_EXPERTS),
+    "granitemoeshared": Family(
+        experts=dataclasses.replace(_MIXTRAL_EXPERTS, shared_width="shared_intermediate_size")
+    ),
+    "ernie4_5": dataclasses.replace(_ERNIE, defaults={"head_dim": 128, "num_key_value_heads": 2}),
+    "ernie4_5_moe": dataclasses.replace(
+        _ERNIE,
+        head_bias="use_bias",
+        experts=Experts(
+            count="moe_num_experts",
+            used="moe_k",
+            layers="range",
+            shared_count="moe_num_shared_experts",
+            router_bias=True,
         ),
-        "phi3": Family(qkv_bias=False, out_bias=False, mlp_bias=False, windows="all"),
-        "phimoe": Family(
-            head_bias="lm_head_bias",
-            norm_numbers=2,
-            windows="all",
-            experts=_MIXTRAL_EXPERTS,
-            defaults={"num_key_value_heads": 8},
+        defaults={"num_key_value_heads": 4, "moe_num_shared_experts": 2},
+    ),
+    "hunyuan_v1_dense": Family(mlp_bias=False, qk_norm=True, classes=("hunyuandensev1",)),
+    "hunyuan_v1_moe": Family(
+        standard=dialects.hunyuan_moe,
+        mlp_bias=False,
+        qk_norm=True,
+        experts=Experts(
+            used="moe_topk", width="intermediate_size", shared_width="intermediate_size"
         ),
-        "qwen2": _QWEN2,
-        "qwen2_moe": dataclasses.replace(
-            _QWEN2,
-            qkv_bias="qkv_bias",
-            names=_EITHER_COUNT,
-            defaults={"qkv_bias": True},
-            experts=dataclasses.replace(
-                _QWEN_EXPERTS, shared_width="shared_expert_intermediate_size", shared_gate=True
-            ),
-        ),
-        "qwen3": _QWEN3,
-        "qwen3_moe": _QWEN3_MOE,
-        "gpt_oss": Family(
-            windows="pattern",
-            names={"num_experts_per_tok": ("num_experts_per_tok", "experts_per_token")},
-            defaults={
-                "attention_bias": True,
-                "head_dim": 64,
-                "sliding_window": 128,
-                "sliding_window_pattern": 2,
-            },
-            experts=dataclasses.replace(_MIXTRAL_EXPERTS, router_bias=True, biased=True),
-            sinks=True,
-        ),
-        "gemma": _GEMMA_FAMILY,
-        "gemma2": dataclasses.replace(_GEMMA_FAMILY, norms=4, windows="pattern", defaults=_GEMMA2),
-        "vaultgemma": dataclasses.replace(_GEMMA_FAMILY, windows="pattern", defaults=_GEMMA2),
-        "gemma3_text": dataclasses.replace(
-            _GEMMA_FAMILY, norms=4, qk_norm=True, windows="pattern", defaults=_GEMMA3
-        ),
-        "gemma4_text": dataclasses.replace(
-            _GEMMA_FAMILY,
-            norms=4,
-            qk_norm=True,
-            windows="pattern",
-            defaults=_GEMMA4,
-            per_layer_inputs=True,
-            wide_globals=True,
-            names=_EITHER_COUNT,
-            experts=Experts(used="top_k_experts", norms=3, router_scales=True, beside_dense=True),
-        ),
-        "starcoder2": Family(
-            qkv_bias="use_bias",
-            out_bias="use_bias",
-            mlp_bias="use_bias",
-            gated=False,
-            norm_numbers=2,
-            tied=True,
-            windows="all",
-            defaults={"use_bias": True, "num_key_value_heads": 2},
-        ),
-        "stablelm": Family(
-            qkv_bias="use_qkv_bias",
-            out_bias=False,
-            mlp_bias=False,
-            wide_qk_norm="qk_layernorm",
-            norm_numbers=2,
-            parallel="use_parallel_residual",
-            classes=("stablelm", "stablelmepoch"),
-        ),
-        "nemotron": Family(gated=False, norm_numbers=2),
-        "arcee": Family(gated=False),
-        "helium": Family(out_bias=False, defaults={"head_dim": 128}),
-        "apertus": Family(
-            gated=False,
-            mlp_bias=False,
-            qk_norm=True,
-            activation_params=2,
-            defaults={"hidden_act": "xielu"},
-        ),
-        "seed_oss": Family(
-            out_bias="attention_out_bias",
-            defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8},
-        ),
-        "bitnet": Family(mlp_bias=False, sub_norms=True),
-        "jais2": Family(
-            gated=False, norm_numbers=2, defaults={"attention_bias": True, "mlp_bias": True}
-        ),
-        "olmo": Family(mlp_bias=False, norm_numbers=0),
-        "olmo2": _OLMO2,
-        "olmo3": dataclasses.replace(
-            _OLMO2,
-            windows="pattern",
-            defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
-        ),
-        "olmoe": dataclasses.replace(_OLMO2, experts=Experts(width="intermediate_size")),
-        "flex_olmo": dataclasses.replace(_OLMO2, experts=Experts(width="intermediate_size")),
-        "smollm3": Family(tied=True, windows="no_rope", defaults={"no_rope_layer_interval": 4}),
-        "glm": dataclasses.replace(_GLM4, norms=2),
-        "glm4": _GLM4,
-        "cohere": _COHERE,
-        "cohere2": dataclasses.replace(
-            _COHERE,
-            wide_qk_norm=False,
-            windows="pattern",
-            defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
-        ),
-        "granite": Family(),
-        "granitemoe": Family(experts=_MIXTRAL_EXPERTS),
-        "granitemoeshared": Family(
-            experts=dataclasses.replace(_MIXTRAL_EXPERTS, shared_width="shared_intermediate_size")
-        ),
-        "ernie4_5": _ERNIE,
-        "ernie4_5_moe": dataclasses.replace(
-            _ERNIE,
-            head_bias="use_bias",
-            experts=Experts(
-                count="moe_num_experts",
-                used="moe_k",
-                layers="range",
-                shared_count="moe_num_shared_experts",
-                router_bias=True,
-            ),
-        ),
-        "hunyuan_v1_dense": Family(mlp_bias=False, qk_norm=True, classes=("hunyuandensev1",)),
-        "hunyuan_v1_moe": Family(
-            standard=dialects.hunyuan_moe,
-            mlp_bias=False,
-            qk_norm=True,
-            experts=Experts(
-                used="moe_topk", width="intermediate_size", shared_width="intermediate_size"
-            ),
-            classes=("hunyuanmoev1",),
-        ),
-        "exaone": Family(names={"num_hidden_layers": ("num_layers",)}, defaults={}),
-        "exaone4": Family(
-            standard=dialects.exaone4,
-            qkv_bias=False,
-            out_bias=False,
-            mlp_bias=False,
-            qk_norm=True,
-            windows="pattern",
-            defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
-        ),
-        "minimax_m2": Family(
-            qkv_bias=False,
-            out_bias=False,
-            wide_qk_norm=True,
-            experts=_MIXTRAL_EXPERTS,
-            defaults={"head_dim": 128},
-        ),
-        "minicpm": Family(mlp_bias=False, tied=True),
-        "baichuan": Family(mlp_bias=False),
-        "internlm3": Family(defaults={"head_dim": 128}),
-        "iquestcoder": Family(defaults={"head_dim": 128}),
-        "internlm": Family(qkv_bias="bias", out_bias="bias", mlp_bias=False),
-        "internlm2": Family(qkv_bias="bias", out_bias="bias", mlp_bias=False),
-        "qwen": Family(
-            standard=dialects.qwen1,
-            names={"head_dim": ("kv_channels",), "max_position_embeddings": ("seq_length",)},
-            qkv_bias=True,
-            out_bias="biased",
-            mlp_bias="biased",
-            classes=("qwen", "qwenlm"),
-        ),
-        "chatglm": Family(
-            standard=dialects.chatglm,
-            names={
-                "num_hidden_layers": ("num_layers",),
-                "intermediate_size": ("ffn_hidden_size",),
-                "vocab_size": ("padded_vocab_size",),
-                "head_dim": ("kv_channels",),
-                "max_position_embeddings": ("seq_length",),
-            },
-            qkv_bias="qkv_biased",
-            out_bias="add_bias_linear",
-            mlp_bias="add_bias_linear",
-            kinds=("multi-query",),
-            classes=("chatglm", "chatglmmodel"),
-        ),
-    }
-)
+        classes=("hunyuanmoev1",),
+    ),
+    "exaone": Family(
+        names={"num_hidden_layers": ("num_layers",)},
+        defaults={"num_key_value_heads": 8},
+        classes=("llama",),
+    ),
+    "exaone4": Family(
+        standard=dialects.exaone4,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=True,
+        windows="pattern",
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "minimax_m2": Family(
+        qkv_bias=False,
+        out_bias=False,
+        wide_qk_norm=True,
+        experts=_MIXTRAL_EXPERTS,
+        defaults={"head_dim": 128, "num_key_value_heads": 8},
+    ),
+    "minicpm": Family(mlp_bias=False, tied=True),
+    "baichuan": Family(mlp_bias=False),
+    "internlm3": Family(defaults={"head_dim": 128, "num_key_value_heads": 2}),
+    "iquestcoder": Family(defaults={"head_dim": 128, "num_key_value_heads": 8}),
+    "internlm": Family(qkv_bias="bias", out_bias="bias", mlp_bias=False),
+    "internlm2": Family(qkv_bias="bias", out_bias="bias", mlp_bias=False),
+    "qwen": Family(
+        standard=dialects.qwen1,
+        names={"head_dim": ("kv_channels",), "max_position_embeddings": ("seq_length",)},
+        qkv_bias=True,
+        out_bias="biased",
+        mlp_bias="biased",
+        classes=("qwen", "qwenlm"),
+    ),
+    "chatglm": Family(
+        standard=dialects.chatglm,
+        names={
+            "num_hidden_layers": ("num_layers",),
+            "intermediate_size": ("ffn_hidden_size",),
+            "vocab_size": ("padded_vocab_size",),
+            "head_dim": ("kv_channels",),
+            "max_position_embeddings": ("seq_length",),
+        },
+        qkv_bias="qkv_biased",
+        out_bias="add_bias_linear",
+        mlp_bias="add_bias_linear",
+        kinds=("multi-query",),
+        classes=("chatglm", "chatglmmodel"),
+    ),
+}
+FAMILIES = GPT_FAMILIES | DEEPSEEK_FAMILIES | _OTHERS
 
-# Other names of the same architectures; of files with a `text_config` that does not name its own.
+# Other names of the same architectures; of files whose `text_config` names none.
 SAME = {
     "Yi": "llama",
     "aquila": "llama",
@@ -307,7 +332,7 @@ SAME = {
     "stablelm_epoch": "stablelm",
 }
 
-# A `text_config` holds only what differs from the defaults of its class.
+# A `text_config` lists only what differs from the defaults of its class.
 NESTED_DEFAULTS = {
     "llama": {
         "hidden_size": 4096,

@@ -1,6 +1,6 @@
 """The architectures after DeepSeek: latent attention, or experts of which some serve every token.
 
-Facts of the public modelling code of `transformers` (5.24), and of DeepSeek's own first model.
+Facts of the public modelling code of `transformers` (5.24), and of DeepSeek-MoE's remote code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LATENT = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-_GLM = _LATENT | {"qk_nope_head_dim": 192, "v_head_dim": 256}
+_GLM = _LATENT | {"n_shared_experts": 1, "qk_nope_head_dim": 192, "v_head_dim": 256}
 _MINICPM3 = {
     "kv_lora_rank": 256,
     "q_lora_rank": 768,
@@ -25,6 +25,7 @@ _MINICPM3 = {
     "qk_rope_head_dim": 32,
 }
 
+_ONE_SHARED = {"n_shared_experts": 1}
 _DEEPSEEK_EXPERTS = Experts(
     count="n_routed_experts", shared_count="n_shared_experts", layers="first"
 )
@@ -34,7 +35,7 @@ _DEEPSEEK_V3 = Family(
     mlp_bias=False,
     experts=_DEEPSEEK_EXPERTS,
     kinds=("latent",),
-    defaults=_LATENT | {"first_k_dense_replace": 3},
+    defaults=_LATENT | _ONE_SHARED | {"first_k_dense_replace": 3},
     classes=("deepseekv3",),
 )
 _INDEXED = dataclasses.replace(_DEEPSEEK_V3, kinds=("latent", "indexer"), classes=())
@@ -44,7 +45,7 @@ DEEPSEEK_FAMILIES = {
     "deepseek_v2": dataclasses.replace(
         _DEEPSEEK_V3,
         mlp_bias="mlp_bias",
-        defaults=_LATENT | {"first_k_dense_replace": 0},
+        defaults=_LATENT | {"first_k_dense_replace": 0, "n_shared_experts": 2},
         classes=(),
     ),
     "deepseek_v3": _DEEPSEEK_V3,
@@ -60,24 +61,30 @@ DEEPSEEK_FAMILIES = {
         mlp_bias=False,
         qk_norm="use_qk_norm",
         experts=_DEEPSEEK_EXPERTS,
-        defaults={"first_k_dense_replace": 1},
+        defaults=_ONE_SHARED | {"first_k_dense_replace": 1, "num_key_value_heads": 8},
     ),
     "glm4_moe_lite": dataclasses.replace(
         _DEEPSEEK_V3, defaults=_GLM | {"q_lora_rank": 768, "first_k_dense_replace": 1}, classes=()
     ),
-    "dots1": Family(mlp_bias=False, qk_norm=True, windows="late", experts=_DEEPSEEK_EXPERTS),
+    "dots1": Family(
+        mlp_bias=False,
+        qk_norm=True,
+        windows="late",
+        experts=_DEEPSEEK_EXPERTS,
+        defaults={"max_window_layers": 62},
+    ),
     "glm_moe_dsa": dataclasses.replace(
         _INDEXED, defaults=_GLM | {"q_lora_rank": 2048, "first_k_dense_replace": 3}
     ),
     "axk1": dataclasses.replace(
         _DEEPSEEK_V3,
         experts=dataclasses.replace(_DEEPSEEK_EXPERTS, norms=1),
-        defaults=_LATENT | {"first_k_dense_replace": 1},
+        defaults=_LATENT | _ONE_SHARED | {"first_k_dense_replace": 1},
         classes=(),
     ),
     "sarvam_mla": dataclasses.replace(
         _DEEPSEEK_V3,
-        defaults=_LATENT | {"q_lora_rank": None, "first_k_dense_replace": 1},
+        defaults=_LATENT | _ONE_SHARED | {"q_lora_rank": None, "first_k_dense_replace": 1},
         classes=(),
     ),
     "sarvam_moe": Family(
@@ -85,16 +92,30 @@ DEEPSEEK_FAMILIES = {
         mlp_bias=False,
         qk_norm="use_qk_norm",
         experts=_DEEPSEEK_EXPERTS,
-        defaults={"first_k_dense_replace": 1, "use_qk_norm": True},
+        defaults=_ONE_SHARED
+        | {
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+        },
     ),
     "solar_open": Family(
-        out_bias=False, mlp_bias=False, experts=_DEEPSEEK_EXPERTS, defaults={"head_dim": 128}
+        out_bias=False,
+        mlp_bias=False,
+        experts=_DEEPSEEK_EXPERTS,
+        defaults=_ONE_SHARED | {"head_dim": 128, "num_key_value_heads": 8},
     ),
     "hy_v3": Family(
         qk_norm=True,
         experts=_SHARED_EXPERTS,
         names={"moe_intermediate_size": ("moe_intermediate_size", "expert_hidden_dim")},
-        defaults={"head_dim": 128, "first_k_dense_replace": 1},
+        defaults={
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
     ),
     "exaone_moe": Family(
         standard=dialects.exaone4,
@@ -108,6 +129,7 @@ DEEPSEEK_FAMILIES = {
             "sliding_window": 4096,
             "sliding_window_pattern": 4,
             "first_k_dense_replace": 1,
+            "num_shared_experts": 1,
         },
     ),
     "afmoe": Family(
@@ -125,6 +147,7 @@ DEEPSEEK_FAMILIES = {
         experts=dataclasses.replace(_SHARED_EXPERTS, router_bias=True),
         defaults={
             "head_dim": 128,
+            "num_shared_experts": 2,
             "sliding_window": 1024,
             "sliding_window_pattern": 4,
             "first_k_dense_replace": 1,

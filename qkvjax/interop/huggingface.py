@@ -86,7 +86,10 @@ def from_values(values: Mapping, path: Path = Path("config.json")) -> Model:
     elif mismatch := _another_class(model_type, family, values, outer, architectures):
         estimate = mismatch
     if family.standard is not None:
-        values = family.standard(values)
+        try:
+            values = family.standard(values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     if where and values.get("vocab_size") is not None:
         nested = NESTED_DEFAULTS.get(SAME.get(model_type, model_type), {})
         family = dataclasses.replace(family, defaults=nested | dict(family.defaults))
@@ -190,7 +193,7 @@ def _family(
         for one in FAMILIES:
             if _plain(one) in classes:
                 return one, FAMILIES[one]
-        # GPT-2's own files are older than model_type.
+        # The first files of GPT-2 are older than model_type.
         foreign = ("multi_query", "rotary_dim", "position_embedding_type", "alibi")
         if "n_embd" in values and not any(values.get(key) for key in foreign):
             return "gpt2", FAMILIES["gpt2"]

@@ -1,4 +1,4 @@
-"""How a quantised file stores its weights: bits of a number of each part, by its own keys.
+"""How a quantised file stores its weights: bits of a number of each part, by its keys.
 
 Scales and zero points are counted with the numbers that they scale. What is left alone by a method
 (embeddings, norms, routers, biases, most output heads) is counted in 16 bits.
@@ -83,7 +83,7 @@ def read(values: Mapping) -> Quantization | None:
     config = values.get("quantization_config") or values.get("compression_config")
     if not isinstance(config, dict):
         return None
-    if isinstance(config.get("quantization"), dict):  # ModelOpt's own file, put into this one
+    if isinstance(config.get("quantization"), dict):  # as ModelOpt writes it
         config = config | config["quantization"]
     method = str(config.get("quant_method") or config.get("quant_algo") or "unknown").lower()
     if method == "unknown" and (config.get("load_in_4bit") or config.get("load_in_8bit")):
@@ -115,8 +115,10 @@ def _bits(method: str, config: Mapping) -> float | None:
         return None if number is None else number + _per_group(16 + number, group)
     if method == "fp8":
         block = config.get("weight_block_size")
-        sizes = block if isinstance(block, list) and len(block) == 2 else None
-        return 8 + (32 / (sizes[0] * sizes[1]) if sizes else 0)
+        if block is None:
+            return 8.0
+        sizes = [_number(one) for one in block] if isinstance(block, list) else []
+        return 8 + 32 / (sizes[0] * sizes[1]) if len(sizes) == 2 and all(sizes) else None
     if method in ("fbgemm_fp8", "eetq"):
         return 8.0
     if method == "bitsandbytes":
@@ -126,13 +128,17 @@ def _bits(method: str, config: Mapping) -> float | None:
     if method == "bitnet":
         return 2.0
     if method == "hqq":
-        weights = (config.get("quant_config") or {}).get("weight_quant_params") or {}
+        weights = config.get("quant_config")
+        weights = weights.get("weight_quant_params") if isinstance(weights, dict) else None
+        if not isinstance(weights, dict):
+            return None
         number = _number(weights.get("nbits"))
         return (
             None if number is None else number + _per_group(32, _number(weights.get("group_size")))
         )
     if method == "quanto":
-        return {"int8": 8.0, "float8": 8.0, "int4": 4.25, "int2": 2.25}.get(config.get("weights"))
+        named = {"int8": 8.0, "float8": 8.0, "int4": 4.25, "int2": 2.25}
+        return named.get(str(config.get("weights")))
     return None
 
 

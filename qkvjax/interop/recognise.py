@@ -78,7 +78,7 @@ KINDS = (
     Kind(
         "indexer",
         r"index_(topk|n_heads|head_dim)",
-        "attention with an indexer, which caches keys of its own",
+        "attention with an indexer, which caches further keys",
     ),
     Kind(
         "chunked",
@@ -94,7 +94,7 @@ KINDS = (
         "multi-query",
         r"multi_query(_attention|_group_num)?|n_head_kv|num_kv_heads|kv_n_heads"
         r"|new_decoder_architecture|attn_config",
-        "a number of key-value heads under a key of its own",
+        "key-value heads counted by a key that its family does not have",
     ),
     Kind(
         "experts",

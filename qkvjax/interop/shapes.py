@@ -131,7 +131,8 @@ class Model:
       estimate: why the counts are not exact; None where they are.
       part: what is counted where the file describes more, such as a vision tower; else None.
       quantization: how the file stores the weights; None for all alike.
-      head_bytes: bytes of a number of an output head of its own, in a quantised file.
+      head_bytes: bytes of a number of the output head of a quantised file, where it is not the
+        embedding.
       head_params: learned numbers of that head; 0 where it is the embedding.
     """
 

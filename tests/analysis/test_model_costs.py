@@ -1,4 +1,4 @@
-"""`plan --model` by its door: estimates, latents, chunks, quantised files, refusals."""
+"""`plan --model` as a command: estimates, latents, chunks, quantised files, refusals."""
 
 import json
 
@@ -21,7 +21,7 @@ MEMORY = 80 * 10**9
 
 @pytest.fixture
 def planned(tmp_path, capsys):
-    """Runs the door on keys of a config.json; returns (record, text)."""
+    """Runs the command on keys of a config.json; returns (record, text)."""
 
     def run(values, *flags):
         path = tmp_path / "config.json"

@@ -20,7 +20,7 @@ from qkvjax.interop.latent import LatentSpec
 
 COUNTS = json.loads((Path(__file__).parent / "family_counts.json").read_text())
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "model_configs"
-# Models that bring their own code, by the published numbers of their parameters.
+# Models with remote code, by the published numbers of their parameters.
 OWN_CODE = {
     "baichuan": (7_505_973_248, {"vocab_size": 125_696, "intermediate_size": 11_008}),
     "internlm": (7_321_948_160, {"vocab_size": 103_168, "intermediate_size": 11_008, "bias": True}),

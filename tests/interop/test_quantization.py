@@ -1,4 +1,4 @@
-"""Quantised files are counted at their own width, by which modules are quantised."""
+"""Quantised files are counted at the width of the file, by which modules are quantised."""
 
 import dataclasses
 
