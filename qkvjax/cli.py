@@ -214,6 +214,15 @@ def _flag_message(error: Exception, values: flags.FlagValues, argv: Sequence[str
     if isinstance(error, flags.UnrecognizedFlagError):
         near = did_you_mean(error.flagname, list(values)) or _field_for(error.flagname, values)
         return f"unknown flag --{error.flagname}{near}; --help lists them"
+    if bad := re.match(r"flag (--[\w.]+)=(.*): (invalid literal for int|could not convert)", text):
+        kind = "a whole number" if "literal" in bad[3] else "a number"
+        unset = ", or None for no value" if _may_be_unset(bad[1][2:], values, ask=True) else ""
+        return f"{bad[1]}={bad[2]}: give {kind}{unset}"
+    if bad := re.match(r"flag --config\.(\w+)=(.*): .*ConfigDict", text):
+        return (
+            f"--config.{bad[1]}={bad[2]}: {bad[1]} is a group; set one of its fields, as in"
+            f" --config.{_first_field(bad[1])}=VALUE"
+        )
     name = _unknown_override(text, argv)
     if name:
         near = _near(name)
@@ -265,8 +274,18 @@ def _split_unset(argv: list[str], values: flags.FlagValues) -> tuple[list[str], 
     return kept, unset
 
 
-def _may_be_unset(flag: str, values: flags.FlagValues) -> bool:
-    """Whether None unsets a flag; for others it may be a value, such as model.position=none."""
+def _first_field(group: str) -> str:
+    from qkvjax.config import FIELDS
+
+    return next((name for name in FIELDS if name.startswith(group + ".")), f"{group}.NAME.kind")
+
+
+def _may_be_unset(flag: str, values: flags.FlagValues, ask: bool = False) -> bool:
+    """Whether None unsets a flag; for others it may be a value, such as model.position=none.
+
+    Raises:
+      UserError: a number, which cannot be unset; not where this is only asked.
+    """
     from ml_collections import config_dict
 
     from qkvjax.config import FIELDS
@@ -277,7 +296,7 @@ def _may_be_unset(flag: str, values: flags.FlagValues) -> bool:
     if field not in FIELDS:
         return field.startswith("evals.") and field.endswith(".max_labels")
     default = FIELDS[field][0]
-    if isinstance(default, (bool, int, float)):
+    if isinstance(default, (bool, int, float)) and not ask:
         raise UserError(f"config.{field} cannot be unset: its default is {default!r}")
     return isinstance(default, config_dict.FieldReference)
 
@@ -312,10 +331,9 @@ def find_config(path: str) -> str:
     recipes = package / "configs"
     recipes = recipes if recipes.is_dir() else package.parent / "configs"
     known = sorted(f"configs/{p.relative_to(recipes)}" for p in recipes.rglob("[!_]*.py"))
-    raise UserError(
-        f"there is no recipe {path!r}{did_you_mean(path, known)}; those of qkvjax are:"
-        f" {', '.join(known)}"
-    )
+    same = [name for name in known if Path(name).stem == Path(path).stem]
+    near = f"; did you mean {same[0]!r}?" if same else did_you_mean(path, known)
+    raise UserError(f"there is no recipe {path!r}{near}; those of qkvjax are: {', '.join(known)}")
 
 
 def help_text(doc: str, values: flags.FlagValues, with_config: bool, with_fields: bool) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 from qkvjax.errors import UserError, among
 
@@ -57,6 +58,21 @@ NOT_SHARINGS = {
 }
 
 
+def _meant(text) -> str:
+    """The sharing that was meant where each role stands once at most: roles that touch are tied,
+    roles that are missing are alone. "k=v", "q_k=v" and "q-kv" are 'q-k=v'."""
+    plain = re.sub(r"[^qkv=]+", "-", re.sub(r"[=()\[\]{}]", "", str(text).lower()))
+    roles = [letter for letter in plain if letter in "qkv"]
+    other = re.search("[a-z]", re.sub("[qkv]", "", str(text).lower()))
+    if other or len(roles) < 2 or len(set(roles)) < len(roles):
+        return ""
+    blocks = {frozenset(block) for block in plain.split("-") if block}
+    blocks = {frozenset("q"), frozenset("k"), frozenset("v")} if plain == "qkv" else blocks
+    blocks |= {frozenset(role) for role in "qkv" if role not in roles}
+    named = {frozenset(map(frozenset, parse_sharing(usual))): usual for usual in SHARINGS}
+    return f"; did you mean {named[frozenset(blocks)]!r}?"
+
+
 def _hint(text) -> str:
     """A sentence about a word that is not a sharing and stands for something else."""
     found = [what for word, what in NOT_SHARINGS.items() if word in str(text).lower()]
@@ -82,7 +98,7 @@ def parse_sharing(sharing: str) -> tuple[tuple[str, ...], ...]:
     raise UserError(
         f"sharing {sharing!r} is no partition of q, k and v: each role stands in it once, joined"
         f" by '=' to the roles it shares a projection with and by '-' to the others; use one of"
-        f" {among(sharing, SHARINGS)}{_hint(sharing)}"
+        f" {', '.join(SHARINGS)}{_meant(sharing)}{_hint(sharing)}"
     )
 
 

@@ -140,8 +140,9 @@ def test_recipes_are_found_from_anywhere(monkeypatch, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "lm.py").write_text("")
     assert cli.find_config("configs/lm.py") == "configs/lm.py"  # the nearer one
-    with pytest.raises(UserError, match="did you mean 'configs/lm.py'.*configs/quickstart.py"):
-        cli.find_config("configs/ln.py")
+    for name in ("configs/ln.py", "lm.py", "lm"):
+        with pytest.raises(UserError, match="did you mean 'configs/lm.py'.*configs/quickstart.py"):
+            cli.find_config(name)
 
 
 def test_a_recipe_with_a_bug_keeps_its_traceback(tmp_path):
@@ -164,7 +165,7 @@ def test_a_recipe_with_a_bug_keeps_its_traceback(tmp_path):
         ("", ["--config.model.sharng=q"], "no field 'model.sharng'; did you mean 'model.sharing'"),
         ("", ["--config.modle.sharing=q"], "'modle.sharing'; did you mean 'model.sharing'"),
         ("", ["--config.evals.eval.max_labls=3"], "did you mean 'evals.eval.max_labels'"),
-        ("", ["--config.data.seq_len=long"], "--config.data.seq_len=long: invalid literal"),
+        ("", ["--config.data.seq_len=long"], "--config.data.seq_len=long: give a whole number$"),
         ("", ["--config.data.seq_len=1.5"], "--config.data.seq_len=1.5"),
         ("", ["--config.model=3"], "--config.model=3"),
         ("", ["--config.model.qk_norm=maybe"], "--config.model.qk_norm=maybe"),
@@ -193,6 +194,13 @@ def test_recipe_arguments_and_overrides(capsys, arguments, flags, message):
         (["--lr=1"], "unknown flag --lr; did you mean '--config.optimizer.learning_rate'"),
         (["--batch_size=1"], "did you mean '--config.data.batch_size'"),
         (["--config.model.d_model=None"], "config.model.d_model cannot be unset: its default"),
+        (["--config.model.num_kv_heads=all"], "=all: give a whole number, or None for no value"),
+        (["--config.optimizer.b1=x"], "=x: give a number$"),
+        (["--config.optimizer=adamw"], "is a group; set one of its fields.*optimizer.name=VALUE"),
+        (["--config.model.sharing=k=v"], "did you mean 'q-k=v'"),
+        (["--config.model.sharing=Q_K=V"], "did you mean 'q-k=v'"),
+        (["--config.model.sharing=q=k"], "did you mean 'q=k-v'"),
+        (["--config.model.sharing=q-kv"], "did you mean 'q-k=v'"),
         (["--config.model.sharing=mqa"], "one key-value head is model.num_kv_heads=1"),
         (["--config.model.sharing=(Q=K-V)+"], "model.score="),
         (["--flagfile=nowhere.txt"], "nowhere.txt.*check --flagfile"),
