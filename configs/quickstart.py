@@ -4,9 +4,10 @@
 
 Five sharings x three seeds of a small byte-level model in the modern recipe (2 layers, width
 128, 4 heads of 32, RoPE, query-key norm, RMSNorm, SwiGLU; 435,968 parameters with three
-projections). Six minutes on two CPU cores, installation included; expected 2.61 bits per byte for
-QKV, 2.74 for Q-K=V (the library of Python 3.11). Small on purpose: it fits into minutes, and the
-report says what that is too small to tell. A larger study is the same file with other values:
+projections). About five minutes on two CPU cores, installation included; expected 2.61 bits per
+byte for QKV, 2.74 for Q-K=V (the library of Python 3.11). Small on purpose: it fits into minutes,
+and the report says what that is too small to tell. A larger study is the same file with other
+values:
 
   --config=configs/quickstart.py:seeds=8,depth=4,steps=5000
 """

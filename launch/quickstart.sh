@@ -13,10 +13,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=
 if gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) && [ -n "$gpus" ]; then
     extras=cuda
-    echo "qkvjax quickstart on $(echo "$gpus" | head -n 1): about 5 minutes, most of it installing (not measured)"
+    echo "qkvjax quickstart on $(echo "$gpus" | head -n 1): installing first; how long it takes here was not measured"
 else
     cores=$(getconf _NPROCESSORS_ONLN)
-    echo "qkvjax quickstart on the CPU ($cores cores): about 6 minutes on 2 cores, installation included"
+    echo "qkvjax quickstart on the CPU ($cores cores): about 5 minutes on 2 CPU cores, installation included"
 fi
 make_environment .venv "$extras"
 exec "$python" -m qkvjax.study --config=configs/quickstart.py --workdir=runs/quickstart "$@"

@@ -16,8 +16,9 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
+from qkvjax.attention.spec import canonical_sharing
 from qkvjax.errors import UserError, among, did_you_mean, read_object
-from qkvjax.fields import DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
+from qkvjax.fields import ALIASES, DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
 
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (
@@ -58,21 +59,34 @@ def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
     for item in filter(None, (arg or "").split(",")):
         name, equals, text = item.partition("=")
         if name not in defaults or not equals:
+            field = known_field(name)
+            override = f"; --config.{field}=VALUE sets that field" if field else ""
             raise UserError(
                 f"the recipe has no argument {name!r}: write NAME=VALUE with one of"
-                f" {among(name, defaults)}"
+                f" {among(name, defaults)}{override}"
             )
         kind = type(defaults[name])
+        if text == "None" and kind is not str:
+            continue  # unset, which is its default
         try:
             values[name] = text if kind in (str, type(None)) else kind(text)
+            if name == "sharing":
+                values[name] = canonical_sharing(text)
         except ValueError:
             raise UserError(f"{name}={text!r} is no {kind.__name__}") from None
     return ml_collections.ConfigDict(values, convert_dict=False)
 
 
 def to_dict(config) -> dict:
-    """The configuration as a plain dictionary of JSON values (tuples become lists)."""
-    return json.loads(json.dumps(plain(config)))
+    """The configuration as a plain dictionary of JSON values (tuples become lists).
+
+    Sharings are written in one way, also where they were given by their names in reports.
+    """
+    values = json.loads(json.dumps(plain(config)))
+    model = values.get("model")
+    if isinstance(model, dict) and "sharing" in model:
+        model["sharing"] = canonical_sharing(model["sharing"])
+    return values
 
 
 def plain(value):
@@ -125,10 +139,12 @@ def set_field(config, name: str, value) -> None:
         target = None
     open_group = group.split(".")[0] in ("evals", "study")
     if target is None or (leaf not in target and not open_group):
-        raise UserError(f"config has no field {name!r}{did_you_mean(name, FIELDS)}")
+        raise UserError(f"config has no field {name!r}{near_field(name)}")
     needed = name in FIELDS and not isinstance(FIELDS[name][0], config_dict.FieldReference)
     if value is None and needed:
         raise UserError(f"config.{name} cannot be unset: its default is {FIELDS[name][0]!r}")
+    if name == "model.sharing":
+        value = canonical_sharing(value)
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, Mapping):
@@ -139,6 +155,24 @@ def set_field(config, name: str, value) -> None:
         kind = target.get_type(leaf)
         kind = "group" if kind is ml_collections.ConfigDict else kind.__name__
         raise UserError(f"config.{name}={value!r} is no {kind}") from None
+
+
+def known_field(name: str) -> str | None:
+    """The field that a name stands for: its last word is a field's, or another framework's word
+    for one."""
+    word = name.rpartition(".")[2].lower().replace("-", "_")
+    same = [field for field in FIELDS if field.rpartition(".")[2] == word]
+    return same[0] if same else ALIASES.get(word)
+
+
+def near_field(name: str) -> str:
+    """Returns "; did you mean 'model.sharing'?" for a name that is not a field, or ""."""
+    field = known_field(name)
+    if field:
+        return f"; did you mean {field!r}?"
+    group = name.rpartition(".")[0]
+    within = [field for field in FIELDS if group and field.startswith(group + ".")]
+    return did_you_mean(name, within) or did_you_mean(name, FIELDS)
 
 
 def _group(name: str, values: Mapping) -> ml_collections.ConfigDict:

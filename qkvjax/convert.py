@@ -85,7 +85,7 @@ def import_(values: flags.FlagValues) -> None:
 
 def tie(values: flags.FlagValues) -> None:
     """`convert tie`: a copy of a run whose projections are shared."""
-    from qkvjax.attention.spec import parse_sharing, sharing_name
+    from qkvjax.attention.spec import canonical_sharing, parse_sharing, sharing_name
     from qkvjax.interop.tie import METHODS, tied_arrays
     from qkvjax.training.restore import abstract_model, load_arrays, new_workdir, save_model
 
@@ -94,6 +94,7 @@ def tie(values: flags.FlagValues) -> None:
     if values.method not in METHODS:
         use = among(values.method, METHODS)
         raise UserError(f"--method={values.method!r} is unknown: use {use}")
+    values.sharing = canonical_sharing(values.sharing)
     parse_sharing(values.sharing)
     arrays, config, step = load_arrays(values.workdir)
     if any("sharing" in layer for layer in config.model.layer_overrides):

@@ -41,7 +41,7 @@ def parse_object(text: bytes | str) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def read_object(path: Path, remedy: str = "restore it from a copy, or delete it") -> dict:
+def read_object(path: Path, remedy: str = "restore it from a copy") -> dict:
     """The JSON object in a file.
 
     Raises:

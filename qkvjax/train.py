@@ -43,7 +43,7 @@ FLAGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(argv, __doc__, FLAGS, body, config="required")
+    return cli.run(argv, __doc__, FLAGS, body, config="required", fields=True)
 
 
 def body(values: flags.FlagValues) -> int:
@@ -270,7 +270,13 @@ def train(
                     metrics.close()
     trained_before = earlier[-1]["seconds"] if earlier else 0.0
     log(goodput(summary, time.perf_counter() - started, compile_seconds, trained_before))
-    log(f"done: {workdir}")
+    if summary["step"] < steps:
+        log(
+            f"stopped early: {workdir} is at step {summary['step']} of {steps}"
+            f" (train.max_seconds={config.train.max_seconds:g}): the same command goes on"
+        )
+    else:
+        log(f"done: {workdir}")
     return summary
 
 

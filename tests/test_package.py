@@ -23,7 +23,7 @@ RANK = {
     "errors": 0, "fields": 0, "progress": 0, "kernels": 1, "attention": 2, "models": 3,
     "config": 4, "sweep": 4,
     "training": 5, "evaluation": 6, "generation": 6, "interop": 6, "analysis": 7, "studies": 8,
-    "cli": 8, **dict.fromkeys(DOORS, 9),
+    "cli": 8, "__main__": 9, **dict.fromkeys(DOORS, 9),
 }  # fmt: skip
 BESIDE = {"data", "parallel"}  # import errors and progress alone; anything may import them
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 from qkvjax.errors import UserError, among
 
@@ -33,7 +34,49 @@ def itemsize(dtype) -> int:
 
 def sharing_name(sharing: str) -> str:
     """The sharing as reports write it: 'q-k-v' -> 'QKV', 'q-k=v' -> 'Q-K=V'."""
+    sharing = canonical_sharing(sharing)
     return "QKV" if sharing == "q-k-v" else str(sharing).upper()
+
+
+def canonical_sharing(text):
+    """Returns one of SHARINGS for it or its name in reports: 'QKV' -> 'q-k-v', 'Q-K=V' -> 'q-k=v'.
+
+    Upper and lower case are the same. Anything else is returned as it is, for `parse_sharing` to
+    refuse.
+    """
+    plain = "".join(str(text).lower().split())
+    plain = "q-k-v" if plain == "qkv" else plain
+    return plain if plain in SHARINGS else text
+
+
+# What else variants of attention are called; none of these is a sharing.
+NOT_SHARINGS = {
+    "mha": "three projections are 'q-k-v'",
+    "gqa": "grouped queries are model.num_kv_heads, a divisor of model.num_heads",
+    "mqa": "one key-value head is model.num_kv_heads=1",
+    "+": "the '+' of the paper is a score modifier: model.score=('score2d(10)',)",
+}
+
+
+def _meant(text) -> str:
+    """The sharing that was meant where each role stands once at most: roles that touch are tied,
+    roles that are missing are alone. "k=v", "q_k=v" and "q-kv" are 'q-k=v'."""
+    plain = re.sub(r"[^qkv=]+", "-", re.sub(r"[=()\[\]{}]", "", str(text).lower()))
+    roles = [letter for letter in plain if letter in "qkv"]
+    other = re.search("[a-z]", re.sub("[qkv]", "", str(text).lower()))
+    if other or len(roles) < 2 or len(set(roles)) < len(roles):
+        return ""
+    blocks = {frozenset(block) for block in plain.split("-") if block}
+    blocks = {frozenset("q"), frozenset("k"), frozenset("v")} if plain == "qkv" else blocks
+    blocks |= {frozenset(role) for role in "qkv" if role not in roles}
+    named = {frozenset(map(frozenset, parse_sharing(usual))): usual for usual in SHARINGS}
+    return f"; did you mean {named[frozenset(blocks)]!r}?"
+
+
+def _hint(text) -> str:
+    """A sentence about a word that is not a sharing and stands for something else."""
+    found = [what for word, what in NOT_SHARINGS.items() if word in str(text).lower()]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 @functools.cache
@@ -55,7 +98,7 @@ def parse_sharing(sharing: str) -> tuple[tuple[str, ...], ...]:
     raise UserError(
         f"sharing {sharing!r} is no partition of q, k and v: each role stands in it once, joined"
         f" by '=' to the roles it shares a projection with and by '-' to the others; use one of"
-        f" {among(sharing, SHARINGS)}"
+        f" {', '.join(SHARINGS)}{_meant(sharing)}{_hint(sharing)}"
     )
 
 
@@ -86,7 +129,8 @@ class AttentionSpec:
       num_heads: N.
       num_kv_heads: K; None means N. K < N is GQA, K = 1 is MQA.
       head_dim: H; None means D / N.
-      sharing: which roles use one projection, one of SHARINGS.
+      sharing: which roles use one projection: one of SHARINGS, which it becomes where it was
+        given by its name in reports.
       position: where positions enter; only "rope" acts inside attention.
       rotary_values: what V is when K is rotated and V shares its projection (or Q's):
         "raw" the un-rotated state (Gemma 4, MaxText), "rotated" the rotated one (absolute
@@ -126,6 +170,7 @@ class AttentionSpec:
                 raise UserError(message)
 
         fill = functools.partial(object.__setattr__, self)
+        fill("sharing", canonical_sharing(self.sharing))
         for name in ("d_model", "num_heads"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")

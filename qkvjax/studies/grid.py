@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from qkvjax import config as configs
 from qkvjax import sweep
+from qkvjax.attention.spec import canonical_sharing
 from qkvjax.errors import UserError
 from qkvjax.models.spec import model_spec
 from qkvjax.training.metrics import read_json, read_lines, require_keys, write_json
@@ -134,7 +135,10 @@ class Study:
         try:
             for name, value in overrides.items():
                 if name in config or name.count(".") == 0:
-                    raise UserError(f"{name!r} is no field: write one such as 'model.sharing'")
+                    near = configs.near_field(name)
+                    raise UserError(
+                        f"{name!r} is not a field: write one such as 'model.sharing'{near}"
+                    )
                 configs.set_field(config, name, value)
             config.seed = seed
             configs.validate(config)
@@ -314,6 +318,11 @@ def _grid(name: str, points) -> tuple[list[dict], list[str]]:
             raise UserError(f"the grid's point {point!r}: fields and label are texts")
     if any("seed" in point for point in points):
         raise UserError("a point of the grid sets `seed`: study.seeds says how many there are")
+    points = [
+        {field: canonical_sharing(value) if field == "model.sharing" else value
+         for field, value in point.items()}
+        for point in points
+    ]  # fmt: skip
     labels = [sweep.label(point) for point in points]
     twins = {label for label in labels if labels.count(label) > 1}
     if twins:

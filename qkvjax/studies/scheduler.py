@@ -36,7 +36,7 @@ def measure_here(study: Study) -> int:
     """Writes measurements.json: what each point costs on this machine."""
     from qkvjax.analysis.measure import measure
 
-    found = measure(study.configs())
+    found = measure(study.configs(), log=lambda line: print(line, flush=True))
     write_json(study.workdir / "measurements.json", found | {"labels": study.labels})
     return 0
 
@@ -142,15 +142,45 @@ def _measurements(study: Study, arguments: list[str], environment: dict[str, str
         return found
     print("measuring what each variant costs on this machine", flush=True)
     log = study.workdir / "measure.log"
-    with log.open("w") as out:
-        command, options = _door(study, arguments, "--measure", environment)
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, **options).returncode
-    if code:
+    command, options = _door(study, arguments, "--measure", environment)
+    if code := _watch(command, options, log, len(study.labels)):
         print(f"  that failed (exit code {code}, see {log}); the report will say not measured")
         return found
     found = read_json(path)
     study.claim("", keep_command=True)  # with the environment that was measured in
     return found
+
+
+def _watch(command: list[str], options: dict, log: Path, count: int) -> int:
+    """Runs the measuring process, shows how far it is, and returns its exit code.
+
+    Args:
+      log: gets what it prints.
+      count: variants that it measures.
+    """
+    shown = 0
+
+    def show():
+        nonlocal shown
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        compiled = [line for line in lines if line.startswith("compiled ")]
+        for line in compiled[shown:]:
+            shown += 1
+            then = "; timing all of them side by side" if shown == count else ""
+            print(f"  {line}, {shown} of {count}{then}", flush=True)
+
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            show()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    show()
+    return process.returncode
 
 
 def _estimates(study: Study, measured: dict) -> dict[str, float]:

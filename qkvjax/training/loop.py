@@ -330,10 +330,7 @@ class Loop:
                 request,
             )
         limit = self.run.config.train.max_seconds
-        self.log(
-            f"stopped after {limit:g} s, as train.max_seconds says, at step {self.step} of"
-            f" {self.steps}: the same command goes on from there"
-        )
+        self.log(f"stopped after {limit:g} s, as train.max_seconds says")
 
 
 def is_unscored(lines: Sequence[Mapping], step: int, run: Run, evaluators: Mapping) -> bool:

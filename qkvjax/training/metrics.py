@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict:
     Raises:
       UserError: it holds something else.
     """
-    return read_object(path) if path.exists() else {}
+    return read_object(path, "restore it from a copy, or delete it") if path.exists() else {}
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

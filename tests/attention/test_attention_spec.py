@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkvjax.attention.spec import SHARINGS, AttentionSpec, itemsize, parse_sharing, sharing_name
+from qkvjax.attention.spec import (
+    SHARINGS,
+    AttentionSpec,
+    canonical_sharing,
+    itemsize,
+    parse_sharing,
+    sharing_name,
+)
 from qkvjax.errors import UserError
 
 BASE = {"d_model": 64, "num_heads": 8}
@@ -21,6 +28,16 @@ def test_five_sharings_are_all_the_partitions():
 
 def test_names_in_reports():
     assert list(map(sharing_name, SHARINGS)) == ["QKV", "Q-K=V", "Q=K-V", "Q=V-K", "Q=K=V"]
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_a_sharing_by_its_name_in_reports(sharing):
+    for written in (sharing, sharing_name(sharing), sharing_name(sharing).lower(), sharing.upper()):
+        assert canonical_sharing(written) == sharing and sharing_name(written) == sharing_name(
+            sharing
+        )
+        assert AttentionSpec(**BASE, sharing=written).sharing == sharing
+    assert canonical_sharing("k=v-q") == "k=v-q" and canonical_sharing(None) is None
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,37 @@ def test_help_lists_every_flag(capsys, door, word):
     assert f"qkvjax {door}" in told.out  # an example
 
 
-@pytest.mark.parametrize("door", ["train", "study", "plan", "bench"])
-def test_help_lists_every_field_with_its_default(capsys, door):
-    assert cli.main(["qkvjax", door, "--help"]) == 0
+def test_help_of_train_lists_every_field_with_its_default(capsys):
+    assert cli.main(["qkvjax", "train", "--help"]) == 0
     told = capsys.readouterr().out
+    words = " ".join(told.split())
     defaults = configs.flatten(configs.to_dict(configs.default()))
     for name, (_, text) in configs.FIELDS.items():
-        line = next(x for x in told.splitlines() if x.split()[:1] == [f"--config.{name}"])
-        assert text in line and f"(default {defaults[name]})" in line
+        assert f"--config.{name} {' '.join(text.split())} (default {defaults[name]})" in words
+    groups = [line for line in told.splitlines() if re.fullmatch("[a-z]+:", line)]
+    assert groups == ["flags:", "model:", "data:", "optimizer:", "train:", "mesh:", "evals:"]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_help_fits_a_terminal(capsys, door):
+    assert cli.main(["qkvjax", door, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 100
+    if door in ("study", "plan", "bench"):
+        assert "`qkvjax train --help` lists the fields" in told and "--config.seed" not in told
+
+
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version(capsys, word):
+    assert cli.main(["qkvjax", word]) == 0
+    assert re.match(r"qkvjax \S+.*, jax \d+\.\d+\.\d+, Python \d+\.\d+", capsys.readouterr().out)
+
+
+def test_the_package_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "qkvjax", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("qkvjax "), done.stderr
 
 
 def test_help_wins_over_everything_else(capsys):
@@ -117,8 +140,9 @@ def test_recipes_are_found_from_anywhere(monkeypatch, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "lm.py").write_text("")
     assert cli.find_config("configs/lm.py") == "configs/lm.py"  # the nearer one
-    with pytest.raises(UserError, match="did you mean 'configs/lm.py'.*configs/quickstart.py"):
-        cli.find_config("configs/ln.py")
+    for name in ("configs/ln.py", "lm.py", "lm"):
+        with pytest.raises(UserError, match="did you mean 'configs/lm.py'.*configs/quickstart.py"):
+            cli.find_config(name)
 
 
 def test_a_recipe_with_a_bug_keeps_its_traceback(tmp_path):
@@ -141,7 +165,7 @@ def test_a_recipe_with_a_bug_keeps_its_traceback(tmp_path):
         ("", ["--config.model.sharng=q"], "no field 'model.sharng'; did you mean 'model.sharing'"),
         ("", ["--config.modle.sharing=q"], "'modle.sharing'; did you mean 'model.sharing'"),
         ("", ["--config.evals.eval.max_labls=3"], "did you mean 'evals.eval.max_labels'"),
-        ("", ["--config.data.seq_len=long"], "--config.data.seq_len=long: invalid literal"),
+        ("", ["--config.data.seq_len=long"], "--config.data.seq_len=long: give a whole number$"),
         ("", ["--config.data.seq_len=1.5"], "--config.data.seq_len=1.5"),
         ("", ["--config.model=3"], "--config.model=3"),
         ("", ["--config.model.qk_norm=maybe"], "--config.model.qk_norm=maybe"),
@@ -154,6 +178,91 @@ def test_recipe_arguments_and_overrides(capsys, arguments, flags, message):
     )
     told = capsys.readouterr().err
     assert code == 2 and told.count("\n") == 1 and re.match(f"error: .*{message}", told), told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.lr=1"], "no field 'lr'; did you mean 'optimizer.learning_rate'"),
+        (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'"),
+        (["--config.learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
+        (["--config.train.batch_size=1"], "did you mean 'data.batch_size'"),
+        (["--config.model.n_layer=1"], "did you mean 'model.num_layers'"),
+        (["--config.model.num_key_value_heads=1"], "did you mean 'model.num_kv_heads'"),
+        (["--config.train.max_steps=1"], "did you mean 'train.steps'"),
+        (["--config.optimizer.beta2=1"], "did you mean 'optimizer.b2'"),
+        (["--lr=1"], "unknown flag --lr; did you mean '--config.optimizer.learning_rate'"),
+        (["--batch_size=1"], "did you mean '--config.data.batch_size'"),
+        (["--config.model.d_model=None"], "config.model.d_model cannot be unset: its default"),
+        (["--config.model.num_kv_heads=all"], "=all: give a whole number, or None for no value"),
+        (["--config.optimizer.b1=x"], "=x: give a number$"),
+        (["--config.optimizer=adamw"], "is a group; set one of its fields.*optimizer.name=VALUE"),
+        (["--config.model.sharing=k=v"], "did you mean 'q-k=v'"),
+        (["--config.model.sharing=Q_K=V"], "did you mean 'q-k=v'"),
+        (["--config.model.sharing=q=k"], "did you mean 'q=k-v'"),
+        (["--config.model.sharing=q-kv"], "did you mean 'q-k=v'"),
+        (["--config.model.sharing=mqa"], "one key-value head is model.num_kv_heads=1"),
+        (["--config.model.sharing=(Q=K-V)+"], "model.score="),
+        (["--flagfile=nowhere.txt"], "nowhere.txt.*check --flagfile"),
+    ],
+)
+def test_names_from_elsewhere(capsys, flags, message):
+    def body(values):
+        configs.validate(values.config)
+
+    code = run(body, "--config=configs/lm.py:depth=2", *flags, config="required")
+    told = capsys.readouterr().err
+    assert code == 2 and re.search(message, told), told
+
+
+def test_a_recipe_argument_that_is_a_field(capsys):
+    assert run(lambda values: None, "--config=configs/lm.py:lr=1", config="required") == 2
+    assert "--config.optimizer.learning_rate=VALUE sets that field" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["QKV", "qkv", "Q-K-V", " q - k - v "])
+@pytest.mark.parametrize("place", ["argument", "override"])
+def test_a_sharing_by_its_name_in_reports(written, place):
+    arguments = (f"--config=configs/lm.py:depth=2,sharing={written}",)
+    if place == "override":
+        arguments = ("--config=configs/lm.py:sharing=q=k=v", f"--config.model.sharing={written}")
+    seen = []
+    assert run(lambda values: seen.append(values.config), *arguments, config="required") == 0
+    assert seen[0].model.sharing == "q-k-v"
+
+
+def test_what_has_no_value_is_unset():
+    seen = []
+    flags = (
+        "--config=configs/lm.py:size=70b,num_kv_heads=None", "--config.model.num_kv_heads=None",
+        "--config.train.wandb=None", "--config.train.eval_every=None",
+        "--config.evals.eval.max_labels=None", "--config.model.position=none",
+    )  # fmt: skip
+    assert run(lambda values: seen.append(values.config), *flags, config="required") == 0
+    (config,) = seen
+    assert config.model.num_kv_heads is None and config.train.wandb is None
+    assert config.train.eval_every is None and config.evals.eval.max_labels is None
+    assert config.model.position == "none"
+    seen.clear()
+    flags += ("--config.model.num_kv_heads=4",)
+    assert run(lambda values: seen.append(values.config), *flags, config="required") == 0
+    assert seen[0].model.num_kv_heads == 4  # the last one counts
+    table = {"step": (int, None, "which")}
+    assert cli.run(["door", "--step=None"], "Doc.", table, lambda values: values.step) == 0
+
+
+def test_flags_from_a_file(tmp_path):
+    file = tmp_path / "flags.txt"
+    file.write_text("# a run\n--config.model.sharing=Q-K=V\n--config.train.steps=7\n")
+    seen = []
+    note = lambda values: seen.append(values.config)  # noqa: E731
+    config = "--config=configs/lm.py:depth=2"
+    assert run(note, config, f"--flagfile={file}", config="required") == 0
+    assert run(note, f"--flagfile={file}", config, config="required") == 0
+    file.write_text(f"{config}\n" + file.read_text())
+    assert run(note, f"--flagfile={file}", config="required") == 0
+    for config in seen:
+        assert config.train.steps == 7 and config.model.sharing == "q-k=v"
 
 
 def test_config_is_needed_or_not(capsys):

@@ -144,7 +144,11 @@ def test_processes_score_as_points_do(two_jobs, by_points, lines):
 
 
 def test_times_and_memory_are_measured(two_jobs):
-    workdir, _ = two_jobs
+    workdir, told = two_jobs
+    progress = [line for line in told.out.splitlines() if line.startswith("  compiled ")]
+    assert progress == [
+        "  compiled QKV, 1 of 2", "  compiled Q-K=V, 2 of 2; timing all of them side by side"
+    ]  # fmt: skip
     measured = json.loads((workdir / "measurements.json").read_text())
     assert measured["labels"] == ["QKV", "Q-K=V"]
     rows = {row["label"]: row for row in measured["rows"]}

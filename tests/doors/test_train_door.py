@@ -218,9 +218,12 @@ def test_max_seconds_saves_and_the_next_start_goes_on(door, tied, tied_flags, tm
     flags = [*tied_flags, f"--workdir={tmp_path}"]
     told = door("train", *flags, "--config.train.max_seconds=0")
     assert told.code == 0 and "as train.max_seconds says" in told.out
+    assert f"stopped early: {tmp_path} is at step 1 of 20" in told.out
+    assert "done:" not in told.out
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
     told = door("train", *flags)
     assert told.code == 0 and "resumed after step 1 of 20" in told.out
+    assert told.out.splitlines()[-1] == f"done: {tmp_path}"
     assert state_digest(tmp_path, 20) == state_digest(tied, 20)
 
 

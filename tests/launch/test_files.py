@@ -128,6 +128,18 @@ def test_skypilot_reads_its_file():
     sky.Task.from_yaml_config(task)
 
 
+def test_the_quickstart_takes_as_long_wherever_it_is_said():
+    """One duration: whoever measures another one changes all of them."""
+    number = {"four": "4", "five": "5", "six": "6", "seven": "7", "ten": "10"}
+    files = [ROOT / "README.md", LAUNCH / "quickstart.sh", ROOT / "configs" / "quickstart.py"]
+    pattern = r"(\w+)\s+minutes\s+on\s+(?:two|2)\s+CPU\s+cores"
+    found = {}
+    for file in files:
+        for word in re.findall(pattern, file.read_text()):
+            found.setdefault(number.get(word.lower(), word), []).append(file.name)
+    assert len(found) == 1 and len(next(iter(found.values()))) == len(files), found
+
+
 def test_tpu_vm_dry_run():
     done = run("bash", "launch/tpu_vm.sh", "--dry_run", "slice", "zone", "--config=a b", "--x=1")
     assert done.returncode == 0, done.stderr

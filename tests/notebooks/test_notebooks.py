@@ -12,8 +12,8 @@ nbclient = pytest.importorskip("nbclient")
 ROOT = Path(__file__).parents[2]
 
 
-def execute(name, tmp_path, monkeypatch, **variables):
-    """Runs a notebook with other values for the variables of its first code cell."""
+def execute(name, tmp_path, monkeypatch, folder=".", **variables):
+    """Runs a notebook in a folder, with other values for the variables of its first code cell."""
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
@@ -25,7 +25,7 @@ def execute(name, tmp_path, monkeypatch, **variables):
         lines[found[0]] = f"{variable} = {value!r}"
         first.source = "\n".join(lines)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / folder)}}
     )
     return client.execute()
 
@@ -75,6 +75,18 @@ def test_study_results(tmp_path, monkeypatch, kind):
     line = next(line for line in text.splitlines() if line.startswith("QKV "))
     assert line.split()[1:3] == [str(len(scores)), f"{sum(scores) / len(scores):.4f}"]
     assert ("sort d64" in text) == (kind == "accuracy")
+
+
+def test_study_results_right_after_the_quickstart(tmp_path, monkeypatch):
+    """Unchanged, in its own folder, where Jupyter starts it."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "analysis")
+    import simulated_study
+
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "runs").mkdir()
+    simulated_study.sharing_study(tmp_path / "runs" / "quickstart")
+    notebook = execute("03_study_results.ipynb", tmp_path, monkeypatch, folder="notebooks")
+    assert "QKV" in text_of(notebook)
 
 
 @pytest.mark.slow

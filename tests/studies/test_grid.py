@@ -50,6 +50,13 @@ def test_tasks_go_seed_by_seed(study):
     assert "study" not in tasks[0].config
 
 
+def test_sharings_by_their_names_in_reports_are_the_same_tasks(study):
+    named = study(axis("model.sharing", ("QKV", "Q-K=V", "q=K=v"))).tasks
+    usual = study(SHARED).tasks
+    assert [t.identity for t in named] == [t.identity for t in usual]
+    assert [(t.label, t.overrides) for t in named] == [(t.label, t.overrides) for t in usual]
+
+
 def test_equal_runs_with_two_labels_are_two_tasks(study):
     """An A/A study: a field that fixes nothing, or the label alone."""
     for points in (axis("train.log_every", (1, 2)), ({"label": "one"}, {"label": "two"})):
