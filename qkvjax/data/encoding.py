@@ -78,7 +78,10 @@ def encoded(
 
 
 def _cores():
-    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    """Cores that this process may use, as far as more of them help."""
+    known = hasattr(os, "sched_getaffinity")  # on Linux
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return min(count, _MOST_WORKERS)
 
 
 def _encode(tokenizer, batch, dtype):
