@@ -82,14 +82,16 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
         cache_dtype=values.cache_dtype, page_size=values.page_size,
         dtype=config.train.compute_dtype,
     )  # fmt: skip
-    per_token = made.cache_bytes // made.cache_length
+    kept = f"{made.cache_length} tokens x {made.cache_bytes // made.cache_length:,}"
+    if values.page_size is None and any(layer.window for layer in model.spec.layers):
+        kept = f"{made.cache_length} tokens, of which a windowed layer keeps its window"
     return [
         f"{workdir}, step {step}: {sharing_name(config.model.sharing)}",
         "",
         *(values.prompt + continuation(tokenizer, made.ids[0])).splitlines(),
         "",
         f"{made.tokens_per_second:,.1f} tokens/s",
-        f"cache {made.cache_bytes:,} bytes: {made.cache_length} tokens x {per_token:,}",
+        f"cache {made.cache_bytes:,} bytes: {kept}",
     ]
 
 

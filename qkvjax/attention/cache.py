@@ -6,6 +6,10 @@ holds position s. In pages they are [P, K, E, H], and a block table says which p
 sequence; all layers share the table. Heads come before slots: what a head reads for a token then
 lies in one piece, which is several times faster on a CPU.
 
+A layer that sees a window of W tokens keeps W slots, a ring: slot s holds the newest position that
+is s modulo W. A cache in pages has no rings: it keeps all tokens, as pages are handed out for all
+layers at once.
+
 Over a mesh, sequences are sharded over the axes of "batch" where these divide their number, and
 heads over those of "heads": where K does not divide, heads are repeated until it does
 (`rules.spread_heads`), so that a device keeps the few heads that its queries read. What follows
@@ -39,16 +43,17 @@ def empty(
     spec: AttentionSpec, batch: int, length: int, dtype=jnp.float32, layout: str | None = None,
     sequences: int | None = None,
 ) -> Cache:  # fmt: skip
-    """Makes a cache of zeros; its bytes are batch * length * spec.cache_bytes_per_token exactly,
-    where no mesh repeats heads.
+    """Makes a cache of zeros; its bytes are batch * spec.cache_bytes(length) exactly where no mesh
+    repeats heads, and those of batch * length tokens in pages.
 
     Args:
-      batch, length: sequences and slots of each, or pages and slots of each.
+      batch, length: sequences and tokens of each, or pages and slots of each.
       dtype: of a float, or int8.
       sequences: of a cache in pages, how many sequences it serves; None for a contiguous one.
     """
     names = ("kv",) if spec.check_layout(layout) == "shared" else ("k", "v")
-    shape = (batch, rules.num_spread_heads(spec.num_kv_heads), length, spec.head_dim)
+    slots = spec.cache_slots(length) if sequences is None else length
+    shape = (batch, rules.num_spread_heads(spec.num_kv_heads), slots, spec.head_dim)
     place = rules.cache_spec(batch if sequences is None else sequences)
 
     def zeros(shape, dtype):
@@ -98,7 +103,10 @@ def turns(layers: Sequence[AttentionSpec], num_slots: int) -> Turns:
     wanted = {
         (spec.rotary_base, spec.rotary_dim)
         for spec in layers
-        if spec.rope and spec.shares_kv and not spec.values_are_keys
+        if spec.rope
+        and spec.shares_kv
+        and not spec.values_are_keys
+        and (spec.window is None or spec.window > num_slots)  # a ring's slots hold other positions
     }
     return {key: stored.turns(*key, num_slots, jnp.float32) for key in wanted}
 
@@ -154,6 +162,8 @@ def attend(
 
 def _onto_cache(layer: Attention, q, entry, cache: Cache, positions, start, table, turns, *, impl):
     """`attend` between the projections: (attention's output [B, T, N, H], the cache)."""
+    if table is None and cache_slots(cache) == layer.spec.window:
+        return _onto_ring(layer, q, entry, cache, positions, start, impl)
     spec, layout = layer.spec, "shared" if "kv" in cache else "kv"
     cache = {name: write(cache[name], entry[name], start, table) for name in cache}
     k, v, held, key = cache.get("kv", cache.get("k")), cache.get("v"), table, None
@@ -176,6 +186,80 @@ def _onto_cache(layer: Attention, q, entry, cache: Cache, positions, start, tabl
         impl=impl, **layer.columns(q, slots[None], num_kv_heads),
     )  # fmt: skip
     return out, cache
+
+
+def cache_slots(cache: Cache) -> int:
+    """Slots of each sequence of a contiguous cache, or of each page."""
+    return next(iter(cache.values())).shape[2]
+
+
+def _onto_ring(layer: Attention, q, entry, cache: Cache, positions, start, impl):
+    """`_onto_cache` for a layer whose window W is the number of its slots.
+
+    One new token replaces the one that its query no longer sees, and then sees every slot that was
+    written. Several tokens push out what the first of them still see: so they attend to the ring
+    and themselves in the order of positions, and join the ring afterwards.
+    """
+    size, length = cache_slots(cache), q.shape[1]
+    start = jnp.broadcast_to(start, q.shape[:1])
+    slots = jnp.arange(size)
+    if length == 1:
+        cache = {name: write(cache[name], entry[name], start % size, None) for name in cache}
+        seen, window = cache, None
+        # Slots that were not written yet lie behind the query's position, and are hidden.
+        query_slots, at = positions, positions - (positions - slots) % size
+    else:
+        seen = {name: _in_line(cache[name], entry[name], start) for name in cache}
+        cache = {name: _into_ring(cache[name], entry[name], start) for name in cache}
+        first = jnp.maximum(start - size, 0)[:, None]
+        at, window = first + jnp.arange(size + length), size
+        query_slots = positions - first
+    at = jnp.maximum(at, 0)
+    k, v = seen.get("kv", seen.get("k")), seen.get("v")
+    if "kv" in seen and not layer.spec.values_are_keys:  # keys are made on read
+        v = widen(k, q.dtype)
+        k = _turned(layer.expand({"kv": _turned(v)}, at)[0])
+    num_kv_heads = k.shape[1]
+    out = dispatch.decode_attention(
+        q, _turned(k), _turned(v), positions=query_slots, window=window, impl=impl,
+        **layer.columns(q, at, num_kv_heads),
+    )  # fmt: skip
+    return out, cache
+
+
+def _in_line(ring: Stored, new: jax.Array, start: jax.Array) -> Stored:
+    """The tokens of a ring and T new ones in the order of positions, [B, K, W + T, ...].
+
+    Slot j holds position max(start - W, 0) + j; those behind the new tokens hold anything.
+
+    Args:
+      ring: [B, K, W, H], before the new tokens are written.
+      new: [B, T, K, H].
+      start: int [B], the position of the first new token.
+    """
+    size, length = ring.shape[2], new.shape[1]
+    new = stored.quantize(new) if isinstance(ring, Int8) else new.astype(ring.dtype)
+    at = jnp.maximum(start - size, 0)[:, None] + jnp.arange(size + length)
+    behind = size + jnp.minimum(at - start[:, None], length - 1)
+    source = jnp.where(at < start[:, None], at % size, behind)
+
+    def line(old, new):
+        joined = jnp.concatenate([old, jnp.swapaxes(new, 1, 2)], axis=2)
+        shape = (*source.shape, *(1 for _ in old.shape[3:]))
+        return jnp.take_along_axis(joined, source.reshape(shape)[:, None], axis=2)
+
+    return jax.tree.map(line, ring, new)
+
+
+def _into_ring(ring: Stored, new: jax.Array, start: jax.Array) -> Stored:
+    """The ring with the last W of the new tokens in it; arguments as in `_in_line`."""
+    size, length = ring.shape[2], new.shape[1]
+    kept = min(size, length)
+    new = new[:, length - kept :]
+    new = stored.quantize(new) if isinstance(ring, Int8) else new.astype(ring.dtype)
+    slots = (start[:, None] + jnp.arange(length - kept, length)) % size
+    row = jnp.arange(len(start))[:, None]
+    return jax.tree.map(lambda old, new: old.at[row, :, slots].set(new), ring, new)
 
 
 def _turned(x):

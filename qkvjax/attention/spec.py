@@ -327,6 +327,15 @@ class AttentionSpec:
             band = min(length, self.window if self.causal else 2 * self.window - 1)
         return length * band
 
+    def cache_slots(self, length: int) -> int:
+        """Tokens of one sequence of `length` that a contiguous cache keeps: a windowed layer needs
+        no more than its window."""
+        return length if self.window is None else min(length, self.window)
+
+    def cache_bytes(self, length: int, dtype="bfloat16", layout: str | None = None) -> int:
+        """Bytes of a contiguous cache of one sequence of `length` tokens."""
+        return self.cache_slots(length) * self.cache_bytes_per_token(dtype, layout)
+
     def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
         """Bytes the decode cache of this layer holds for each token."""
         tensors = 1 if self.check_layout(layout) == "shared" else 2

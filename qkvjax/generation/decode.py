@@ -121,7 +121,7 @@ def sample_tokens(
     num_ids, greedy,
 ):  # fmt: skip
     """max_tokens tokens int32 [B, max_tokens], each fed back through the cache."""
-    slots = jax.tree.leaves(cache)[0].shape[2] * (1 if table is None else table.shape[1])
+    slots = max(map(caches.cache_slots, cache)) * (1 if table is None else table.shape[1])
     turns = caches.turns(model.spec.layers, slots)
     like = jax.eval_shape(lambda: cache)
     logits = rules.spread_rows(logits)
@@ -144,8 +144,8 @@ def sample_tokens(
 
 
 def make_caches(model, batch, length, dtype, layout=None, page_size=None):
-    """(empty caches, block table or None) for `length` tokens of each sequence; with pages, whole
-    ones."""
+    """(empty caches, block table or None) for `length` tokens of each sequence: contiguous ones, in
+    which a windowed layer keeps its window, or whole pages of all tokens."""
     if page_size is None:
         return empty_caches(model, batch, length, dtype, layout), None
     parts = rules.row_ways(batch)  # the pool and its sequences are sharded alike
@@ -163,13 +163,17 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(f"a cache of {jnp.dtype(dtype)} wants JAX_ENABLE_X64=1: use float32")
     length = needed if length is None else length
-    per_token = model.spec.cache_bytes_per_token(dtype, layout)
     if page_size is not None:
         length = -(-length // page_size) * page_size
     if length < needed:
+        per_sequence = sum(
+            layer.cache_bytes(needed, dtype, layout) if page_size is None
+            else needed * layer.cache_bytes_per_token(dtype, layout)
+            for layer in model.spec.layers
+        )  # fmt: skip
         raise UserError(
             f"a cache of {length} tokens is too short for the prompt and the new tokens: they need"
-            f" {needed} ({batch * needed * per_token:,} bytes); raise --cache_length or shorten the"
+            f" {needed} ({batch * per_sequence:,} bytes); raise --cache_length or shorten the"
             " prompt"
         )
     make = functools.partial(make_caches, model, batch, length, dtype, layout, page_size)
@@ -207,7 +211,8 @@ def generate(
       max_tokens: how many tokens to sample.
       temperature: 0 takes the likeliest token.
       layout: "kv" or "shared"; None means the smallest for each layer.
-      cache_length: room in tokens, of each sequence; None means as much as needed.
+      cache_length: room in tokens, of each sequence; None means as much as needed. A windowed
+        layer keeps at most its window, except in pages.
       cache_dtype: of the cache, a float or int8; None means `dtype`.
       page_size: slots of a page of a cache in pages; None means a contiguous one.
       dtype: of activations.

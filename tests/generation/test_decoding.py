@@ -59,7 +59,8 @@ def in_pieces(model, ids, sizes, layout, length=T + 3):
         out.append(logits)
         start += n
     assert caches.num_bytes(cache) == size
-    assert size == B * length * model.spec.cache_bytes_per_token(jnp.float32, layout)
+    wanted = (layer.cache_bytes(length, jnp.float32, layout) for layer in model.spec.layers)
+    assert size == B * sum(wanted)
     return jnp.concatenate(out, axis=1)
 
 
@@ -149,6 +150,84 @@ def test_a_shared_prompt_leaves_the_pages_of_others_alone(model, ids, sharing):
     last = jnp.take_along_axis(ids, lengths[:, None], 1)
     logits, _ = decoding.decode(m, m.stack.layers(), cache, last, lengths, **options)
     np.testing.assert_allclose(logits[:, 0], full[np.arange(B), lengths], atol=1e-5)
+
+
+# (window, fields of the model): smaller and larger than what is decoded, which is T = 9 tokens.
+WINDOWED = (
+    (3, {"num_kv_heads": 2, "position": "rope", "qk_norm": True}),
+    (4, {"sharing": "q-k=v", "position": "rope", "rotary_values": "raw", "qk_norm": True}),
+    (1, {"sharing": "q-k=v", "position": "rope", "rotary_values": "rotated", "num_kv_heads": 1}),
+    (7, {"sharing": "q-k=v", "position": "rope", "rotary_values": "unrotated_output"}),
+    (3, {"sharing": "q-k=v", "position": "rope", "score": ("role_gain", "column_bias")}),
+    (20, {"sharing": "q-k=v", "position": "rope", "rotary_values": "raw"}),
+)
+
+
+def windowed(model, window, fields):
+    return model(num_layers=1, layer_overrides=({"window": window},), **fields)
+
+
+@pytest.mark.parametrize(("window", "fields"), WINDOWED, ids=str)
+def test_a_window_keeps_its_window(model, ids, window, fields):
+    """A ring is decoded as the full pass sees it, whatever comes at once, and takes the bytes of
+    the window alone."""
+    m = windowed(model, window, fields)
+    full = np.asarray(one_by_one(m, ids))
+    (cache,) = decoding.empty_caches(m, B, T + 3, jnp.float32)
+    assert caches.cache_slots(cache) == min(window, T + 3)
+    for sizes in ([1] * T, [4, 1, 4]):
+        got = np.asarray(in_pieces(m, ids, sizes, None))
+        np.testing.assert_allclose(got, full, atol=1e-5 * abs(full).max(), err_msg=str(sizes))
+
+
+@pytest.mark.parametrize(("window", "fields"), WINDOWED[:2], ids=str)
+def test_rings_of_different_lengths(model, ids, window, fields):
+    """Each sequence goes on from its own length, by one token and by several."""
+    m = windowed(model, window, fields)
+    full, layers = np.asarray(one_by_one(m, ids)), m.stack.layers()
+
+    def prompt(row, length):
+        cache = decoding.empty_caches(m, 1, T + 3, jnp.float32)
+        piece = ids[row : row + 1, :length]
+        return decoding.decode(m, layers, cache, piece, jnp.int32(0), dtype=jnp.float32)[1]
+
+    starts = jnp.array([2, 5])
+    cache = jax.tree.map(lambda *a: jnp.concatenate(a), prompt(0, 2), prompt(1, 5))
+    for count in (1, 2, 1):
+        taken = starts[:, None] + jnp.arange(count)
+        piece = jnp.take_along_axis(ids, taken, 1)
+        logits, cache = decoding.decode(m, layers, cache, piece, starts, dtype=jnp.float32)
+        wanted = full[np.arange(B)[:, None], taken]
+        np.testing.assert_allclose(logits, wanted, atol=1e-5 * abs(full).max())
+        starts = starts + count
+
+
+def test_a_ring_in_int8_is_what_a_whole_cache_in_int8_is(model, ids, monkeypatch):
+    fields = {"sharing": "q-k=v", "position": "rope", "rotary_values": "raw"}
+    m = windowed(model, 3, fields)
+
+    def logits():
+        cache = decoding.empty_caches(m, B, T, jnp.int8)
+        out, start = [], 0
+        for n in (4, 1, 1, 3):
+            piece, at = ids[:, start : start + n], jnp.int32(start)
+            one, cache = decoding.decode(m, m.stack.layers(), cache, piece, at, dtype=jnp.float32)
+            out.append(one)
+            start += n
+        return caches.num_bytes(cache), np.concatenate(out, axis=1)
+
+    ring_bytes, ring = logits()
+    monkeypatch.setattr(AttentionSpec, "cache_slots", lambda self, length: length)
+    whole_bytes, whole = logits()
+    assert whole_bytes == ring_bytes * T // 3
+    np.testing.assert_allclose(ring, whole, atol=1e-5 * abs(whole).max())
+
+
+def test_pages_keep_all_tokens_of_a_window(model):
+    m = windowed(model, 3, {})
+    cache, table = decoding.make_caches(m, B, 12, jnp.float32, page_size=4)
+    assert caches.num_bytes(cache) == B * 12 * m.spec.cache_bytes_per_token("float32")
+    assert table.shape == (B, 3)
 
 
 class Stretched(Attention):
