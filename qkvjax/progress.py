@@ -21,60 +21,86 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-@contextlib.contextmanager
-def progress(
-    what: str,
-    total: float,
-    unit: str,
-    *,
-    log: Callable[[str], None] | None = None,
-    alive: Callable[[], None] = lambda: None,
-) -> Iterator[Callable[[float], None]]:
-    """Yields a function to be called with the amount of work that was done since the last call.
+class Progress:
+    """Counts work that is done and reports it; use it in a `with` statement.
 
-    On a terminal a bar shows how far the work is, from its fifth second on. Elsewhere a line says
+    On a terminal a bar shows how far the work is, from its third second on. Elsewhere a line says
     so every SECONDS_BETWEEN_LINES, with speed and time left.
 
     Args:
       what: the work, such as "scoring".
       total: amount of work in all; 0 where it is not known.
-      unit: of the amount, in the plural, such as "windows".
+      unit: of the amount, such as "labels" or "MB".
       log: gets the lines; None shows nothing, neither bar nor lines.
-      alive: is called at each call, for the watchdog.
+      alive: is called at each `add`, for the watchdog.
+      at_most: the total is an upper limit.
     """
-    bar = None
-    if log is not None and sys.stderr.isatty():
-        from tqdm import tqdm
 
-        bar = tqdm(total=total or None, desc=what, unit=f" {unit}", leave=False, delay=5)
-    began = time.monotonic()
-    last_line = began
-    done = 0.0
+    def __init__(
+        self,
+        what: str,
+        total: float,
+        unit: str,
+        *,
+        log: Callable[[str], None] | None = None,
+        alive: Callable[[], None] = lambda: None,
+        at_most: bool = False,
+    ):
+        self._what = what
+        self._total = total
+        self._unit = unit
+        self._log = log
+        self._alive = alive
+        self._at_most = "at most " if at_most else ""
+        self._done = 0.0
+        self._skipped = 0.0
+        self._began = time.monotonic()
+        self._last_line = self._began
+        self._bar = None
 
-    def advance(amount: float) -> None:
-        nonlocal done, last_line
-        done += amount
-        alive()
-        if bar is not None:
-            bar.update(amount)
+    def __enter__(self) -> Progress:
+        if self._log is not None and sys.stderr is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=self._what,
+                total=self._total or None,
+                unit=f" {self._unit}",
+                leave=False,
+                delay=2,
+            )
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, amount: float, skipped: bool = False) -> None:
+        """Counts work that is done; work that is `skipped` was done before, and has no speed."""
+        self._alive()
+        self._done += amount
+        if skipped:
+            self._skipped += amount
+        if self._bar is not None:
+            self._bar.update(amount)
             return
         now = time.monotonic()
-        if log is None or now - last_line < SECONDS_BETWEEN_LINES:
-            return
-        last_line = now
-        speed = done / (now - began)
-        line = f"{what}: {done:,.0f} {unit}, {speed:,.4g} {unit} a second"
-        if total:
-            line = f"{what}: {done:,.0f} of {total:,.0f} {unit}, {speed:,.4g} {unit} a second"
-            if speed:
-                line += f", {duration(max(0.0, total - done) / speed)} left"
-        log(line)
+        if self._log is not None and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._log(self._line(now - self._began))
 
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.close()
+    def _line(self, seconds: float) -> str:
+        """Such as "scoring: 12 of 50 labels, 3.1 labels a second, 12 s left"."""
+        speed = (self._done - self._skipped) / max(seconds, 1e-9)
+        done = f"{self._what}: {self._done:,.0f}"
+        pace = f"{speed:,.3g} {self._unit} a second"
+        if not self._total:
+            return f"{done} {self._unit}, {pace}"
+        line = f"{done} of {self._at_most}{self._total:,.0f} {self._unit}, {pace}"
+        if not speed:
+            return line
+        left = max(0.0, self._total - self._done) / speed
+        return f"{line}, {self._at_most}{duration(left)} left"
 
 
 @contextlib.contextmanager

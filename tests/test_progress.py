@@ -10,12 +10,12 @@ def test_lines_say_how_far_how_fast_and_how_long(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     lines = []
     alive = []
-    with progress.progress(
+    with progress.Progress(
         "scoring", 100, "labels", log=lines.append, alive=lambda: alive.append(1)
-    ) as advance:
+    ) as work:
         time.sleep(0.01)
-        advance(25)
-        advance(75)
+        work.add(25)
+        work.add(75)
     assert len(alive) == 2
     assert lines[0].startswith("scoring: 25 of 100 labels, ") and lines[0].endswith(" left")
     assert "100 of 100" in lines[1]
@@ -23,9 +23,17 @@ def test_lines_say_how_far_how_fast_and_how_long(monkeypatch):
 
 def test_short_work_says_nothing():
     lines = []
-    with progress.progress("scoring", 100, "labels", log=lines.append) as advance:
-        advance(100)
+    with progress.Progress("scoring", 100, "labels", log=lines.append) as work:
+        work.add(100)
     assert lines == []
+
+
+def test_what_was_done_before_has_no_speed(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    lines = []
+    with progress.Progress("tokenising", 9, "MB", log=lines.append, at_most=True) as work:
+        work.add(5, skipped=True)
+    assert lines == ["tokenising: 5 of at most 9 MB, 0 MB a second"]
 
 
 def test_one_long_call_shows_that_it_lives(monkeypatch):

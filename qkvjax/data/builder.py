@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from qkvjax.data.progress import Progress
+from qkvjax.progress import Progress
 
 BLOCK_ROWS = 32
 NAME = "packed_tokens"
@@ -63,7 +63,7 @@ def write(
         writer = None if finished else ArrayRecordWriter(str(unfinished), "group_size:1")
         count = 0
         for block in itertools.islice(blocks, shard_blocks):
-            progress.add(block.shape[0] * row_bytes, skipped=finished)
+            progress.add(block.shape[0] * row_bytes / 1e6, skipped=finished)
             num_bytes += block.shape[0] * row_bytes
             count += 1
             if writer is not None:

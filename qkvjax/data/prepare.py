@@ -22,11 +22,11 @@ from qkvjax.data.corpus import Corpus
 from qkvjax.data.encoding import UnfitPiece, encoded
 from qkvjax.data.packing import packed_rows, window_rows
 from qkvjax.data.parts import Parts
-from qkvjax.data.progress import Progress
 from qkvjax.data.sources import Source
 from qkvjax.data.split import SPLITS, Divider, Split
 from qkvjax.data.tokenizers import Tokenizer, Unfit
 from qkvjax.errors import UserError
+from qkvjax.progress import Progress
 
 _BATCH_BYTES = 4 << 20  # of text, tokenised by one process at a time
 _EXACT = ("text", "stdlib")  # sources whose documents are their files
@@ -98,7 +98,10 @@ def _tokenise(source, tokenizer, parts, whole, log, alive) -> Split:
     divider = Divider()
     documents = source.documents()
     total, at_most = _total(source)
-    with Progress("read and tokenised", total, log, alive, at_most) as progress:
+    megabytes = (total or 0) / 1e6
+    with Progress(
+        "data: tokenising", megabytes, "MB", log=log, alive=alive, at_most=at_most
+    ) as progress:
         if len(parts):
             log(f"data: going on after {len(parts)} parts that an earlier start tokenised")
         for part in parts:
@@ -107,7 +110,7 @@ def _tokenise(source, tokenizer, parts, whole, log, alive) -> Split:
                 if document is None or hashlib.sha256(document).digest() != digest.tobytes():
                     raise _changed(source)
                 divider.add(digest.tobytes(), size)
-                progress.add(size, skipped=True)
+                progress.add(size / 1e6, skipped=True)
         batches = _batches(documents, tokenizer, divider, alive)
         try:
             _fill(parts, encoded(tokenizer, batches, parts.dtype), progress)
@@ -129,7 +132,7 @@ def _fill(parts, batches, progress):
             parts.add(ids)
             if piece.start + len(text) == piece.size:
                 parts.end_document(piece.digest, piece.size)
-            progress.add(len(text))
+            progress.add(len(text) / 1e6)
     parts.finish()
 
 
@@ -214,7 +217,7 @@ def _pack(folder, name, tokenizer, parts, split, settings, log, alive) -> dict:
     width = seq_len + 1
     total = sum(num_rows.values()) * width * parts.dtype.itemsize
     written = []
-    with Progress("packed", total, log, alive) as progress:
+    with Progress("data: packing", total / 1e6, "MB", log=log, alive=alive) as progress:
         for one in settings.splits:
             if settings.packed(one):
                 blocks = packed_rows(corpus.stream(one), seq_len, builder.BLOCK_ROWS)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qkvjax.data.ahead import ahead
 from qkvjax.parallel import rules
-from qkvjax.progress import progress
+from qkvjax.progress import Progress
 
 # Tokens that a device scores at a time, unless a training micro-batch has fewer.
 TOKENS = 2**14
@@ -77,12 +77,12 @@ def run(
         return batch, arrays if mesh is None else rules.place(arrays, mesh)
 
     waiting: collections.deque = collections.deque()
-    with progress("scoring", num_labels, "labels", log=log, alive=pulse) as advance:
+    with Progress("scoring", num_labels, "labels", log=log, alive=pulse) as progress:
         for batch, arrays in ahead(map(placed, batches)):
             waiting.append((batch, program(arrays)))
             if len(waiting) > AHEAD:
                 done, result = waiting.popleft()
                 yield done, jax.device_get(result)
-            advance(float(np.count_nonzero(batch["weights"])))
+            progress.add(np.count_nonzero(batch["weights"]))
         for done, result in waiting:
             yield done, jax.device_get(result)

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkvjax.data import builder, encoding, parts, progress, sources
+from qkvjax import progress
+from qkvjax.data import builder, encoding, parts, sources
 from qkvjax.data import prepare as preparing
 from qkvjax.data.dataset import prepare
 from qkvjax.data.encoding import UnfitPiece, encoded
@@ -250,13 +251,13 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, bpe, corpus):
 
 
 def test_how_far_it_is(lines, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(preparing, "_BATCH_BYTES", 500)
     told, signs = [], []
     prepare(f"jsonl:{lines}", "bytes", 32, log=told.append, alive=lambda: signs.append(1))
     assert len(signs) > 400
-    pattern = r"data: {} [\d.]+ of {}[\d.]+ MB, [\d.,]+ MB/s, {}\d+ s left"
-    for what, limit in (("read and tokenised", "at most "), ("packed", "")):
+    pattern = r"data: {}: [\d.]+ of {}[\d.]+ MB, [\d.,e-]+ MB a second, {}\d+ s left"
+    for what, limit in (("tokenising", "at most "), ("packing", "")):
         assert any(re.match(pattern.format(what, limit, limit), x) for x in told), told
 
 
