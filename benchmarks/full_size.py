@@ -49,7 +49,11 @@ def main() -> None:
     for sharing in given.sharings.split(","):
         for line in parts(given, sharing):
             record(
-                given.output, bench="full_size", sharing=sharing, base_bytes=base["peak"], **line
+                given.output,
+                benchmark="full_size",
+                sharing=sharing,
+                base_bytes=base["peak"],
+                **line,
             )
 
 

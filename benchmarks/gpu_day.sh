@@ -123,6 +123,18 @@ for width in $widths; do
             --config.model.head_dim="$width" --workdir="$results/bench_$width"
     done
 done
+# A run through every command at full size; TEXT and BPE name the text and GPT-2's BPE.
+if [ -n "${TEXT:-}" ]; then
+    full=(--text="$TEXT" --dtype=$dtype --workdir="$results/full_size"
+        --output="$results/full_size.jsonl")
+    if [ -n "${MINI:-}" ]; then
+        full+=(--config=configs/lm.py:depth=1 --labels=512)
+    else
+        full+=(--bpe="${BPE:?BPE names a folder with GPT-2 encoder.json and vocab.bpe}" --rows=64
+            --micro_batches=2 --steps=100)
+    fi
+    stage full_size "$python" benchmarks/full_size.py "${full[@]}"
+fi
 stage study "$python" -m qkvjax.study "${study[@]}" --workdir="$results/study"
 echo "results in $results"
 exit $failed

@@ -217,8 +217,9 @@ def windows_batch(
             targets[i, labels] = tokens[1:]
             positions[i, labels] = np.arange(len(tokens) - 1)
             segment_ids[i, labels] = segment
-            weights[i, labels] = 1
-            num_bytes[i] += bytes_of_id[tokens[1:]].sum()
+            label_bytes = bytes_of_id[tokens[1:]]
+            weights[i, labels] = label_bytes > 0  # special tokens stand for no text
+            num_bytes[i] += label_bytes.sum()
             start = labels.stop
     return {
         "inputs": inputs,

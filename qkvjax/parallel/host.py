@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qkvjax.parallel import xla_flags
+
 # Dense bfloat16 peak in FLOP/s by jax's device kind; a device that is not here has no MFU.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
@@ -25,9 +27,10 @@ def keep_freed_memory() -> None:
     XLA's CPU client allocates a program's temporary memory anew at each call. Above 32 MiB
     glibc maps fresh pages each time, and faulting them in cost a third of the step of a small
     model (LOG.md has the figures). One arena for all threads, since the others' heaps hold 64 MiB
-    at most and go back to the kernel when they are empty. Without glibc this does nothing.
+    at most and go back to the kernel when they are empty. Without glibc this does nothing, and
+    where an accelerator computes it is left out: there the host's memory holds data and saves.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or xla_flags.accelerator() is not None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -71,3 +71,23 @@ def test_gpu_day_in_miniature_twice(tmp_path):
     )
     assert again.returncode == 0
     assert again.stdout.count("done before") >= 5
+
+
+@pytest.mark.slow
+def test_full_size_in_small(tmp_path):
+    """Every command, one after the other; SIGTERM arrives where the first checkpoint is whole."""
+    text = tmp_path / "novel.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 2000)
+    output = tmp_path / "full.jsonl"
+    command = [
+        sys.executable, "benchmarks/full_size.py", f"--text={text}", f"--output={output}",
+        "--config=configs/lm.py:depth=1", "--labels=512", "--steps=40", "--sharings=q-k=v",
+        f"--workdir={tmp_path / 'work'}",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, env=environment(tmp_path), check=True, timeout=600)
+    records = {record["part"]: record for record in lines(output)}
+    parts = "plan", "prepare", "train until SIGTERM", "train and evaluate", "evaluate", "generate"
+    assert tuple(records) == parts
+    assert all(record.keys() >= FACTS for record in records.values())
+    for name in parts[2:]:
+        assert records[name]["peak_bytes"] > records[name]["planned_bytes"] > 0

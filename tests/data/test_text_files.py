@@ -120,6 +120,6 @@ def test_a_refusal_of_latin1_names_the_file(tmp_path, count):
     for i in range(count):
         (folder / f"{i:02}.txt").write_text(f"Note {i}: " + "é" * 40)
     (folder / "01.txt").write_bytes(("Note: " + "é" * 40).encode("latin-1"))
-    with pytest.raises(UserError, match="01.txt: the document .* is not UTF-8.*tokenizer=bytes"):
+    with pytest.raises(UserError, match="01.txt is not UTF-8.*tokenizer=bytes"):
         prepare(f"text:{folder}", f"bpe:{tmp_path}/tokenizer.json", 8)
     assert prepare(f"text:{folder}", "bytes", 8).num_documents == count
