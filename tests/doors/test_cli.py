@@ -55,7 +55,7 @@ def test_help_fits_a_terminal(capsys, door):
 @pytest.mark.parametrize("word", ["--version", "-V", "version"])
 def test_version(capsys, word):
     assert cli.main(["qkvjax", word]) == 0
-    assert re.match(r"qkvjax \S+.*, jax \d+\.\d+\.\d+, Python \d+\.\d+", capsys.readouterr().out)
+    assert re.match(r"qkvjax \S+.*, jax [0-9.]+, Python \d+\.\d+", capsys.readouterr().out)
 
 
 def test_the_package_is_a_command():
