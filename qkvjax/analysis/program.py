@@ -1,7 +1,8 @@
 """What a compiled program does, read from its text: matrix products and collectives.
 
 The compiler's own count of FLOPs takes the body of a loop once; here it counts as often as it
-runs.
+runs. Of a conditional the first branch counts, the one of a false condition: the usual way of
+`parallel.experts`, whose other branch is a fallback.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCH = re.compile(r"(?:branch_computations=\{|false_computation=)%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
 
 
@@ -40,7 +42,8 @@ class Program:
         self._runs[name] += times
         for _, _, kind, rest in self._bodies[name]:
             trips = self._trips(rest) if kind == "while" else 1
-            for called in _CALLED.findall(rest):
+            usual = _BRANCH.findall(rest) if kind == "conditional" else []
+            for called in [*_CALLED.findall(rest), *usual]:
                 if called in self._bodies:
                     self._count(called, times * trips)
 

@@ -12,7 +12,7 @@ from qkvjax.attention.projection import Linear, named_key
 from qkvjax.models.feedforward import FeedForwardSpec
 from qkvjax.models.mlp import ACTIVATION
 from qkvjax.models.spec import ModelSpec
-from qkvjax.parallel import local
+from qkvjax.parallel import experts, local
 from qkvjax.parallel.products import matmul
 
 
@@ -39,8 +39,9 @@ class Experts(nnx.Module):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         logits = matmul(x.astype(wide), self.router.weight[...])
         gates = local.on_each_device(self._choose, logits, {})
-        weights = {name: w.weight[...].astype(x.dtype) for name, w in self.experts.items()}
-        y = local.on_experts(self._apply, x, gates, weights)
+        # As they are learned: narrowed on each device, their gradients cross devices in float32.
+        weights = {name: w.weight[...] for name, w in self.experts.items()}
+        y = experts.on_experts(self._apply, x, gates, weights, self.kind.top)
         # The share of tokens that meet an expert, and the mean probability: 1/E when even.
         share = jnp.mean(gates > 0, axis=(0, 1), dtype=wide) / self.kind.top
         probability = jnp.mean(jax.nn.softmax(logits), axis=(0, 1))
@@ -53,10 +54,10 @@ class Experts(nnx.Module):
         }
 
     def _choose(self, logits: jax.Array) -> jax.Array:
-        """Softmax over the `top` largest logits, 0 elsewhere: [B, T, E]."""
-        kept = jax.lax.top_k(logits, self.kind.top)[0][..., -1:]
-        # A tie would keep one more than `top`; experts beyond it get no token below.
-        return jax.nn.softmax(jnp.where(logits >= kept, logits, -jnp.inf))
+        """Softmax over the `top` largest logits, the first of equal ones, else 0: [B, T, E]."""
+        chosen = jax.lax.top_k(logits, self.kind.top)[1]
+        kept = jnp.any(jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool), axis=-2)
+        return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf))
 
     def _apply(self, first, x, gates, weights: dict[str, jax.Array]) -> jax.Array:
         """What the experts first, first + 1, ... of `weights` add to tokens [B, T, D]."""
@@ -65,14 +66,16 @@ class Experts(nnx.Module):
         x, gates = x.reshape(-1, shape[-1]), gates.reshape(-1, gates.shape[-1])
         gate, chosen = jax.lax.top_k(gates, top)  # [tokens, top]
         place = chosen - first
-        mine = (place >= 0) & (place < here)
+        # Of a token that came from another device, the gates of other devices' experts are 0.
+        mine = (place >= 0) & (place < here) & (gate > 0)
         group = jnp.where(mine, place, here).reshape(-1)  # other devices' come last
         order = jnp.argsort(group)
         sizes = jnp.bincount(group, length=here + 1)[:here].astype(jnp.int32)
         wide = jnp.promote_types(x.dtype, jnp.float32)
 
         def times(rows, name):
-            product = jax.lax.ragged_dot(rows, weights[name], sizes, preferred_element_type=wide)
+            matrix = weights[name].astype(x.dtype)
+            product = jax.lax.ragged_dot(rows, matrix, sizes, preferred_element_type=wide)
             return product.astype(x.dtype)
 
         mine = mine[..., None]

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 from jax.sharding import PartitionSpec
 
-from qkvjax.parallel.rules import RULES, axes_of, gather, has_mesh
+from qkvjax.parallel.rules import axes_of, gather, has_mesh, names_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def map_tokens(f, matrix: jax.Array, *by_token: jax.Array, sums: bool = True):
     matrix = matrix if has_copies else gather(matrix)
     where = jax.typeof(matrix).sharding.spec
     tokens = PartitionSpec(*axes_of(by_token[0])[:2])
-    axes = tuple(axis for some in tokens if some for axis in _as_tuple(some))
+    axes = tuple(axis for some in tokens if some for axis in names_of(some))
 
     def add(tree):
         return jax.lax.psum(tree, axes) if axes else tree
@@ -115,7 +115,7 @@ def on_own_part(f, like, *args):
 def merged(x: jax.Array) -> jax.Array:
     """[B, K, ...] as [B K, ...] on a mesh, each device's part by itself."""
     rows, heads, *rest = axes_of(x)
-    both = (*_as_tuple(rows), *_as_tuple(heads))
+    both = (*names_of(rows), *names_of(heads))
     flat = PartitionSpec(tuple(axis for axis in both if axis), *rest)
     return jax.shard_map(
         lambda x: x.reshape(-1, *x.shape[2:]), in_specs=jax.typeof(x).sharding.spec,
@@ -131,52 +131,6 @@ def unmerged(x: jax.Array, like) -> jax.Array:
         lambda x: x.reshape(whole), in_specs=jax.typeof(x).sharding.spec, out_specs=place.spec,
         check_vma=False,
     )(x)  # fmt: skip
-
-
-def _as_tuple(axes) -> tuple:
-    """The names of one entry of a PartitionSpec."""
-    return axes if isinstance(axes, tuple) else (axes,)
-
-
-def on_experts(f, x: jax.Array, gates: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
-    """f(first, x, gates, weights), summed over experts: [B, T, D] -> [B, T, D].
-
-    Tokens whose experts lie on several devices visit all of these: each device computes what its
-    experts, of which `first` is the number of the first, add to the tokens of all.
-
-    Args:
-      x: [B, T, D].
-      gates: [B, T, E], the weight of each expert.
-      weights: matrices [E, rows, columns], shared out as their types say.
-    """
-    if not has_mesh():
-        return f(0, x, gates, weights)
-    weights = {name: gather(w) for name, w in weights.items()}
-    sizes = jax.sharding.get_abstract_mesh().shape
-    (expert,), (tensor,) = RULES["experts"], RULES["mlp"]
-
-    rows, *_ = tokens = PartitionSpec(*axes_of(x)[:2])
-    several = sizes[expert] > 1
-    spread = expert in _as_tuple(rows)  # else every device has the tokens already
-
-    def local(x, gates, weights):
-        first = 0
-        if several:
-            first = jax.lax.axis_index(expert) * next(iter(weights.values())).shape[0]
-        if several and spread:
-            x, gates = (jax.lax.all_gather(a, expert, tiled=True) for a in (x, gates))
-        y = f(first, x, gates, weights)
-        if any(tensor in tuple(place) for place in where.values()):
-            y = jax.lax.psum(y, tensor)
-        if several and spread:
-            return jax.lax.psum_scatter(y, expert, tiled=True)
-        return jax.lax.psum(y, expert) if several else y
-
-    where = {name: jax.typeof(w).sharding.spec for name, w in weights.items()}
-    run = jax.shard_map(
-        local, in_specs=(tokens, tokens, where), out_specs=tokens, check_vma=False
-    )  # fmt: skip
-    return run(x, gates, weights)
 
 
 def automatic(f, like, *args):

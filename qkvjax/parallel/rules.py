@@ -169,6 +169,11 @@ def axes_of(array: jax.Array) -> tuple:
     return tuple(jax.typeof(array).sharding.spec)
 
 
+def names_of(axes) -> tuple:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
 def row_axes(count: int):
     """The mesh axes over which `count` sequences are sharded: those of "batch", or None where they
     do not divide the count, so that every device has all sequences."""

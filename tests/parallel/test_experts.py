@@ -1,0 +1,136 @@
+"""Experts on several devices: tokens that visit them are exchanged, and none is lost."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import processes
+import pytest
+
+from qkvjax import config as configs
+from qkvjax.analysis.program import Program
+from qkvjax.models.moe import Experts
+from qkvjax.models.spec import model_spec
+from qkvjax.parallel import experts
+from qkvjax.parallel.mesh import make_mesh
+from qkvjax.training.step import state_shardings
+
+B, T, D = 8, 128, 16
+MESHES = {
+    "experts": {"expert": 8},
+    "experts and columns": {"expert": 4, "tensor": 2},
+    "experts and sequences": {"fsdp": 2, "expert": 4},
+}
+
+
+def layer():
+    """Eight experts, of which a token meets two, with random numbers in float64."""
+    model = configs.plain(configs.default().model)
+    model |= {"d_model": D, "num_heads": 2, "num_layers": 1, "mlp": "swiglu(experts=8,top=2)"}
+    spec = model_spec(model, 61, T)
+    made = jax.eval_shape(lambda: Experts(spec, key=jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), made)
+
+
+def loss(module, x):
+    y, router = module(x)
+    return jnp.sum(y**2) + router["balance"]
+
+
+def computed(module, x):
+    """Output and gradients, as lists, and the compiled program of both."""
+
+    def both(module, x):
+        return module(x)[0], jax.grad(loss, argnums=(0, 1))(module, x)
+
+    program = jax.jit(both).lower(module, x).compile()
+    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(program(module, x))], program
+
+
+def sent(program):
+    """Bytes by kind of collective."""
+    kinds = Program(program.as_text()).collectives()
+    return {kind: found["bytes"] for kind, found in kinds.items()}
+
+
+def placed(module, x, mesh):
+    """A layer and its tokens over a mesh, as in training."""
+    axes = tuple(axis for axis in ("fsdp", "expert") if mesh.shape[axis] > 1)
+    over_rows = jax.NamedSharding(mesh, jax.P(axes))
+    module = jax.device_put({"mlp": module}, state_shardings({"mlp": module}, mesh))["mlp"]
+    return module, jax.device_put(x, over_rows)
+
+
+def most(module, x, mesh):
+    """[the most tokens of one device that visit one other, what fits at a slack of 1.6]."""
+    ways, devices = mesh.shape["expert"], mesh.shape["expert"] * mesh.shape["fsdp"]
+    logits = (x @ np.asarray(module.router.weight[...])).reshape(devices, -1, 8)
+    chosen = np.argsort(-logits, axis=-1)[..., :2] // (8 // ways)
+    visits = (chosen[..., None] == np.arange(ways)).any(-2).sum(1)
+    experts.SLACK = 1.6
+    return [int(visits.max()), experts.capacity(logits.shape[1], ways, 8, 2)]
+
+
+def main():
+    module, x = layer(), np.random.default_rng(1).normal(size=(B, T, D))
+    # Every token to one expert, which lies on one device: more than the capacity.
+    crowded = jax.tree.map(lambda leaf: leaf, module)
+    crowded.router.weight[...] = 0.1 * module.router.weight[...].at[0, 3].set(60.0)
+    pushed = x.copy()
+    pushed[..., 0] = 1 + abs(x[..., 0])
+    cases = {"random": (module, x), "one expert": (crowded, pushed)}
+    found = {name: {"alone": computed(*case)[0]} for name, case in cases.items()}
+    found |= {"sent": {}, "gathering": {}}
+    usual = experts.SLACK
+    for label, sizes in MESHES.items():
+        mesh = make_mesh(sizes)
+        with jax.set_mesh(mesh):
+            programs = {}
+            for name, case in cases.items():
+                for experts.SLACK in (1e9, 1.6):  # gathered always, and exchanged where it fits
+                    values, programs[experts.SLACK] = computed(*placed(*case, mesh))
+                    found[name][f"{label}, {experts.SLACK}"] = values
+                found[name]["most of " + label] = most(*case, mesh)
+            experts.SLACK = usual
+            found["sent"][label] = sent(computed(*placed(*case, mesh))[1])
+            found["gathering"][label] = sent(programs[1e9])
+    print("found: " + json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    program = f"import {__name__} as t; t.main()"
+    return processes.found(tmp_path_factory.mktemp("experts"), program, JAX_ENABLE_X64="1")
+
+
+@pytest.mark.parametrize("routing", ["random", "one expert"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_no_token_is_lost(found, routing, mesh):
+    """Output and gradients are those of one device, whether tokens fit or fall back."""
+    visits, fitting = found[routing]["most of " + mesh]
+    assert (visits <= fitting) == (routing == "random")
+    for slack in (1e9, 1.6):
+        got = found[routing][f"{mesh}, {slack}"]
+        for wanted, one in zip(found[routing]["alone"], got, strict=True):
+            scale = np.abs(wanted).max()
+            assert scale > 0
+            np.testing.assert_allclose(one, wanted, rtol=0, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_less_is_sent_than_by_gathering(found, mesh):
+    """Bytes that a device receives or, of a reduce-scatter, sends: all its devices' results."""
+    exchanged, gathered = found["sent"][mesh], found["gathering"][mesh]
+    assert "all-to-all" not in gathered and exchanged["all-to-all"] > 0
+    received = gathered["all-gather"] - exchanged.get("all-gather", 0)
+    assert exchanged["all-to-all"] < received + gathered["reduce-scatter"] * MESHES[mesh]["expert"]
+    assert exchanged["all-reduce"] < 1.1 * gathered["all-reduce"]
+
+
+def test_capacity():
+    """A quarter more than even routing needs, and never more than there is."""
+    assert experts.capacity(1000, 8, 8, 1) == 157
+    assert experts.capacity(1000, 2, 8, 2) == 983
+    assert experts.capacity(100, 4, 8, 2) == np.ceil(125 * (1 - 15 / 28))
