@@ -63,8 +63,18 @@ def needs(*compilers):
 
 @pytest.mark.slow
 @pytest.mark.aot
-@pytest.mark.parametrize("sharing", ["q-k-v", "q-k=v", "q=k=v"])
-@pytest.mark.parametrize("topology", ["h200-1", "v5e-4", "v5p-8", "v6e-4"])
+@pytest.mark.parametrize(
+    ("topology", "sharing"),
+    [
+        ("h200-1", "q-k-v"),
+        ("h200-1", "q-k=v"),
+        ("h200-1", "q=k=v"),
+        ("v5e-4", "q-k-v"),
+        ("v5e-4", "q-k=v"),
+        ("v5p-8", "q-k-v"),
+        ("v6e-4", "q-k=v"),
+    ],
+)
 def test_memory_grows_with_the_length(topology, sharing):
     needs(*(["jax_cuda12_plugin", "jax_cuda13_plugin"] if topology == "h200-1" else ["libtpu"]))
     (short, squares), (long, more) = steps(topology, sharing, "auto")
