@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LENGTHS = 1024, 2048
+LENGTHS = 2048, 4096
 PROGRAM = """
 import json, runpy, sys
 from qkvjax import config as configs, kernels
@@ -79,7 +79,8 @@ def test_memory_grows_with_the_length(topology, sharing):
     needs(*(["jax_cuda12_plugin", "jax_cuda13_plugin"] if topology == "h200-1" else ["libtpu"]))
     (short, squares), (long, more) = steps(topology, sharing, "auto")
     assert squares == more == []
-    assert long < 2.2 * short
+    # A TPU keeps part of the shorter one on the chip, which temporary memory does not count.
+    assert long < 2.6 * short
 
 
 @pytest.mark.slow
@@ -88,4 +89,4 @@ def test_through_xla_it_would_grow_with_the_square():
     """So that the test above can fail."""
     needs("jax_cuda12_plugin", "jax_cuda13_plugin")
     (short, squares), (long, more) = steps("h200-1", "q-k=v", "xla")
-    assert squares and more and long > 2.5 * short
+    assert squares and more and long > 3 * short
