@@ -53,7 +53,9 @@ def target() -> Target:
     With a mesh in force it is the kind of the mesh's devices; without one the first of jax's.
     """
     first = jax.local_devices()[0]
-    device = jax.sharding.get_abstract_mesh().abstract_device if rules.has_mesh() else None
+    # Also inside `jax.shard_map`, where a device computes on its part and `has_mesh` says no.
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
     if device is None or device.device_kind == first.device_kind:
         capability = getattr(first, "compute_capability", None)
         return Target(rules.platform(), first.device_kind, capability, here=True)

@@ -32,6 +32,21 @@ def test_the_mesh_decides(kind, platform, capability, major):
     assert found.major == major and not found.here
 
 
+def test_the_mesh_decides_inside_shard_map_too():
+    """Where a cache is read, each device computes on its part alone."""
+    seen = []
+
+    def local(x):
+        seen.append(target())
+        return x
+
+    x = jax.ShapeDtypeStruct((2,), "float32")
+    with use_abstract_mesh(mesh_of("NVIDIA H200", "gpu")):
+        spec = jax.sharding.PartitionSpec()
+        jax.eval_shape(jax.shard_map(local, in_specs=spec, out_specs=spec), x)
+    assert [found.kind for found in seen] == ["NVIDIA H200"]
+
+
 def test_without_a_mesh_it_is_the_machine():
     found = target()
     assert found.here and found.platform == jax.default_backend()
