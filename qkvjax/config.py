@@ -23,8 +23,10 @@ from qkvjax.fields import ALIASES, DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRE
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (
     "seed", "model", "data", "optimizer", "train.steps", "train.accumulation",
-    "train.compute_dtype", "train.param_dtype", "train.gradient_dtype", "train.init_from",
+    "train.compute_dtype", "train.param_dtype",
 )  # fmt: skip
+# These too where they are not at their default, so that runs of before they were there stay valid.
+LATER_IDENTITY = ("train.gradient_dtype", "train.init_from")
 DEFAULT_EVALS = {"eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 200_000}}
 EVALUATOR_FIELDS = ("kind", "split", "max_labels")
 
@@ -196,10 +198,12 @@ def load(path: str | Path) -> ml_collections.ConfigDict:
 def identity(config) -> dict:
     """The flat fields that fix a run, `{"model.sharing": "q-k=v", ...}`."""
     flat = flatten(to_dict(config))
+    defaults = flatten(to_dict(default()))
+    later = {name for name in LATER_IDENTITY if flat.get(name) != defaults[name]}
     return {
         name: value
         for name, value in flat.items()
-        if any(name == key or name.startswith(key + ".") for key in IDENTITY)
+        if name in later or any(name == key or name.startswith(key + ".") for key in IDENTITY)
     }
 
 

@@ -51,8 +51,7 @@ def read_object(path: Path, remedy: str = "restore it from a copy") -> dict:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
-            f"{path} cannot be read (there is no such file): check the path, or restore it from a"
-            " copy"
+            f"{path} cannot be read (there is no such file): check the path, or {remedy}"
         ) from None
     except OSError as error:
         why = f"{path} cannot be read ({error.strerror})"

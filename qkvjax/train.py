@@ -150,7 +150,8 @@ def train(
     if idle := idle_devices(config.mesh, len(together(find_devices))):
         log(idle)
     starting = functools.partial(alive, starting=True)
-    dataset = folders.by_folder(data_folder(), lambda sign: open_data(config, log, sign), starting)
+    folder = together(data_folder) if distributed.several() else None
+    dataset = folders.by_folder(folder, lambda sign: open_data(config, log, sign), starting)
     run = together(lambda: prepare_run(config, dataset=dataset, log=log))
     distributed.check_alike(lambda: {"the data's digest": run.dataset.digest})
     log(cost_table(run))

@@ -65,7 +65,7 @@ def test_any_text_is_steps_or_a_user_error(text):
 
 
 def test_fields_are_few_and_explained():
-    assert len(configs.FIELDS) <= 60
+    assert len(configs.FIELDS) <= 70
     for name, (_, text) in configs.FIELDS.items():
         assert text and "\n" not in text and len(text) < 100, name
     flat = configs.flatten(configs.to_dict(configs.default()))
@@ -185,6 +185,11 @@ def test_identity_keys():
     kept = {name for name in flat if name.startswith("train.")}
     dtypes = {"train.compute_dtype", "train.param_dtype"}
     assert kept == {"train.steps", "train.accumulation"} | dtypes
+    changed = configs.default()
+    changed.train.gradient_dtype = "bfloat16"
+    assert configs.differing(flat, configs.identity(changed)) == [
+        "train.gradient_dtype: None -> 'bfloat16'"
+    ]
 
 
 def test_differing_lines():

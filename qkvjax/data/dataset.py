@@ -22,7 +22,7 @@ from qkvjax.data.token_files import open_tokens
 from qkvjax.data.tokenizers import Tokenizer, load_tokenizer
 from qkvjax.errors import UserError
 
-_FORMAT = 2  # of a prepared copy; another number prepares anew
+_FORMAT = 3  # of a prepared copy; another number prepares anew
 READ_ROWS = 64  # windows that are read at a time for scoring
 _SUMMARY = (
     "content",

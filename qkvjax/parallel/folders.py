@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def by_folder(
-    folder: Path, call: Callable[[Callable[[], None]], T], alive: Callable[[], None]
+    folder: Path | None, call: Callable[[Callable[[], None]], T], alive: Callable[[], None]
 ) -> T:
     """`call(sign)` on every process: first on one of those that share a folder, then on the others.
 
@@ -24,6 +24,7 @@ def by_folder(
     network file systems do not have. Folders that are not shared are filled at the same time.
 
     Args:
+      folder: what the processes may share; a process that is alone needs none.
       call: calls `sign` at each sign of progress.
       alive: is called at these, here and in each process that waits for this one.
 

@@ -334,7 +334,7 @@ def test_another_base_is_refused(study, by_points, checksums):
         ("wrong_type", [], "point 'd_model=wide'.*is no int"),
         ("seeded", [], "sets `seed`: study.seeds"),
         ("numbered", [], "fields and label are texts"),
-        ("grouped", [], "'model' is no field"),
+        ("grouped", [], "'model' is not a field"),
         ("unset", [], "point .* is no legal configuration"),
         ("sharing", ["--config.study.seeds=99999999999"], "at most 10,000"),
         ("twins", [], "two points of the grid are called 'one': give labels"),

@@ -95,7 +95,7 @@ def test_cached_is_full_in_a_pattern_of_layers(model, ids):
         tie_embeddings=False,
         layer_overrides=({"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 1}),
     )  # fmt: skip
-    check(m, ids, m(ids), (None, "kv"))
+    check(m, ids, m.logits(m.hidden(ids)[0]), (None, "kv"))
 
 
 @pytest.mark.parametrize("values", ["raw", "unrotated_output"])
@@ -294,7 +294,7 @@ def test_a_prompt_in_pieces(model, ids, size, monkeypatch):
     monkeypatch.setattr(decoding, "PREFILL", size)
     cache = decoding.empty_caches(m, B, 12, jnp.float32)
     logits, _ = decoding.prefill(m, m.stack.layers(), cache, ids, dtype=jnp.float32)
-    np.testing.assert_allclose(logits, m(ids)[:, -1], atol=1e-5)
+    np.testing.assert_allclose(logits, m.logits(m.hidden(ids)[0])[:, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

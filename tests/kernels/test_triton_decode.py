@@ -123,7 +123,7 @@ def test_a_model_decodes_as_its_forward_pass(model, interpreted, values):
         position="rope", rotary_values=values, qk_norm=True,
     )  # fmt: skip
     ids = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
-    full = model(ids)
+    full = model.logits(model.hidden(ids)[0])
     cache = decoding.empty_caches(model, 2, 20, jnp.float32)
     assert list(cache[0]) == ["kv"]
     start, found = 0, []

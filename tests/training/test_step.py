@@ -84,7 +84,8 @@ def test_the_loss_is_that_of_the_batch(step, train):
     """The mean over scored labels of all micro-batches, from the model itself."""
     _, before = step()
     data = {k: a[0] for k, a in batch(0, 1).items()}
-    logits = before.model(data["inputs"], data["positions"], data["segment_ids"])
+    x, _ = before.model.hidden(data["inputs"], data["positions"], data["segment_ids"])
+    logits = before.model.logits(x)
     nats, _ = cross_entropy(logits, data["targets"], data["weights"])
     expected = float(nats.sum() / data["weights"].sum())
     state, found = train(accumulation=4)
