@@ -253,7 +253,7 @@ def train(
                     profile=profile,
                     log=log,
                 )
-                state, summary = training()
+                state, summary = training.fit()
                 break
             except guard.Rollback as back:
                 del state, training  # the arrays were given away

@@ -171,7 +171,10 @@ def _cases(kernel, problem: Problem):
     asking = places[:, slots - length :]
     segments = None
     if problem.packed and not problem.decodes:
-        segments = jnp.asarray(np.repeat(places > slots // 3, batch, axis=0).astype(np.int32))
+        last = slots // 3  # of the first document
+        if problem.window is not None:  # the second one is longer than the window, so it matters
+            last = min(last, max(0, (slots - problem.window) // 2))
+        segments = jnp.asarray(np.repeat(places > last, batch, axis=0).astype(np.int32))
     mask = reference.visible(
         asking,
         places,

@@ -122,7 +122,7 @@ class Loop:
         self._loudest = Loudest(run.mesh)
         self._began = time.perf_counter()
 
-    def __call__(self) -> tuple[object, dict[str, float]]:
+    def fit(self) -> tuple[object, dict[str, float]]:
         """Trains.
 
         Raises:
