@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 
 from qkvjax.errors import UserError
 
@@ -84,7 +85,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
         )
     used = devices[: math.prod(shape)]
     types = (jax.sharding.AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=used)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=used)
+    except NotImplementedError:  # sizes that are no products of a torus' sides: 32 on 4 x 4 x 4
+        split = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(split, AXES, axis_types=types)
 
 
 def for_scoring(spec, devices: Sequence | None = None) -> jax.sharding.Mesh | None:

@@ -115,3 +115,15 @@ def test_a_mesh_of_one_changes_nothing(model):
         m, ids = jax.device_put((m, ids), rules.sharding(mesh))
         meshed = run()
     assert (plain == jax.numpy.asarray(jax.device_get(meshed))).all()
+
+
+def test_sizes_that_no_sides_of_a_torus_make(monkeypatch):
+    """32 of the 4 x 4 x 4 chips of a v5p, say: physical axes are split."""
+
+    def refuse(*args, **options):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 3 of size 32")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh({"tensor": -1}, jax.devices()[:1])
+    assert mesh.shape == {"replica": 1, "fsdp": 1, "context": 1, "tensor": 1, "expert": 1}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
