@@ -38,7 +38,7 @@ FIELDS = {
     "model.init": ("fan_in", "normal: N(0, .02^2); fan_in; uniform: torch.nn.Linear's; each may"
                    " have (positions=.02)"),
     "model.layer_overrides": ((), "a repeating pattern: a tuple of dicts, one a layer"),
-    "data.source": ("stdlib", "stdlib text: jsonl: parquet: arrow: tokens: kjv tfds:, or examples:"
+    "data.source": ("stdlib", "stdlib text: jsonl: parquet: arrow: tokens: kjv tfds:, examples:"
                     " synthetic: digits npz: idx: anomaly"),
     "data.tokenizer": ("bytes", "bytes, bpe:PATH (tokenizer.json) or gpt2:PATH (folder)"),
     "data.seq_len": (256, "T, tokens of a training sequence"),
@@ -58,11 +58,11 @@ FIELDS = {
     "optimizer.z_loss": (0.0, "weight of log(Z)^2, which keeps logits near zero"),
     "optimizer.skip_spikes": (FLOAT, "leaves out steps whose loss or gradient is so many robust"
                               " deviations too high; 10, say"),
-    "optimizer.average": (FLOAT, "decay of an exponential moving average of the weights, which is"
-                          " then what evaluation uses; 0.999, say"),
+    "optimizer.average": (FLOAT, "decay of an average of the weights, which evaluation then uses;"
+                          " 0.999, say"),
     "train.steps": (ANY, "a duration"),
-    "train.init_from": (STR, "RUN or RUN@STEP: starts from that checkpoint, with its optimizer and"
-                        " step if only train.steps differs, else from its weights alone"),
+    "train.init_from": (STR, "RUN or RUN@STEP, a checkpoint to start from; its weights alone where"
+                        " the configurations differ"),
     "train.max_seconds": (FLOAT, "stop and save after this long, however many steps are left"),
     "train.accumulation": (1, "micro-batches a step; does not change the loss"),
     "train.compute_dtype": ("float32", "float32 or bfloat16, of activations and products"),
