@@ -38,8 +38,8 @@ FIELDS = {
     "model.init": ("fan_in", "normal: N(0, .02^2); fan_in; uniform: torch.nn.Linear's; each may"
                    " have (positions=.02)"),
     "model.layer_overrides": ((), "a repeating pattern: a tuple of dicts, one a layer"),
-    "data.source": ("stdlib", "stdlib text: jsonl: parquet: arrow: tokens: kjv tfds: or examples"
-                    " synthetic: digits npz: idx: anomaly"),
+    "data.source": ("stdlib", "stdlib text: jsonl: parquet: arrow: tokens: kjv tfds:, or synthetic:"
+                    " digits npz: idx: anomaly"),
     "data.tokenizer": ("bytes", "bytes, bpe:PATH (tokenizer.json) or gpt2:PATH (folder)"),
     "data.seq_len": (256, "T, tokens of a training sequence"),
     "data.batch_size": (16, "sequences of a step, over all devices and micro-batches"),
