@@ -87,7 +87,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> jax.
     types = (jax.sharding.AxisType.Explicit,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=used)
-    except NotImplementedError:  # sizes that are no products of a torus' sides: 32 on 4 x 4 x 4
+    except RuntimeError:  # sizes that are not products of sides of a torus: 32 on 4 x 4 x 4
         split = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
         return jax.sharding.Mesh(split, AXES, axis_types=types)
 
