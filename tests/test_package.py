@@ -208,3 +208,14 @@ def test_requirements_are_what_is_imported():
                 continue
             offered = {d.lower().replace("_", "-") for d in providers.get(name, [name])}
             assert offered & named, f"{file} imports {name}"
+
+
+def test_no_merge_left_its_marks():
+    """In code, pages, scripts and notebooks alike."""
+    folders = ("qkvjax", "configs", "tests", "docs", "launch", "benchmarks", "notebooks")
+    suffixes = {".py", ".md", ".sh", ".sbatch", ".yaml", ".ipynb", ".cfg", ".toml"}
+    files = [*ROOT.glob("*"), *(file for name in folders for file in (ROOT / name).rglob("*"))]
+    marks = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
+    for file in files:
+        if file.is_file() and file.suffix in suffixes:
+            assert not marks.search(file.read_text(errors="replace")), file
