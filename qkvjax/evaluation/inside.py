@@ -21,6 +21,7 @@ from qkvjax.attention.spec import AttentionSpec
 from qkvjax.data.dataset import whole_rows
 from qkvjax.errors import UserError
 from qkvjax.evaluation import spectra
+from qkvjax.models.transformer import without_stack
 from qkvjax.parallel import distributed
 
 
@@ -89,13 +90,19 @@ def look(model, inputs) -> list[Looked]:
     """Runs whole sequences, int [B, T] or as the model reads them, and keeps what each layer
     computed.
     """
+    x, positions = _embedded(model, inputs)
+    seen = []
+    for block in model.stack.layers():
+        x, computed = _look(block, x, positions)
+        seen.append(Looked(*jax.device_get(computed)))
+    return seen
+
+
+def _embedded(model, inputs) -> tuple[jax.Array, jax.Array]:
+    """(what the first block reads, positions int [B, T]) of whole sequences."""
     length = inputs.shape[1] + (model.spec.kind == "vit")
     positions = jnp.broadcast_to(jnp.arange(length), (len(inputs), length))
-    x, found = model.embed(jnp.asarray(inputs), positions), []
-    for block in model.stack.layers():
-        x, (states, scores, weights) = _look(block, x, positions)
-        found.append(Looked(*jax.device_get((states, scores, weights))))
-    return found
+    return model.embed(jnp.asarray(inputs), positions), positions
 
 
 def weight_records(layer: Attention, index: int, names: list[str]) -> Iterator[dict]:
@@ -174,10 +181,14 @@ def analyze(model, inputs, wanted: list[str] | None = None) -> tuple[list[dict],
     names_of, records = chosen(model.spec.layers, wanted), []
     seen = look(model, inputs)
     layers = zip(model.stack.layers(), seen, names_of, strict=True)
-    for index, (block, found, names) in enumerate(layers):
-        records += weight_records(block.attention, index, names)
-        records += activation_records(found, index, names)
+    for index, (block, computed, names) in enumerate(layers):
+        records += _layer_records(block, computed, index, names)
     return records, seen
+
+
+def _layer_records(block, computed: Looked, index: int, names: list[str]) -> list[dict]:
+    weights = weight_records(block.attention, index, names)
+    return [*weights, *activation_records(computed, index, names)]
 
 
 def sequences(dataset, count: int) -> np.ndarray:
@@ -218,13 +229,26 @@ def means(records: list[dict]) -> dict[str, float]:
 
 
 def score(model, dataset, *, batch_size: int, dtype=None, mesh=None) -> dict[str, float]:
-    """`means` of a model on a few validation sequences: the evaluator of kind "inside".
+    """Returns `means` of a model on a few validation sequences: the evaluator of kind "inside".
 
-    The model is looked at in float32 on one device, whatever it trains in and on.
+    The model is looked at in float32 on one device, whatever it trains in and on. One layer at a
+    time is gathered there, so that a model larger than a device can be looked at.
     """
-    here, inputs = distributed.fetch(model), sequences(dataset, min(batch_size, 8))
-    with ThreadPoolExecutor(1) as pool:  # the mesh in force belongs to the thread that set it
-        return means(pool.submit(analyze, here, inputs).result()[0])
+    inputs = sequences(dataset, min(batch_size, 8))
+    names_of = chosen(model.spec.layers, None)
+    records = []
+    # The mesh in force belongs to the thread that set it: the other thread has one device.
+    with ThreadPoolExecutor(1) as one_device:
+
+        def run(function, *arguments):
+            return one_device.submit(function, *arguments).result()
+
+        x, positions = run(_embedded, distributed.fetch(without_stack(model)), inputs)
+        for index, names in enumerate(names_of):
+            block = distributed.fetch(model.stack.layer(index))
+            x, computed = run(_look, block, x, positions)
+            records += _layer_records(block, Looked(*jax.device_get(computed)), index, names)
+    return means(records)
 
 
 def spectra_of(model) -> dict[str, list[float]]:

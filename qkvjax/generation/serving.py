@@ -11,6 +11,7 @@ from qkvjax.generation import decode
 from qkvjax.models.build import make
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec
+from qkvjax.models.transformer import with_stack
 from qkvjax.models.unrolled import unrolled
 from qkvjax.parallel import placed, rules
 from qkvjax.training.optimizer import is_matrix, path_names
@@ -39,7 +40,7 @@ def serve(model: LanguageModel, dtype) -> LanguageModel:
         return parts
 
     with placed.on_mesh_of(model):
-        return _with_stack(model, unrolled(model.stack, take))
+        return with_stack(model, unrolled(model.stack, take))
 
 
 def abstract(
@@ -68,7 +69,7 @@ def abstract(
         def take(path, leaf, count):
             return _parts(path, leaf, count, dtype)
 
-        return _with_stack(model, unrolled(model.stack, take))
+        return with_stack(model, unrolled(model.stack, take))
 
     with jax.set_mesh(mesh):
         return placed.on_devices_of(mesh, jax.eval_shape(served, model))
@@ -131,11 +132,3 @@ def _parts(path, stacked, count: int, dtype) -> list[jax.Array]:
     if is_matrix(path) and not CAST.isdisjoint(path_names(path)):
         return [stacked[i].astype(dtype) for i in range(count)]
     return [stacked[i] for i in range(count)]
-
-
-def _with_stack(model: LanguageModel, stack) -> LanguageModel:
-    """The model with another stack; its other arrays are the same."""
-    old, model.stack = model.stack, stack
-    changed = jax.tree.map(lambda leaf: leaf, model)
-    model.stack = old
-    return changed

@@ -198,15 +198,31 @@ class Stack(nnx.Module):
             block.mlp = nnx.data(shared[place // self.group])
         return block
 
+    def layer(self, index: int) -> Block:
+        """Returns block `index` with arrays of its own."""
+        period = len(self.blocks)
+        parts = self.blocks[index % period], self.shared and list(self.shared)
+        block, shared = jax.tree.map(lambda a: a[index // period], parts)
+        return self._whole(block, index % period, shared)
+
     def layers(self) -> list[Block]:
-        """The blocks one by one, in order, each with its own arrays.
+        """Returns the blocks one by one, in order, each with its own arrays.
 
         Decoding reads every weight for each token; slicing a stacked array would copy it
         each time.
         """
-        period, found = len(self.blocks), []
-        for i in range(self.num_layers):
-            parts = self.blocks[i % period], self.shared and list(self.shared)
-            block, shared = jax.tree.map(lambda a, i=i: a[i // period], parts)
-            found.append(self._whole(block, i % period, shared))
-        return found
+        return [self.layer(index) for index in range(self.num_layers)]
+
+
+def with_stack(model: nnx.Module, stack: nnx.Module | None) -> nnx.Module:
+    """Returns the model with another stack, or with none; its other arrays are the same."""
+    old = model.stack
+    model.stack = stack
+    changed = jax.tree.map(lambda leaf: leaf, model)
+    model.stack = old
+    return changed
+
+
+def without_stack(model: nnx.Module) -> nnx.Module:
+    """Returns the model without its layers: what stands before and after them."""
+    return with_stack(model, None)

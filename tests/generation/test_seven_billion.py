@@ -1,0 +1,59 @@
+"""A model of 7 billion parameters, scored and sampled on 8 devices: peak bytes of each.
+
+The programs are compiled for 8 virtual devices and not run. XLA's CPU holds in float32 what it
+multiplies in bfloat16, so that the bounds below are in bytes of float32.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from qkvjax import cli
+from qkvjax.analysis.measure import peak_bytes
+from qkvjax.evaluation.evaluators import compile_scoring
+from qkvjax.generation.serving import abstract, compile_generation
+from qkvjax.parallel.mesh import for_generation, for_scoring
+from qkvjax.training.run import planned_spec
+
+ROOT = Path(__file__).parents[2]
+DEVICES = 8
+# Parameters are gathered layer by layer, as by the compilers of accelerators.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def peaks():
+    """Bytes of all parameters in float32, and of a program -> peak bytes of a device."""
+    recipe = runpy.run_path(cli.find_config("configs/lm.py"))["get_config"]
+    config = recipe("size=7b,sharing=q-k=v")
+    spec, dtype = planned_spec(config), "bfloat16"
+    scoring, generation = for_scoring(spec), for_generation(spec)
+    model = abstract(spec, scoring, dtype, dtype)
+    programs = compile_generation(spec, generation, 8, 2048, dtype=dtype, param_dtype=dtype)
+    programs["score"] = compile_scoring(config, model, scoring)
+    found = {name: peak_bytes(program) for name, program in programs.items()}
+    return found | {"parameters": 4 * spec.num_params, "devices": jax.device_count()}
+
+
+def main():
+    print("found: " + json.dumps(peaks()))
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters_are_scored_and_sampled_on_eight_devices(tmp_path):
+    sys.path.insert(0, str(ROOT / "tests/parallel"))
+    import processes
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    flags = os.environ.get("XLA_FLAGS", ""), IN_ORDER
+    program = f"import {__name__} as t; t.main()"
+    found = processes.found(tmp_path, program, XLA_FLAGS=" ".join(flags))
+    print(found)
+    assert found["devices"] == DEVICES
+    whole = found["parameters"]
+    for program in ("prefill", "decode", "score"):
+        assert found[program] < whole / 4, program
