@@ -20,8 +20,8 @@ import numpy as np
 from ours import arguments, record
 
 from qkvjax import config as configs
-from qkvjax.analysis.statistics import mean_interval
 from qkvjax.parallel import host
+from qkvjax.report.statistics import interval
 from qkvjax.training.checkpoint import Checkpoints
 from qkvjax.training.run import prepare_run
 
@@ -53,12 +53,12 @@ def main() -> None:
             (saving if i % 2 else plain).append(time.perf_counter() - began)
         checkpoints.close()
     plain, saving, held = (np.array(seconds[2:]) for seconds in (plain, saving, held))
-    more = mean_interval(saving - plain)
+    mean, low, high = interval(saving - plain)
     record(
         given.output, bench="save_cost", state_mib=sum(x.nbytes for x in leaves) / 2**20,
         step_seconds=float(np.median(plain)) / STEPS, held_seconds=float(np.median(held)),
-        longest_held_seconds=float(held.max()), all_seconds=more.mean,
-        all_seconds_interval=[more.low, more.high],
+        longest_held_seconds=float(held.max()), all_seconds=mean,
+        all_seconds_interval=[low, high],
     )  # fmt: skip
 
 

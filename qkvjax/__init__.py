@@ -1,7 +1,8 @@
 """qkvjax: does your transformer need three projections?
 
 `load(workdir)` gives a notebook the model, the tokenizer and the configuration of a run;
-everything else is a door: `qkvjax --help`.
+`results(workdir)` and `curves(workdir)` give the results of a study as pandas tables. Everything
+else is a command: `qkvjax --help`.
 """
 
 from __future__ import annotations
@@ -35,4 +36,19 @@ def load(workdir, step: int | None = None):
     return model, tokenizer, config
 
 
-__all__ = ["load"]
+def results(workdir):
+    """Returns the runs of a study as a pandas.DataFrame, one a row: see `qkvjax.report.results`."""
+    from qkvjax.report import results
+
+    return results.results(workdir)
+
+
+def curves(workdir):
+    """Returns the evaluations of a study's runs as a pandas.DataFrame, one a row: see
+    `qkvjax.report.results`."""
+    from qkvjax.report import results
+
+    return results.curves(workdir)
+
+
+__all__ = ["curves", "load", "results"]

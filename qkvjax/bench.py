@@ -60,7 +60,8 @@ def body(values: flags.FlagValues, what: str | None) -> None:
     from qkvjax import config as configs
 
     configs.validate(config)
-    from qkvjax.analysis import memory, plots, speed
+    from qkvjax.analysis import memory, speed
+    from qkvjax.report import plots
     from qkvjax.training.metrics import read_lines, write_lines
     from qkvjax.training.run import open_workdir
 

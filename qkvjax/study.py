@@ -65,7 +65,7 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
     if not values.report_only:
         with only_one(study.workdir):
             failed = run_all(study, arguments, jobs=values.jobs, max_seconds=values.max_seconds)
-    from qkvjax.analysis.report import closing_lines, write_report
+    from qkvjax.report.page import closing_lines, write_report
 
     page = write_report(study.workdir)
     print("\n".join(["", *closing_lines(study.workdir), "", f"report: {page.resolve()}"]))

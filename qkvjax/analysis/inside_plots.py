@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qkvjax.analysis import columns, plots
+from qkvjax.analysis import columns
 from qkvjax.evaluation.inside import Looked
+from qkvjax.report import plots
 
 MOST_LAYERS, MOST_HEADS = 6, 8  # of attention maps
 _MAPS = {

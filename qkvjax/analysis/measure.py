@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkvjax.analysis.statistics import mean_interval
 from qkvjax.generation.decode import empty_caches, sample_tokens
 from qkvjax.models.build import build
 from qkvjax.parallel import host
+from qkvjax.report import statistics
 from qkvjax.training.fits import peak_bytes
 from qkvjax.training.run import Run, prepare_run
 
@@ -78,8 +78,8 @@ def interleaved(timers: Mapping[str, Callable[[], float]]) -> dict[str, list[flo
 
 def ratio(times: list[float], baseline: list[float]) -> list[float]:
     """[ratio, low, high]: geometric mean over rounds of the paired ratio, 95 % t interval."""
-    found = mean_interval([math.log(a / b) for a, b in zip(times, baseline, strict=True)])
-    return [math.exp(value) for value in (found.mean, found.low, found.high)]
+    logs = [math.log(a / b) for a, b in zip(times, baseline, strict=True)]
+    return [math.exp(value) for value in statistics.interval(logs)]
 
 
 def repeat(call: Callable[[], object], at_least: float = 0.15) -> Callable[[], float]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from qkvjax import config as configs
-from qkvjax.analysis import columns, costs, formats, plots
-from qkvjax.analysis.document import Figure, Heading
-from qkvjax.analysis.summary import Summary
+from qkvjax.analysis import columns, costs, formats
 from qkvjax.attention.spec import SHARINGS, sharing_name
 from qkvjax.errors import UserError
+from qkvjax.report import plots
 
 ARTICLE = (0.10, 0.25)  # what the article says training saves, by batch size
 MODES = {"train": "a training step", "decode": "decoding"}
@@ -120,11 +119,6 @@ def savings(records: list[dict], mode: str) -> Iterator[tuple[str, int, int, flo
             yield r["sharing"], *place, 1 - r["peak_bytes"] / base[place]
 
 
-def draw(summary: Summary):
-    """`plot` of a study's measurements, if it has some."""
-    return plot(summary.records.memory) if summary.records.memory else None
-
-
 def plot(records: list[dict]):
     """What each sharing saves of the peak against batch and context; the article's range as a
     band."""
@@ -154,17 +148,3 @@ def plot(records: list[dict]):
         panels[2 * row].set_ylabel("peak saved, %")
     panels[0].legend(frameon=False, fontsize=8.5)
     return figure
-
-
-def memory_parts(summary: Summary, figures: dict[str, str]) -> list:
-    """The section of a report; empty without measurements."""
-    if "memory" not in figures:
-        return []
-    device = summary.records.memory[0].get("device")
-    caption = (
-        "What each sharing saves of the peak memory that the compiler plans, against batch and"
-        f" context (qkvjax bench memory, compiled for {device}, not run). The grey band is what the"
-        " article says training saves, 10 to 25 % by batch size. Decoding holds the weights in the"
-        " dtype that is computed in, and a full cache."
-    )
-    return [Heading("Memory"), Figure("memory", figures["memory"], caption)]

@@ -122,6 +122,8 @@ def devices(topology: Topology) -> list:
     xla_flags.add("gpu" if kind == "h200" else "tpu")  # as on the hardware itself
     # There is no metadata server to ask for the names of workers.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"} | os.environ
+    # Without a GPU jax's plugin asks the driver in vain and is then left out.
+    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"} | os.environ
     # A program for devices that are not here can be kept, but not read again.
     jax.config.update("jax_enable_compilation_cache", False)
     try:

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import simulated_study as simulated
 
-from qkvjax.analysis import document, formats, plots, records, report, report_html, report_md
-from qkvjax.analysis.summary import summarize
+from qkvjax.analysis import formats
+from qkvjax.report import files, page, plots, tables
+from qkvjax.report.summary import summarize
 
 VOID = {"meta", "br", "link", "img", "hr"}
 
@@ -48,7 +50,7 @@ class Page(HTMLParser):
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     simulated.sharing_study(folder, fail={("q=k-v", 2)}, tail='{"label"')
-    assert report.write_report(folder) == folder / "report.html"
+    assert page.write_report(folder) == folder / "report.html"
     return folder
 
 
@@ -63,51 +65,54 @@ def test_the_page_is_whole_and_loads_nothing(workdir):
 def test_the_sections_stand_in_order(workdir):
     markdown = (workdir / "report.md").read_text(encoding="utf-8")
     heads = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
-    assert heads == ["The answer", "What each variant costs and loses", "Plots",
-                     "Which one to take", "A sample of each model", "The claims",
-                     "What was run"]  # fmt: skip
+    assert heads == [
+        "The answer",
+        "What each variant costs and loses",
+        "Plots",
+        "Which one to take",
+        "A sample of each model",
+        "What was run",
+    ]
     assert "the loss is \\<nan\\> at step 310" in markdown and "cut short" in markdown
 
 
 def test_plots_are_files_that_parse_and_are_linked(workdir):
     markdown = (workdir / "report.md").read_text(encoding="utf-8")
     linked = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
-    assert linked == [f"plots/{name}.svg" for name in ("curves", "gap", "pareto", "forest")]
+    assert linked == [f"plots/{name}.svg" for name in ("forest", "pareto", "curves", "gap")]
     for path in linked:
         ElementTree.parse(workdir / path)
 
 
 def test_both_forms_say_the_same(workdir):
-    summary = summarize(records.read(workdir))
-    parts = report.build(summary, plots.draw(summary))
-    html = " ".join(" ".join(Page(report_html.render(parts)).texts).split())
-    markdown = re.sub(r"\\(?=[^A-Za-z0-9\s])", "", report_md.render(parts))
-    markdown = " ".join(markdown.replace("<br>", " ").split())
+    summary = summarize(files.read(workdir))
+    words = page.context(summary, plots.draw(summary))
+    html = " ".join(" ".join(Page(page.render("report.html.j2", words)).texts).split())
+    markdown = re.sub(r"\\(?=[^A-Za-z0-9\s])", "", page.render("report.md.j2", words))
+    markdown = " ".join(markdown.split())
 
-    def check(parts):
-        for part in parts:
-            texts = []
-            match part:
-                case document.Table():
-                    cells = [document.cell(c) for row in part.rows for c in row]
-                    texts = [t for c in cells for t in (c.text, c.below)] + [part.caption]
-                case document.Paragraph() | document.Box():
-                    texts = document.pieces(part.text)
-                case document.Pairs() | document.Terms():
-                    texts = [t for item in part.items for t in item]
-                case document.Fold():
-                    check(part.parts)
-            for text in texts:
-                text = " ".join(text.split())
+    def check(value):
+        match value:
+            case tables.Table():
+                check([list(value.columns), value.rows, value.caption])
+            case tables.Cell():
+                check([value.text, value.below])
+            case dict():
+                check([part for name, part in value.items() if name not in ("svg", "name")])
+            case list() | tuple():
+                for part in value:
+                    check(part)
+            case str():
+                text = " ".join(value.split())
                 assert text in html and text in markdown, text
 
-    check(parts)
+    check(words)
 
 
 def test_reports_of_one_study_are_identical(workdir):
     names = ("report.html", "report.md", "results.csv", "plots/gap.svg")
     before = [(workdir / name).read_bytes() for name in names]
-    report.write_report(workdir)
+    page.write_report(workdir)
     assert before == [(workdir / name).read_bytes() for name in names]
 
 
@@ -121,7 +126,7 @@ def test_texts_from_files_are_escaped(tmp_path):
     study = simulated.study(labels, f"base {evil}", [0, 1, 2])
     study |= {"title": evil, "command": evil, "environment": {evil: evil}, "data": {evil: evil}}
     workdir = simulated.write(tmp_path, study, lines, {"device": evil, "rows": []}, tail=evil)
-    html = report.write_report(workdir).read_text(encoding="utf-8")
+    html = page.write_report(workdir).read_text(encoding="utf-8")
     assert "<script" not in html
     Page(html)
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -132,7 +137,7 @@ def test_texts_from_files_are_escaped(tmp_path):
 
 def test_scored_padding_raises_an_alarm(tmp_path):
     simulated.sharing_study(tmp_path, 2, pad_fraction=0.66, score_pads=True)
-    html = report.write_report(tmp_path).read_text(encoding="utf-8").replace(formats.NBSP, " ")
+    html = page.write_report(tmp_path).read_text(encoding="utf-8").replace(formats.NBSP, " ")
     assert html.index('class="box alarm"') < html.index("<h2>")
     assert "66 % of the scored labels are padding" in html
 
@@ -143,7 +148,7 @@ def test_no_padding_no_alarm(workdir):
 
 def test_absent_measurements_say_so(tmp_path):
     simulated.sharing_study(tmp_path, 2, sharings=("q-k-v", "q-k=v"), measurements=None)
-    markdown = report.write_report(tmp_path).with_suffix(".md").read_text(encoding="utf-8")
+    markdown = page.write_report(tmp_path).with_suffix(".md").read_text(encoding="utf-8")
     row = next(line for line in markdown.splitlines() if line.startswith("| Q-K=V | 3.15M"))
     assert row.count("not measured") == 3
 
@@ -156,7 +161,7 @@ def test_absent_measurements_say_so(tmp_path):
 ])  # fmt: skip
 def test_thin_studies_still_have_a_report(tmp_path, seeds, sharings, fail):
     simulated.sharing_study(tmp_path, seeds, sharings=sharings, fail=fail)
-    Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+    Page(page.write_report(tmp_path).read_text(encoding="utf-8"))
 
 
 def test_results_without_optional_fields_still_have_a_report(tmp_path):
@@ -165,11 +170,11 @@ def test_results_without_optional_fields_still_have_a_report(tmp_path):
     lines = [simulated.result(label, {}, s) for label in labels for s in (0, 1)]
     study = {"baseline": "A", "points": [{"label": "A"}, {"label": "B"}], "seeds": [0, 1]}
     simulated.write(tmp_path, study, [{k: line[k] for k in keep} for line in lines])
-    Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+    Page(page.write_report(tmp_path).read_text(encoding="utf-8"))
 
 
 def test_the_report_imports_no_jax():
-    code = "import sys, qkvjax.analysis.report; sys.exit('jax' in sys.modules)"
+    code = "import sys, qkvjax.report.page; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -202,10 +207,65 @@ def test_the_report_looks_inside(tmp_path):
         }
         line["spectra"] = {"q": [1.0, 0.5, 0.1]} if line["seed"] == 0 else None
     (workdir / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report.write_report(workdir)
+    page.write_report(workdir)
     text = (workdir / "report.md").read_text()
     assert "## Inside the models" in text and "q\u00a0100, k\u00a099" in text
     assert "0.1\u00a0to\u00a00.3" in text and "CKA k, v" in text
     assert (workdir / "plots/spectra.svg").is_file()
-    table = text.split("## The claims")[1]
-    assert "rank q 100" in table  # A6 is printed, and not decided
+
+
+def test_the_title_says_how_many_labels_were_scored(workdir):
+    subtitle = (workdir / "report.md").read_text(encoding="utf-8").splitlines()[2]
+    assert "200k labels scored" in subtitle
+
+
+def test_runs_of_other_data_or_length_are_said(tmp_path):
+    lines = [
+        simulated.result("A", {}, 0),
+        simulated.result("A", {}, 1) | {"data_digest": "other", "steps": 7},
+    ]
+    simulated.write(tmp_path, simulated.study({"A": {}}, "A", [0, 1]), lines)
+    text = page.write_report(tmp_path).with_suffix(".md").read_text(encoding="utf-8")
+    assert "not comparable" in text and "The runs of A have different lengths (7, 1000" in text
+
+
+def test_what_the_paper_found_stands_beside_ours(workdir):
+    text = (workdir / "report.md").read_text(encoding="utf-8").replace(formats.NBSP, " ")
+    row = next(
+        line for line in text.splitlines() if line.startswith("| Q=K=V |") and "+14 %" in line
+    )
+    assert row.endswith("| Q=K=V |")
+
+
+def test_a_tuned_study_shows_its_values(tmp_path):
+    labels = {"QKV": {}, "Q-K=V": {"model.sharing": "q-k=v"}}
+    lines = []
+    for label, overrides in labels.items():
+        for value in (0.001, 0.002, 0.004):
+            worse = 9 * abs(value - 0.002) if label == "QKV" else 9 * (0.004 - value)
+            tuned = {"phase": "tune", "tuned": value}
+            lines.append(simulated.result(label, overrides, 100, worse) | tuned)
+        lines += [simulated.result(label, overrides, seed) for seed in (0, 1, 2)]
+    study = simulated.study(labels, "QKV", [0, 1, 2])
+    field = {"field": "optimizer.learning_rate", "values": [0.001, 0.002, 0.004], "seeds": [100]}
+    simulated.write(tmp_path, study | {"tuned": field}, lines)
+    text = page.write_report(tmp_path).with_suffix(".md").read_text(encoding="utf-8")
+    assert "| Variant | 0.001 | 0.002 | 0.004 |" in text and "the largest tried" in text
+    assert (tmp_path / "plots/tuning.svg").is_file()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_tables_do_not_scroll_at_a_thousand_pixels(workdir):
+    """Nothing in the page is wider than its room: the browser says so in the page's title."""
+    text = (workdir / "report.html").read_text(encoding="utf-8")
+    probe = (
+        "<script>document.title = [...document.querySelectorAll('.scroll')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1).length</script></body>"
+    )
+    copy = workdir / "probe.html"
+    copy.write_text(text.replace("</body>", probe), encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,900"]
+    done = subprocess.run(
+        [*command, "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert re.search(r"<title>0</title>", done.stdout), done.stdout[:300]

@@ -1,4 +1,4 @@
-"""Reads what a study left in its workdir: study.json, results.jsonl, measurements.json."""
+"""Reads the files of a study: study.json, results.jsonl, measurements.json."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ from typing import NamedTuple
 from qkvjax.errors import UserError, parse_object, read_object
 
 
-class Records(NamedTuple):
+class StudyFiles(NamedTuple):
     """The files of a study, checked.
 
     Attributes:
+      workdir: the folder that they were read from.
       study: study.json.
-      results: (label, seed) -> the last line that results.jsonl has for it; where the study has
-        settings, the seed is "SETTING, seed SEED".
-      measurements: label -> its row of measurements.json; empty when there is none.
-      measured: measurements.json without its rows.
-      memory: what `qkvjax bench memory` wrote into the workdir; empty when it did not.
+      lines: of results.jsonl, the last one of each run that belongs to the study.
+      measured: measurements.json; {} when there is none.
       notes: what a reader must know about the files, one sentence each.
     """
 
+    workdir: Path
     study: dict
-    results: dict[tuple[str, int], dict]
-    measurements: dict[str, dict]
+    lines: list[dict]
     measured: dict
-    memory: list[dict]
     notes: list[str]
 
 
-def read(workdir: Path) -> Records:
+def read(workdir: Path) -> StudyFiles:
     """Reads the workdir of a study.
 
     Raises:
@@ -39,28 +36,27 @@ def read(workdir: Path) -> Records:
     workdir = Path(workdir)
     study = _read_study(workdir / "study.json")
     notes: list[str] = []
-    lines = _read_lines(workdir / "results.jsonl", notes)
     labels = [point["label"] for point in study["points"]]
     settings = study.get("settings") or [""]
-    results, strangers = {}, 0
-    for line in lines:
-        seed, setting = line.get("seed"), line.get("setting") or ""
-        if line.get("label") in labels and seed in study["seeds"] and setting in settings:
-            key = f"{setting}, seed {seed}" if setting else seed
-            results[line["label"], key] = _checked(line)
+    tuning = (study.get("tuned") or {}).get("seeds") or []
+    runs: dict[tuple, dict] = {}
+    others = 0
+    for line in _read_lines(workdir / "results.jsonl", notes):
+        setting = line.get("setting") or ""
+        phase = line.get("phase") or "compare"
+        seeds = tuning if phase == "tune" else study["seeds"]
+        if line.get("label") in labels and line.get("seed") in seeds and setting in settings:
+            value = str(line.get("tuned")) if phase == "tune" else None
+            runs[line["label"], setting, line["seed"], phase, value] = _checked(line)
         else:
-            strangers += 1
-    if strangers:
+            others += 1
+    if others:
         notes.append(
-            f"{strangers} lines of results.jsonl belong to variants, settings or seeds that this"
+            f"{others} lines of results.jsonl belong to variants, settings or seeds that this"
             " study does not name; they are left out."
         )
     measured = _read_measurements(workdir / "measurements.json", notes)
-    rows = {row["label"]: row for row in measured.pop("rows", []) if "label" in row}
-    bench = workdir / "bench.jsonl"
-    lines = _read_lines(bench, notes) if bench.exists() else []
-    memory = [line for line in lines if line.get("what") == "memory"]
-    return Records(study, results, rows, measured, memory, notes)
+    return StudyFiles(workdir, study, list(runs.values()), measured, notes)
 
 
 def _read_study(path: Path) -> dict:
@@ -68,20 +64,20 @@ def _read_study(path: Path) -> dict:
     study = read_object(path, remedy)
     try:
         labels = [point["label"] for point in study["points"]]
-        found = study["baseline"] in labels
+        known = study["baseline"] in labels
         list(study["seeds"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} describes no study (it lacks {error}): {remedy}") from None
-    if not found:
+        raise UserError(f"{path} does not describe a study (it lacks {error}): {remedy}") from None
+    if not known:
         raise UserError(
-            f"{path}: the baseline {study['baseline']!r} is none of the points"
+            f"{path}: the baseline {study['baseline']!r} is not one of the points"
             f" {', '.join(labels)}: name one of them"
         )
     return study
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict]:
-    """The objects of a JSONL file; lines that are none are counted in a note."""
+    """Returns the objects of a JSONL file; lines that are not objects are counted in a note."""
     if not path.exists():
         notes.append("There is no results.jsonl: no run has ended yet.")
         return []
@@ -119,7 +115,7 @@ def _read_measurements(path: Path, notes: list[str]) -> dict:
 
 
 def _checked(line: dict) -> dict:
-    """A result line; one without a finite score counts as failed."""
+    """Returns a result line; one without a finite score counts as failed."""
     score = line.get("score")
     finite = isinstance(score, (int, float)) and math.isfinite(score)
     if line.get("status") == "done" and not finite:

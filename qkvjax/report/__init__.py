@@ -1,0 +1,1 @@
+"""What a study found: results as DataFrames, statistics, plots, and the report."""

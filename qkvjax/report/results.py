@@ -1,0 +1,119 @@
+"""The results of a study as tables: a row a run, a row an evaluation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from qkvjax.config import flatten
+from qkvjax.report import files as study_files
+
+# Columns that stand first, in this order; a run that failed has no figures.
+FIRST = ("label", "setting", "seed", "phase", "status", "metric", "score")
+# Nested parts of a result line; `curves` and the files of the workdir have them.
+NESTED = ("overrides", "curve", "costs", "sample", "inside", "spectra")
+
+
+def results(workdir: str | Path) -> pd.DataFrame:
+    """Returns the runs of a study, one a row.
+
+    Columns:
+      label: of the variant; setting: "" where there is one; seed.
+      phase: "compare", or "tune" for the runs that chose a value in a tuned study.
+      status: "done" or "failed"; error.
+      metric, score: lower is better; and every other measure of the last evaluation by its name
+        (perplexity, accuracy, num_labels, ...).
+      steps, tokens, seconds, identity, data_digest, workdir.
+      Each field that some point of the study overrides, by its name ("model.sharing").
+      num_params, forward_macs, cache_bytes_per_token, train_flops_per_token.
+      What the evaluator `inside` measured, as "inside/rank_q".
+    A value that a run lacks is missing (NaN).
+
+    Args:
+      workdir: of a study, finished or not.
+
+    Raises:
+      UserError: the workdir is not that of a study.
+    """
+    return frame(study_files.read(Path(workdir)))
+
+
+def curves(workdir: str | Path) -> pd.DataFrame:
+    """Returns the evaluations of all finished runs of a study, one a row.
+
+    Columns: label, setting, seed, phase, step, tokens, seconds (of training) and the score by its
+    name.
+
+    Args:
+      workdir: of a study.
+
+    Raises:
+      UserError: the workdir is not that of a study.
+    """
+    return curves_frame(study_files.read(Path(workdir)))
+
+
+def frame(files: study_files.StudyFiles) -> pd.DataFrame:
+    """Returns `results` of files that were read."""
+    study = files.study
+    base = flatten(study.get("config") or {})
+    points = {point["label"]: dict(point.get("overrides") or {}) for point in study["points"]}
+    fields = {field: None for overrides in points.values() for field in overrides}
+    rows = []
+    for line in files.lines:
+        overrides = points[line["label"]] | dict(line.get("overrides") or {})
+        costs = dict(line.get("costs") or {})
+        rows.append(
+            {name: line.get(name) for name in FIRST}
+            | {name: value for name, value in line.items() if name not in NESTED}
+            | {field: overrides.get(field, base.get(field)) for field in fields | overrides}
+            | costs
+            | {f"inside/{name}": value for name, value in (line.get("inside") or {}).items()}
+            | {"setting": line.get("setting") or "", "phase": line.get("phase") or "compare"}
+            | {"train_flops_per_token": _train_flops(costs)}
+        )
+    table = pd.DataFrame(rows, columns=None if rows else list(FIRST))
+    for name in ("score", "steps", "tokens", "seconds"):
+        found = table[name] if name in table else math.nan
+        table[name] = pd.to_numeric(pd.Series(found, index=table.index), errors="coerce")
+    order = {label: number for number, label in enumerate(points)}
+    return table.sort_values(
+        ["label", "setting", "seed"],
+        key=lambda column: column.map(order) if column.name == "label" else column,
+        kind="stable",
+        ignore_index=True,
+    )
+
+
+def curves_frame(files: study_files.StudyFiles) -> pd.DataFrame:
+    """Returns `curves` of files that were read."""
+    rows = [
+        {"label": line["label"], "setting": line.get("setting") or "", "seed": line["seed"]}
+        | {"phase": line.get("phase") or "compare"}
+        | point
+        for line in files.lines
+        if line.get("status") == "done"
+        for point in line.get("curve") or []
+    ]
+    names = ["label", "setting", "seed", "phase", "step", "tokens", "seconds"]
+    return pd.DataFrame(rows, columns=None if rows else names)
+
+
+def _train_flops(costs: dict) -> float | None:
+    """Returns FLOPs a token of forward and backward: 6 times the forward multiply-adds."""
+    macs, length = costs.get("forward_macs"), costs.get("seq_len")
+    return 6 * macs / length if macs and length else None
+
+
+def items(files: study_files.StudyFiles, line: dict, name: str = "eval") -> pd.DataFrame | None:
+    """Returns the scored items of a run, indexed by item, with columns value and weight; None where
+    the run did not keep them. The score is sum(value) / sum(weight)."""
+    path = files.workdir / str(line.get("workdir")) / "items" / f"{name}.npz"
+    if not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        index = pd.Index(arrays["item"], name="item")
+        return pd.DataFrame({"value": arrays["value"], "weight": arrays["weight"]}, index=index)
