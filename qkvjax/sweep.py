@@ -201,6 +201,65 @@ def _widened(point: dict, spec: ModelSpec, cost: Callable[[dict], int], target: 
     return nearest | {"label": f"{label(point)} {word}"}
 
 
+def tuned(field: str, values: Iterable, seeds: int | Iterable[int]) -> dict:
+    """Returns what `config.study.tuned` takes: every point is compared at its own best value.
+
+    The study first trains every point with every value on seeds of their own, then every point with
+    the value of its best mean score on the seeds that are compared (see
+    `qkvjax.studies.tuning`).
+
+    Args:
+      field: such as "optimizer.learning_rate"; no point sets it.
+      values: what is tried, numbers or texts.
+      seeds: how many seeds tune, from `config.seed` + 100 on; or these seeds themselves, of which
+        none may be compared.
+    """
+    return {
+        "field": field,
+        "values": tuple(values),
+        "seeds": seeds if isinstance(seeds, int) else tuple(seeds),
+    }
+
+
+def tuned_label(name: str, field: str, value: object) -> str:
+    """Returns the name of a point with a value of a tuned field: "Q-K=V learning_rate=0.002"."""
+    return f"{name} {last_part(field)}={value}"
+
+
+def last_part(field: str) -> str:
+    """Returns "learning_rate" for "optimizer.learning_rate"."""
+    return field.rpartition(".")[2]
+
+
+def by_setting(values: Mapping[str, object]) -> dict:
+    """Returns the value of a field that differs by setting: half of the heads of each size, say.
+
+    {"label": "GQA half", "model.num_kv_heads": by_setting({"small": 1, "large": 4})}
+    """
+    return {"by_setting": dict(values)}
+
+
+def in_setting(point: dict, setting: str) -> dict:
+    """Returns a point with its values in one setting.
+
+    Raises:
+      UserError: a field has no value for this setting.
+    """
+    return {field: _value_in(field, value, setting) for field, value in point.items()}
+
+
+def _value_in(field: str, value: object, setting: str) -> object:
+    if not (isinstance(value, dict) and value.keys() == {"by_setting"}):
+        return value
+    known = value["by_setting"]
+    if setting not in known:
+        raise UserError(
+            f"{field} has no value for the setting {setting!r}: it has one for"
+            f" {among(setting, known)}"
+        )
+    return known[setting]
+
+
 def _merge(points: Iterable[dict]) -> dict:
     merged: dict = {}
     for point in points:
@@ -216,7 +275,7 @@ def label(point: dict) -> str:
     if "label" in point:
         return point["label"]
     parts = [
-        sharing_name(value) if field == "model.sharing" else f"{field.split('.')[-1]}={value}"
+        sharing_name(value) if field == "model.sharing" else f"{last_part(field)}={value}"
         for field, value in point.items()
     ]
     return " ".join(parts) or "base"

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from qkvjax import sweep
 from qkvjax.errors import UserError, parse_object, read_object
 
 
@@ -43,7 +44,7 @@ def read(workdir: Path) -> Records:
     labels = [point["label"] for point in study["points"]]
     settings = study.get("settings") or [""]
     results, strangers = {}, 0
-    for line in lines:
+    for line in (line for line in lines if _is_compared(line, study)):
         seed, setting = line.get("seed"), line.get("setting") or ""
         if line.get("label") in labels and seed in study["seeds"] and setting in settings:
             key = f"{setting}, seed {seed}" if setting else seed
@@ -61,6 +62,27 @@ def read(workdir: Path) -> Records:
     lines = _read_lines(bench, notes) if bench.exists() else []
     memory = [line for line in lines if line.get("what") == "memory"]
     return Records(study, results, rows, measured, memory, notes)
+
+
+def _is_compared(line: dict, study: dict) -> bool:
+    """Whether a line is none of a tuned study that only chose a value, or of a value that another
+    choice replaced."""
+    if line.get("phase") == "tune":
+        return False
+    if "tuned" not in study:
+        return True
+    tuned = study["tuned"]
+    if line.get("phase") == "compare":
+        chosen = {(row["label"], row["setting"]): row["value"] for row in tuned["chosen"]}
+        group = (line.get("label"), line.get("setting") or "")
+        return group not in chosen or line.get("tuned") == chosen[group]
+    # Runs of an ordinary study that were taken over have lines of their own.
+    names = {
+        sweep.tuned_label(point["label"], tuned["field"], value)
+        for point in study["points"]
+        for value in tuned["values"]
+    }
+    return line.get("label") not in names
 
 
 def _read_study(path: Path) -> dict:
