@@ -59,6 +59,7 @@ def test_setup_lists_every_package():
     found = {".".join(folder.parts) for folder in folders} | {
         "qkvjax.configs",
         "qkvjax.configs.paper",
+        "qkvjax.configs.studies",
     }
     assert sorted(found) == sorted(listed)
     for folder in folders:
@@ -67,6 +68,7 @@ def test_setup_lists_every_package():
     assert recipes == {
         ROOT / "configs",
         ROOT / "configs/paper",
+        ROOT / "configs/studies",
     }  # another folder of recipes below it would not be installed
 
 
