@@ -239,6 +239,14 @@ def by_setting(values: Mapping[str, object]) -> dict:
     return {"by_setting": dict(values)}
 
 
+def overrides_of(point: dict) -> dict:
+    """Returns {"overrides": its fields}, and under "by_setting" those that differ by setting."""
+    fields = {field: value for field, value in point.items() if field != "label"}
+    differing = {field: value["by_setting"] for field, value in fields.items() if _differs(value)}
+    same = {field: value for field, value in fields.items() if field not in differing}
+    return {"overrides": same} | ({"by_setting": differing} if differing else {})
+
+
 def in_setting(point: dict, setting: str) -> dict:
     """Returns a point with its values in one setting.
 
@@ -249,7 +257,7 @@ def in_setting(point: dict, setting: str) -> dict:
 
 
 def _value_in(field: str, value: object, setting: str) -> object:
-    if not (isinstance(value, dict) and value.keys() == {"by_setting"}):
+    if not _differs(value):
         return value
     known = value["by_setting"]
     if setting not in known:
@@ -258,6 +266,11 @@ def _value_in(field: str, value: object, setting: str) -> object:
             f" {among(setting, known)}"
         )
     return known[setting]
+
+
+def _differs(value: object) -> bool:
+    """Whether a point's value is made by `by_setting`."""
+    return isinstance(value, dict) and value.keys() == {"by_setting"}
 
 
 def _merge(points: Iterable[dict]) -> dict:

@@ -67,6 +67,6 @@ def _setting(name):
         "model.d_model": width,
         "model.num_heads": width // HEAD_DIM,
         "optimizer.learning_rate": rate,
-        "optimizer.final_learning_rate": rate / 10,
+        "optimizer.final_learning_rate": round(rate / 10, 7),
         "train.steps": f"{TOKENS_PER_PARAMETER * num_params} tokens",
     }

@@ -233,11 +233,13 @@ class Study:
         """Identity -> the line of each finished run, of `tasks` or of all, on its data as they
         are now."""
         tasks = self.tasks if tasks is None else tasks
-        digests = {task.identity: self.digest(task) for task in tasks}
+        by_identity = {task.identity: task for task in tasks}
+        ended = [line for line in self.lines() if line["status"] == "done"]
         return {
             line["identity"]: line
-            for line in self.lines()
-            if line["status"] == "done" and line["data_digest"] == digests.get(line["identity"])
+            for line in ended
+            if line["identity"] in by_identity
+            and line["data_digest"] == self.digest(by_identity[line["identity"]])
         }
 
     def pending(self) -> list[Task]:
@@ -321,7 +323,7 @@ class Study:
                 )
         measured = read_json(self.workdir / "measurements.json")
         points = [
-            {"label": label, "overrides": {k: v for k, v in point.items() if k != "label"}}
+            {"label": label, **sweep.overrides_of(point)}
             for label, point in zip(self.labels, self.points)
         ]
         environment = measured.get("environment") or old.get("environment") or self._environment()

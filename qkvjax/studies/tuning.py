@@ -68,10 +68,10 @@ def read_tuning(options: object, compared: list[int], points: Iterable[dict]) ->
     Raises:
       UserError: it is not made as `sweep.tuned` makes it, or a seed would tune and be compared.
     """
-    if options is None:
+    if options in (None, {}):
         return None
     if not isinstance(options, dict) or options.keys() != {"field", "values", "seeds"}:
-        raise UserError(f"study.tuned={options!r} is not a tuning: {_REMEDY}")
+        raise UserError(f"study.tuned={options!r} is not a tuning: {_REMEDY}, or leave it empty")
     field = options["field"]
     if not isinstance(field, str):
         raise UserError(f"study.tuned.field={field!r} is not a field: {_REMEDY}")
