@@ -61,7 +61,7 @@ def body(values: flags.FlagValues, what: str | None) -> None:
 
     configs.validate(config)
     from qkvjax.analysis import memory, speed
-    from qkvjax.report import plots
+    from qkvjax.report import drawing
     from qkvjax.training.metrics import read_lines, write_lines
     from qkvjax.training.run import open_workdir
 
@@ -74,7 +74,7 @@ def body(values: flags.FlagValues, what: str | None) -> None:
     if what != "memory":
         print("\n".join(["", *speed.table(records)]))
         return
-    plots.write(plots.drawn({"memory": lambda: memory.plot(records)}), workdir)
+    drawing.write(drawing.drawn({"memory": lambda: memory.plot(records)}), workdir)
     print("\n".join(["", *memory.table(records), "", f"plot: {workdir / 'memory.svg'}"]))
 
 

@@ -39,7 +39,7 @@ READER_LEFT = 141  # what the shell says of a program that SIGPIPE ended
 # For doors that compute attention.
 _CHOICE = ("auto", *kernels.IMPLEMENTATIONS)
 ATTENTION = {"attention": (_CHOICE, "auto", "what computes it; auto: the fastest measured")}
-STUDY_FIELDS = ("points", "settings", "seeds", "reference", "prompt", "title")
+STUDY_FIELDS = ("points", "settings", "seeds", "tuned", "reference", "prompt", "title")
 
 
 def entry() -> None:

@@ -9,7 +9,9 @@
 The config is the base of all points and has a group `study`: points (made with qkvjax.sweep;
 the first is the baseline), seeds (how many), prompt and title; settings, a grid in each place of
 which every point is trained and compared; reference, somebody's figures to print beside. The runs
-of a seed see the same batches, so differences are paired. Finished points are skipped when the
+of a seed see the same batches, so differences are paired. With `tuned` (qkvjax.sweep.tuned) each
+point is first trained with several values of a field, on other seeds, and compared at its best:
+--list numbers the runs of both phases. Finished points are skipped when the
 study is started again; failed ones are recorded and tried again. The workdir gets results.jsonl (a
 line a run), results.csv (a line a variant), measurements.json, report.md, report.html and runs/.
 """
@@ -68,6 +70,8 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
     from qkvjax.report.page import closing_lines, write_report
 
     page = write_report(study.workdir)
+    for sentence in study.remarks():
+        print(sentence)
     print("\n".join(["", *closing_lines(study.workdir), "", f"report: {page.resolve()}"]))
     told = f"{failed} runs failed; the report names them, and the same command tries them again"
     if failed and not study.done():

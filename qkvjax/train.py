@@ -171,7 +171,7 @@ def train(
             keep_every=run.durations.keep_every,
         )
         held.callback(checkpoints.close)
-        evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh))
+        evaluators = together(lambda: make_evaluators(config, run.dataset, run.mesh, workdir))
         account, needed = workdir / "rollbacks.jsonl", {"step": int, "to": int, "skip": int}
         rollbacks = first(lambda: read_lines(account, **needed, reason=str))
 

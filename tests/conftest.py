@@ -38,7 +38,7 @@ QUICKLY_COMPILED = {
     "test_compiled_plan.py", "test_covering.py", "test_evaluate_door.py", "test_examples.py",
     "test_failures.py", "test_generate_door.py", "test_hostile.py", "test_loss.py",
     "test_mesh_invariance.py", "test_processes.py", "test_program.py", "test_readme.py",
-    "test_situations.py", "test_study_door.py", "test_workdir.py",
+    "test_situations.py", "test_study_door.py", "test_tuned_study.py", "test_workdir.py",
 }  # fmt: skip
 
 

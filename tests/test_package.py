@@ -20,11 +20,23 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 DOORS = set(cli.DOORS)
 # Imports run downwards; what has one number may import each other.
 RANK = {
-    "errors": 0, "fields": 0, "progress": 0, "kernels": 1, "attention": 2, "models": 3,
-    "config": 4, "sweep": 4,
-    "training": 5, "evaluation": 6, "generation": 6, "interop": 6, "analysis": 7, "studies": 8,
-    "cli": 8, "__main__": 9, **dict.fromkeys(DOORS, 9),
-}  # fmt: skip
+    **dict.fromkeys(("errors", "fields", "progress", "formats", "columns"), 0),
+    "kernels": 1,
+    "attention": 2,
+    "models": 3,
+    "config": 4,
+    "sweep": 4,
+    "training": 5,
+    "evaluation": 6,
+    "generation": 6,
+    "interop": 6,
+    "report": 7,
+    "analysis": 8,
+    "studies": 9,
+    "cli": 9,
+    "__main__": 10,
+    **dict.fromkeys(DOORS, 10),
+}
 BESIDE = {"data", "parallel"}  # import errors and progress alone; anything may import them
 
 
@@ -59,6 +71,7 @@ def test_setup_lists_every_package():
     found = {".".join(folder.parts) for folder in folders} | {
         "qkvjax.configs",
         "qkvjax.configs.paper",
+        "qkvjax.configs.studies",
     }
     assert sorted(found) == sorted(listed)
     for folder in folders:
@@ -67,6 +80,7 @@ def test_setup_lists_every_package():
     assert recipes == {
         ROOT / "configs",
         ROOT / "configs/paper",
+        ROOT / "configs/studies",
     }  # another folder of recipes below it would not be installed
 
 

@@ -8,8 +8,8 @@ import math
 import os
 import re
 
+from qkvjax import columns, formats
 from qkvjax import config as configs
-from qkvjax.analysis import columns, formats
 from qkvjax.analysis.costs import UNITS
 from qkvjax.attention.spec import SHARINGS, sharing_name
 from qkvjax.errors import UserError

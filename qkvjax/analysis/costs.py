@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from qkvjax.analysis import columns, formats
+from qkvjax import columns, formats
 from qkvjax.attention.spec import SHARINGS, AttentionSpec, parse_sharing, sharing_name
 
 UNITS = "KiB, MiB and GiB are powers of 1024; kB, MB and GB powers of 1000."

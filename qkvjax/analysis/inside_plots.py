@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qkvjax.analysis import columns
+from qkvjax import columns
 from qkvjax.evaluation.inside import Looked
-from qkvjax.report import plots
+from qkvjax.report import drawing
 
 MOST_LAYERS, MOST_HEADS = 6, 8  # of attention maps
 _MAPS = {
@@ -42,11 +42,11 @@ def table(records: list[dict]) -> list[str]:
 
 def write(records: list[dict], seen: list[Looked], folder: Path) -> list[Path]:
     """Writes spectra.svg, heads.svg and attention.svg; returns their paths."""
-    figures = plots.drawn(
+    figures = drawing.drawn(
         {"spectra": lambda: _spectra(records), "heads": lambda: _heads(records),
          "attention": lambda: _attention(seen)}
     )  # fmt: skip
-    plots.write(figures, folder)
+    drawing.write(figures, folder)
     return [folder / f"{name}.svg" for name in figures]
 
 
@@ -63,7 +63,7 @@ def _spectra(records: list[dict]):
              for below in (False, True)]  # fmt: skip
     last = max(layer for lines in found.values() for layer, _ in lines)
     columns = max(map(len, kinds))
-    figure, panels = plots.new(2.9 * columns + 0.8, 5.6, columns=columns, rows=2)
+    figure, panels = drawing.new(2.9 * columns + 0.8, 5.6, columns=columns, rows=2)
     for axes in panels:
         axes.set_visible(False)
     for row, kind in enumerate(kinds):
@@ -85,7 +85,7 @@ def _spectra(records: list[dict]):
 
 def _heads(records: list[dict]):
     """Layer-by-head heat maps of the attention measures."""
-    figure, panels = plots.new(11, 3.0, columns=len(_MAPS))
+    figure, panels = drawing.new(11, 3.0, columns=len(_MAPS))
     for axes, (metric, title) in zip(panels, _MAPS.items(), strict=True):
         cells = {(r["layer"], r["head"]): r["value"] for r in records if r["metric"] == metric}
         layers, heads = (1 + max(place[i] for place in cells) for i in (0, 1))
@@ -106,7 +106,7 @@ def _attention(seen: list[Looked]):
     layers = np.unique(np.linspace(0, len(seen) - 1, min(len(seen), MOST_LAYERS)).round())
     heads = min(MOST_HEADS, seen[0].weights.shape[1])
     size = (1.55 * heads + 0.6, 1.7 * len(layers) + 0.3)
-    figure, panels = plots.new(*size, columns=heads, rows=len(layers))
+    figure, panels = drawing.new(*size, columns=heads, rows=len(layers))
     for row, layer in enumerate(layers.astype(int)):
         for head in range(heads):
             axes = panels[row * heads + head]

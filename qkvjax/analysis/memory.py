@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from qkvjax import columns, formats
 from qkvjax import config as configs
-from qkvjax.analysis import columns, costs, formats
+from qkvjax.analysis import costs
 from qkvjax.attention.spec import SHARINGS, sharing_name
 from qkvjax.errors import UserError
-from qkvjax.report import plots
+from qkvjax.report import drawing
 
 ARTICLE = (0.10, 0.25)  # what the article says training saves, by batch size
 MODES = {"train": "a training step", "decode": "decoding"}
@@ -122,7 +123,7 @@ def savings(records: list[dict], mode: str) -> Iterator[tuple[str, int, int, flo
 def plot(records: list[dict]):
     """What each sharing saves of the peak against batch and context; the article's range as a
     band."""
-    figure, panels = plots.new(8.6, 5.6, columns=2, rows=2)
+    figure, panels = drawing.new(8.6, 5.6, columns=2, rows=2)
     batch, context = records[0]["base_batch"], records[0]["base_context"]
     names = [s for s in SHARINGS[1:] if any(r["sharing"] == s for r in records)]
     for row, (mode, told) in enumerate(MODES.items()):
@@ -134,10 +135,12 @@ def plot(records: list[dict]):
                     for sharing, b, c, part in savings(records, mode)
                     if sharing == name and (c == context if axis == "batch" else b == batch)
                 )
-                axes.plot(*zip(*line), marker=".", label=sharing_name(name), **plots.line_style(i))
+                style = drawing.line_style(i)
+                axes.plot(*zip(*line), marker=".", label=sharing_name(name), **style)
             if mode == "train":
-                axes.axhspan(*(100 * part for part in ARTICLE), color=plots.FAINT, alpha=0.25, lw=0)
-            axes.axhline(0, color=plots.INK, linewidth=1)
+                low, high = (100 * part for part in ARTICLE)
+                axes.axhspan(low, high, color=drawing.FAINT, alpha=0.25, lw=0)
+            axes.axhline(0, color=drawing.INK, linewidth=1)
             ticks = sorted({r[axis] for r in records})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from absl import flags
 
-from qkvjax.analysis import columns, costs, formats, roofline
+from qkvjax import columns, formats
+from qkvjax.analysis import costs, roofline
 from qkvjax.attention.spec import itemsize
 from qkvjax.errors import UserError
 from qkvjax.interop import huggingface

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -112,9 +113,10 @@ class Dataset:
             the packed rows, separators not scored.
 
         Yields:
-          The arrays of `batch`, each [batch_size, T]; num_bytes, int32 [batch_size], bytes of
-          the scored tokens; pad_labels, int32 [batch_size], scored labels that are padding (0
-          without `data.score_pads`).
+          The arrays of `batch`, each [batch_size, T]; num_bytes, int32 [batch_size, T], bytes of
+          each label; items, int32 [batch_size, T], the number of the document that each label is of
+          (of "train" and with `data.score_pads`, of the row); pad_labels, int32 [batch_size],
+          scored labels that are padding (0 without `data.score_pads`).
         """
         check_split(split)
         rows = self.train if split == "train" else self.validation
@@ -128,6 +130,11 @@ class Dataset:
         """Labels of a split that count."""
         return self.num_train_tokens if split == "train" else self.num_validation_tokens
 
+    @functools.cached_property
+    def _documents(self) -> np.ndarray:
+        """int32 [windows]: the number of the document of each validation window."""
+        return self.validation.documents(self.tokenizer.separator)
+
     def _batches_of_rows(self, rows, chosen, batch_size):
         separator = self.tokenizer.separator
         for start in range(0, len(chosen), batch_size):
@@ -138,12 +145,19 @@ class Dataset:
             if missing:
                 batch["weights"][-missing:] = 0
                 batch["pad_labels"][-missing:] = 0
+            numbers = np.pad(np.asarray(chosen[start : start + batch_size]), (0, missing))
+            batch["items"] = np.repeat(numbers.astype(np.int32)[:, None], self.seq_len, axis=1)
             yield batch
 
     def _batches_of_windows(self, rows, chosen, batch_size):
         separator = self.tokenizer.separator
         blocks = (chosen[i : i + READ_ROWS] for i in range(0, len(chosen), READ_ROWS))
-        windows = (window for block in blocks for window in rows.read(block))
+        documents = self._documents
+        windows = (
+            (window, documents[number])
+            for block in blocks
+            for number, window in zip(block, rows.read(block))
+        )
         packed = rows_of_windows(windows, separator)
         while batch := list(itertools.islice(packed, batch_size)):
             batch += [[] for _ in range(batch_size - len(batch))]

@@ -131,7 +131,8 @@ class Examples:
     def scored_batches(
         self, batch_size: int, max_labels: int | None = None, split: str = "validation"
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What is scored: the arrays of `batch` without its first axis, nothing augmented.
+        """What is scored: the arrays of `batch` without its first axis, nothing augmented; and
+        items, int32 [batch_size, labels], the number of the example of each label.
 
         Args:
           batch_size: examples of a batch; the last one is filled up with examples of weight 0.
@@ -145,6 +146,9 @@ class Examples:
             rows = chosen[start : start + batch_size]
             arrays = self._read(labelled, np.resize(rows, batch_size), None)
             arrays["weights"][len(rows) :] = 0
+            shape = arrays["targets"].shape
+            numbers = np.resize(rows, batch_size).astype(np.int32)
+            arrays["items"] = np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), shape)
             yield arrays
 
     def num_labels(self, split: str) -> int:

@@ -149,48 +149,51 @@ def scored_batch(
       bytes_of_id: int32 [ids], bytes that each id stands for, 0 for the separator.
 
     Returns:
-      The arrays of `training_batch`, and int32 [R]: num_bytes, bytes of the scored tokens;
-      pad_labels, scored labels that are padding.
+      The arrays of `training_batch`; num_bytes, int32 [R, T], bytes of each label; pad_labels,
+      int32 [R], scored labels that are padding.
     """
     batch = training_batch(rows, separator, score_pads)
     targets = batch["targets"]
     is_pad = targets == separator
     if not score_pads:
         batch["weights"][is_pad | (bytes_of_id[targets] == 0)] = 0
-    batch["num_bytes"] = bytes_of_id[targets].sum(1, dtype=np.int32)
+    batch["num_bytes"] = bytes_of_id[targets].astype(np.int32)
     batch["pad_labels"] = (is_pad & (batch["weights"] > 0)).sum(1, dtype=np.int32)
     return batch
 
 
-def rows_of_windows(windows: Iterable[np.ndarray], separator: int) -> Iterator[list[np.ndarray]]:
+Window = tuple[np.ndarray, int]  # int32 [n + 1] tokens, and the number of their document
+
+
+def rows_of_windows(windows: Iterable[Window], separator: int) -> Iterator[list[Window]]:
     """Puts document windows, in order, into as few rows of T labels as this order allows.
 
     Which windows share a row follows from the windows alone, not from a batch size, so a score
     that sums over rows does not depend on one.
 
     Args:
-      windows: int32 [T + 1] each, as `window` makes them.
+      windows: int32 [T + 1] each, as `window` makes them, with the number of its document.
 
     Yields:
       The windows of one row without their padding, int32 [n + 1] each; the labels n add up to at
       most T.
     """
-    row: list[np.ndarray] = []
+    row: list[Window] = []
     used = 0
-    for tokens in windows:
+    for tokens, document in windows:
         num_labels = int(np.count_nonzero(tokens[1:] != separator))
         if row and used + num_labels > len(tokens) - 1:
             yield row
             row = []
             used = 0
-        row.append(tokens[: num_labels + 1])
+        row.append((tokens[: num_labels + 1], document))
         used += num_labels
     if row:
         yield row
 
 
 def windows_batch(
-    rows: list[list[np.ndarray]], seq_len: int, separator: int, bytes_of_id: np.ndarray
+    rows: list[list[Window]], seq_len: int, separator: int, bytes_of_id: np.ndarray
 ) -> dict[str, np.ndarray]:
     """A batch of rows of windows: each window is a segment, so that it sees nothing else.
 
@@ -200,33 +203,34 @@ def windows_batch(
       bytes_of_id: int32 [ids], bytes that each id stands for.
 
     Returns:
-      The arrays of `scored_batch`, [R, T] and [R]. Padding weighs 0 and is a segment of its own.
+      The arrays of `scored_batch`, and items, int32 [R, T], the number of each label's document.
+      Padding weighs 0 and is a segment of its own.
     """
     shape = (len(rows), seq_len)
     inputs = np.full(shape, separator, np.int32)
     targets = np.full(shape, separator, np.int32)
     positions = np.zeros(shape, np.int32)
     segment_ids = np.zeros(shape, np.int32)
-    weights = np.zeros(shape, np.float32)
-    num_bytes = np.zeros(len(rows), np.int32)
+    items = np.zeros(shape, np.int32)
+    label_bytes = np.zeros(shape, np.int32)
     for i, windows in enumerate(rows):
         start = 0
-        for segment, tokens in enumerate(windows, 1):
+        for segment, (tokens, document) in enumerate(windows, 1):
             labels = slice(start, start + len(tokens) - 1)
             inputs[i, labels] = tokens[:-1]
             targets[i, labels] = tokens[1:]
             positions[i, labels] = np.arange(len(tokens) - 1)
             segment_ids[i, labels] = segment
-            label_bytes = bytes_of_id[tokens[1:]]
-            weights[i, labels] = label_bytes > 0  # special tokens stand for no text
-            num_bytes[i] += label_bytes.sum()
+            items[i, labels] = document
+            label_bytes[i, labels] = bytes_of_id[tokens[1:]]
             start = labels.stop
     return {
         "inputs": inputs,
         "targets": targets,
         "positions": positions,
         "segment_ids": segment_ids,
-        "weights": weights,
-        "num_bytes": num_bytes,
+        "weights": (label_bytes > 0).astype(np.float32),  # special tokens stand for no text
+        "num_bytes": label_bytes,
+        "items": items,
         "pad_labels": np.zeros(len(rows), np.int32),
     }

@@ -1,12 +1,14 @@
 """Rows of T + 1 tokens by index, from a prepared copy or straight from token files.
 
-All have len() and `read(indices [R]) -> int32 [R, T + 1]`.
+All have len() and `read(indices [R]) -> int32 [R, T + 1]`; windows of documents also
+`documents(separator) -> int32 [rows]`, the number of the document that each window is of.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,27 @@ class PreparedRows:
         blocks = builder.read(self.folder, self.split)
         most = max(1, _MEMORY // blocks[0]["tokens"].nbytes)
         return builder.BLOCK_ROWS, functools.lru_cache(most)(lambda i: blocks[i]["tokens"])
+
+    def documents(self, separator: int) -> np.ndarray:
+        """Returns int32 [rows], the number of the document of each window.
+
+        The first window of a document begins with the separator. All windows are read for it once,
+        and what was found is kept beside them.
+        """
+        path = self.folder / f"{self.split}_documents.npy"
+        if not path.exists():
+            starts = []
+            for start in range(0, self.count, 1024):
+                rows = self.read(range(start, min(start + 1024, self.count)))
+                starts.append(rows[:, 0] == separator)
+            found = np.cumsum(np.concatenate(starts), dtype=np.int32) - 1
+            try:
+                partial = path.with_name(f".{path.name}.{os.getpid()}.npy")
+                np.save(partial, found)
+                partial.replace(path)
+            except OSError:  # a folder that this user may only read: found anew each time
+                return found
+        return np.load(path)
 
     def read(self, indices):
         try:
@@ -83,6 +106,10 @@ class WindowRows:
 
     def __len__(self):
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def documents(self, separator: int) -> np.ndarray:
+        """Returns int32 [rows], the number of the document of each window."""
+        return np.searchsorted(self._ends, np.arange(len(self)), side="right").astype(np.int32)
 
     def read(self, indices):
         rows = []

@@ -13,6 +13,7 @@ import numpy as np
 
 from qkvjax.errors import UserError
 from qkvjax.evaluation import SOLVED, scoring
+from qkvjax.evaluation.items import Items
 from qkvjax.models.lm import LanguageModel
 from qkvjax.parallel import rules
 from qkvjax.training.loss import cross_entropy, label_scores
@@ -46,12 +47,14 @@ def score(
     program: Callable | None = None,
     pulse: Callable[[], None] = lambda: None,
     log: Callable[[str], None] | None = None,
+    items: Items | None = None,
 ) -> dict[str, float]:
     """Scores a model on the labels of one split.
 
     Args:
       program: a compiled `judge` for batches of this size; None compiles one.
       num_labels, pulse, log: of `scoring.run`.
+      items: gets the wrong labels (value) and all labels (weight) of each example.
 
     Returns:
       accuracy: the part of the scored labels whose class is the likeliest.
@@ -80,6 +83,9 @@ def score(
         targets = batch["targets"][counts]
         labels_of_class.update(targets.tolist())
         right_of_class.update(targets[correct[counts]].tolist())
+        if items is not None:
+            wrong = ~correct[counts]
+            items.add(batch["items"][counts], wrong, np.ones(len(wrong), np.int64))
     labels = labels_of_class.total()
     if not labels:
         raise UserError("there is no label to score")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError
 from qkvjax.evaluation import accuracy, inside, language, scoring
+from qkvjax.evaluation.items import Items
+from qkvjax.parallel import distributed
 
 SCORES = {"bits_per_byte": language.score, "accuracy": accuracy.score, "inside": inside.score}
-PROGRAMS = {"bits_per_byte": language.row_nats, "accuracy": accuracy.judge}
+PROGRAMS = {"bits_per_byte": language.label_nats, "accuracy": accuracy.judge}
 
 
 @dataclasses.dataclass
@@ -25,6 +28,7 @@ class Evaluator:
       options: `split` and `max_labels`, where the kind has them.
       rows: of a batch, over all devices.
       program: the compiled one of PROGRAMS; None compiles when it is called.
+      items_file: where the scores by document or example go after each scoring; None keeps none.
     """
 
     kind: str
@@ -34,6 +38,7 @@ class Evaluator:
     dtype: jnp.dtype
     mesh: jax.sharding.Mesh | None
     program: Callable | None = None
+    items_file: Path | None = None
 
     def __call__(
         self,
@@ -53,11 +58,19 @@ class Evaluator:
         if self.kind in PROGRAMS:
             arguments |= {"program": self.program, "pulse": pulse, "log": log}
             arguments["num_labels"] = num_scored(self.dataset, **self.options)
-        return SCORES[self.kind](model, self.dataset, **arguments, **self.options)
+            arguments["items"] = items = Items()
+        scores = SCORES[self.kind](model, self.dataset, **arguments, **self.options)
+        if self.items_file is not None and self.kind in PROGRAMS and distributed.is_first():
+            items.save(self.items_file)
+        return scores
 
 
-def make_evaluators(config, dataset, mesh) -> dict[str, Evaluator]:
-    """The evaluators of `config.evals` by name, validated.
+def make_evaluators(config, dataset, mesh, workdir: Path | None = None) -> dict[str, Evaluator]:
+    """Returns the evaluators of `config.evals` by name, validated.
+
+    Args:
+      workdir: gets items/NAME.npz, the scores by document or example of the last evaluation, of
+        those that score the validation split; None keeps none.
 
     Raises:
       UserError: bits per byte of what is not text.
@@ -67,6 +80,7 @@ def make_evaluators(config, dataset, mesh) -> dict[str, Evaluator]:
         options = dict(options)
         kind = options.pop("kind", "bits_per_byte")
         check_text(f"config.evals.{name}.kind", kind, dataset)
+        keeps = workdir is not None and options.get("split", "validation") == "validation"
         evaluators[name] = Evaluator(
             kind=kind,
             options=options,
@@ -74,6 +88,7 @@ def make_evaluators(config, dataset, mesh) -> dict[str, Evaluator]:
             rows=scoring.num_rows(config, mesh),
             dtype=jnp.dtype(config.train.compute_dtype),
             mesh=mesh,
+            items_file=workdir / "items" / f"{name}.npz" if keeps else None,
         )
     return evaluators
 
@@ -112,7 +127,7 @@ def compile_scoring(config, model, mesh):
     batch = scoring.abstract_batch(mesh, scoring.num_rows(config, mesh), config.data.seq_len)
     dtype = jnp.dtype(config.train.compute_dtype)
     with jax.set_mesh(mesh):
-        return language.row_nats.lower(model, batch, dtype=dtype).compile()
+        return language.label_nats.lower(model, batch, dtype=dtype).compile()
 
 
 def num_scored(dataset, split: str = "validation", max_labels: int | None = None) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 
 from qkvjax.errors import UserError
 from qkvjax.evaluation import scoring
+from qkvjax.evaluation.items import Items
 from qkvjax.parallel import rules
 from qkvjax.training.loss import label_scores
 
@@ -45,11 +46,11 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def row_nats(model, batch: Mapping[str, jax.Array], *, dtype) -> jax.Array:
-    """Sum of -log p over the scored labels of each row: arrays [B, T] -> float32 [B]."""
+def label_nats(model, batch: Mapping[str, jax.Array], *, dtype) -> jax.Array:
+    """Returns -log p of each label, 0 where it is not scored: arrays [B, T] -> float32 [B, T]."""
     x, _ = model.hidden(batch["inputs"], batch["positions"], batch["segment_ids"], dtype=dtype)
     nats, _ = label_scores(x, model.head_matrix(), batch["targets"], batch["weights"])
-    return rules.replicate(jnp.sum(nats, axis=-1))
+    return rules.replicate(nats)
 
 
 def score(
@@ -65,15 +66,18 @@ def score(
     program: Callable | None = None,
     pulse: Callable[[], None] = lambda: None,
     log: Callable[[str], None] | None = None,
+    items: Items | None = None,
 ) -> dict[str, float]:
     """Scores a language model on one split of a data set.
 
-    What shares a row follows from the documents alone, and rows are added up exactly, so the
+    What shares a row follows from the documents alone, and labels are added up in order, so the
     score depends neither on the batch size nor on the number of devices, but for the rounding of
     matrix products.
 
     Args:
-      program: a compiled `row_nats` for batches of this size; None compiles one.
+      program: a compiled `label_nats` for batches of this size; None compiles one.
+      items: gets the bits (value) and bytes (weight) of each document, of the training split of
+        each row.
       num_labels, pulse, log: of `scoring.run`.
 
     Returns:
@@ -84,24 +88,27 @@ def score(
       UserError: nothing to score.
     """
     batches = dataset.scored_batches(batch_size, max_labels, split)
-    run_program = program or functools.partial(row_nats, dtype=dtype)
-    nats: list[float] = []
+    run_program = program or functools.partial(label_nats, dtype=dtype)
+    items = Items() if items is None else items
     labels = 0.0
-    num_bytes = 0
     pads = 0
     scored = scoring.run(
         functools.partial(run_program, model), batches, mesh, num_labels, pulse=pulse, log=log
     )
-    for batch, rows in scored:
-        nats += np.asarray(rows, np.float64).tolist()
+    for batch, nats in scored:
+        counts = batch["weights"] > 0
+        bits = np.asarray(nats, np.float64)[counts] / math.log(2)
+        items.add(batch["items"][counts], bits, batch["num_bytes"][counts])
         labels += float(batch["weights"].sum())
-        num_bytes += int(batch["num_bytes"].sum())
         pads += int(batch["pad_labels"].sum())
     if not labels:
         raise UserError("there is no token to score: give a longer corpus")
-    loss = math.fsum(nats) / labels
+    sums = items.arrays()
+    nats = math.fsum(sums["value"]) * math.log(2)
+    num_bytes = int(sums["weight"].sum())
+    loss = nats / labels
     return {
-        "bits_per_byte": bits_per_byte(math.fsum(nats), num_bytes),
+        "bits_per_byte": bits_per_byte(nats, num_bytes),
         "perplexity": math.exp(min(loss, 700)),
         "loss": loss,
         "num_labels": labels,

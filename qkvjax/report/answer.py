@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from qkvjax.analysis import formats
+from qkvjax import formats
 from qkvjax.report import literature
 from qkvjax.report.statistics import BETTER, NOT_SHOWN, WORSE
 from qkvjax.report.summary import MARGIN, Summary

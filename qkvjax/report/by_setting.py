@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from qkvjax.analysis import formats
+from qkvjax import formats
 from qkvjax.evaluation import SOLVED
 from qkvjax.report.summary import Summary
 from qkvjax.report.tables import Cell, Table, table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from qkvjax.analysis import formats
+from qkvjax import formats
 from qkvjax.report import statistics
 from qkvjax.report.summary import MARGIN, Summary
 from qkvjax.report.tables import Cell, Table, table

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from qkvjax import sweep
 from qkvjax.errors import UserError, parse_object, read_object
 
 
@@ -42,6 +43,8 @@ def read(workdir: Path) -> StudyFiles:
     runs: dict[tuple, dict] = {}
     others = 0
     for line in _read_lines(workdir / "results.jsonl", notes):
+        if _is_replaced(line, study):
+            continue
         setting = line.get("setting") or ""
         phase = line.get("phase") or "compare"
         seeds = tuning if phase == "tune" else study["seeds"]
@@ -57,6 +60,24 @@ def read(workdir: Path) -> StudyFiles:
         )
     measured = _read_measurements(workdir / "measurements.json", notes)
     return StudyFiles(workdir, study, list(runs.values()), measured, notes)
+
+
+def _is_replaced(line: dict, study: dict) -> bool:
+    """Tells whether a line of a tuned study is of a value that another choice replaced, or of a run
+    of an ordinary study that was taken over and has a line of its own."""
+    tuned = study.get("tuned")
+    if not tuned or line.get("phase") == "tune":
+        return False
+    if line.get("phase") == "compare":
+        chosen = {(row["label"], row["setting"]): row["value"] for row in tuned.get("chosen") or ()}
+        group = (line.get("label"), line.get("setting") or "")
+        return group in chosen and line.get("tuned") != chosen[group]
+    names = {
+        sweep.tuned_label(point["label"], tuned["field"], value)
+        for point in study["points"]
+        for value in tuned["values"]
+    }
+    return line.get("label") in names
 
 
 def _read_study(path: Path) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from qkvjax.analysis import formats
+from qkvjax import formats
 
 
 class Metric(NamedTuple):

@@ -7,16 +7,17 @@ of sentences, tables and plots is rendered by two templates.
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
 import tomllib
 from pathlib import Path
 
-from qkvjax.analysis import columns, formats
+from qkvjax import columns, formats
 from qkvjax.config import flatten
+from qkvjax.report import drawing, literature, plots, tables
 from qkvjax.report import files as study_files
-from qkvjax.report import literature, plots, tables
 from qkvjax.report.answer import answer, measured_difference
 from qkvjax.report.by_setting import by_setting
 from qkvjax.report.decisions import decisions
@@ -39,7 +40,7 @@ def write_report(workdir: Path) -> Path:
     figures = plots.draw(summary)
     words = context(summary, figures)
     write_csv(summary, workdir / "results.csv")
-    plots.write(figures, workdir / "plots")
+    drawing.write(figures, workdir / "plots")
     (workdir / "report.md").write_text(render("report.md.j2", words), encoding="utf-8")
     page = workdir / "report.html"
     page.write_text(render("report.html.j2", words), encoding="utf-8")
@@ -131,13 +132,12 @@ def fence(text: str) -> str:
 
 def inline_svg(svg: str, name: str, caption: str) -> str:
     """Returns the SVG without its XML head, its ids made unique, its neutral colours the page's."""
-    from markupsafe import Markup, escape
-
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, role in ((plots.INK, "ink"), (plots.PAPER, "paper"), (plots.FAINT, "faint")):
+    for colour, role in ((drawing.INK, "ink"), (drawing.PAPER, "paper"), (drawing.FAINT, "faint")):
         svg = svg.replace(colour, f"var(--{role})")
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1))
+    label = html.escape(caption, quote=True)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
 def _subtitle(summary: Summary) -> str:

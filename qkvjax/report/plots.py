@@ -1,55 +1,29 @@
-"""The plots of a study, as SVG text.
-
-Colours are Okabe and Ito's, told apart in every common colour blindness, and each variant also
-has its own marker and line style. Text, paper and grid are drawn in three fixed colours, which
-the HTML report replaces by its own (so that plots follow a dark page).
-"""
+"""The plots of a study, as SVG text. Each variant has its own colour, marker and line style."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from qkvjax.analysis import formats
+from qkvjax import formats
 from qkvjax.report import literature, statistics, tables
+from qkvjax.report.drawing import (
+    FAINT,
+    INK,
+    PAPER,
+    drawn,
+    label_ends,
+    line_style,
+    new,
+    spread,
+    tokens_axis,
+)
 from qkvjax.report.summary import Summary
 
-INK, PAPER, FAINT = "#22272e", "#fffffe", "#a0a8b0"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h")
-_DASHES = ((0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.6, 1.2, 1.6)), (0, (3, 1)), "solid")
 _BEHIND = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.2}  # of labels on lines
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qkvjax",
-    "text.parse_math": False,  # labels are names, and may hold a dollar sign
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.unicode_minus": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.alpha": 0.28,
-    "grid.linewidth": 0.7,
-    "xtick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.color": FAINT,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-}
 
 
 def draw(summary: Summary) -> dict[str, str]:
@@ -65,39 +39,6 @@ def draw(summary: Summary) -> dict[str, str]:
     return drawn({name: lambda plot=plot: plot(summary) for name, plot in plots.items()})
 
 
-def drawn(plots: Mapping[str, Callable[[], object]]) -> dict[str, str]:
-    """Returns name -> SVG of what each function draws in the report's style, where it draws."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        figures = {name: plot() for name, plot in plots.items()}
-        return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
-
-
-def write(figures: dict[str, str], folder: Path) -> None:
-    """Writes each plot to `folder`/NAME.svg."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, svg in figures.items():
-        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-
-
-def new(width: float, height: float, columns: int = 1, rows: int = 1):
-    """Returns (figure, its panels row by row), outside pyplot, so that nothing global keeps it
-    alive."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _svg(figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
-
-
 def _styles(summary: Summary) -> dict[str, dict]:
     """Returns label -> colour, marker and line style; the baseline is solid ink with dots."""
     styles = {}
@@ -109,51 +50,6 @@ def _styles(summary: Summary) -> dict[str, dict]:
             styles[label] = line_style(others) | {"marker": _MARKERS[others % len(_MARKERS)]}
             others += 1
     return styles
-
-
-def line_style(i: int) -> dict:
-    """Returns colour and dashes of line number i."""
-    return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)]}
-
-
-def spread(wanted: list[float], distance: float) -> list[float]:
-    """Moves heights apart until neighbours keep `distance`, as little as a few rounds allow."""
-    order = np.argsort(wanted, kind="stable")
-    heights = np.array(wanted, np.float64)[order]
-    for _ in range(200):
-        overlap = distance - np.diff(heights)
-        if not (overlap > 1e-9).any():
-            break
-        push = np.where(overlap > 0, overlap / 2, 0)
-        heights[:-1] -= push
-        heights[1:] += push
-    result = np.empty_like(heights)
-    result[order] = heights
-    return result.tolist()
-
-
-def _label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Names lines at their right ends (label, x, y, colour), with leaders where they crowd."""
-    low, high = axes.get_ylim()
-    heights = spread([min(max(y, low), high) for _, _, y, _ in ends], (high - low) * 0.062)
-    for (label, x, y, colour), height in zip(ends, heights):
-        axes.annotate(
-            label,
-            (x, min(max(y, low), high)),
-            xytext=(1.035, (height - low) / (high - low)),
-            textcoords="axes fraction",
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 2, "shrinkB": 4},
-        )
-
-
-def _tokens_axis(axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: formats.count(x) if x else "0"))
-    axes.set_xlabel("training tokens")
 
 
 def _grids(summary: Summary) -> dict[str, pd.DataFrame]:
@@ -190,8 +86,8 @@ def _curves(summary: Summary):
     axes.set_ylim(*_trimmed([grid.mean().to_numpy() for grid in grids.values()]))
     axes.set_xlim(left=min(g.columns[(g.shape[1] - 1) // 4] for g in grids.values()))
     axes.set_ylabel(f"validation {summary.metric.name}")
-    _tokens_axis(axes)
-    _label_ends(axes, ends)
+    tokens_axis(axes)
+    label_ends(axes, ends)
     return figure
 
 
@@ -252,8 +148,8 @@ def _gap(summary: Summary):
             ha="right",
         )
     axes.set_ylabel(f"gap to {summary.baseline}, % {summary.metric.of}")
-    _tokens_axis(axes)
-    _label_ends(axes, ends)
+    tokens_axis(axes)
+    label_ends(axes, ends)
     return figure
 
 
@@ -375,7 +271,7 @@ def _tuning(summary: Summary):
     axes.set_ylim(low - room, high + 4 * room)
     axes.set_xlabel(summary.study["tuned"]["field"])
     axes.set_ylabel(f"validation {summary.metric.name}")
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return figure
 
 

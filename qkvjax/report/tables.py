@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from qkvjax.analysis import formats
+from qkvjax import formats
 from qkvjax.report import literature
 from qkvjax.report.answer import runs
 from qkvjax.report.statistics import BETTER, WORSE

@@ -4,57 +4,17 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
 
 from qkvjax import config as configs
 from qkvjax import sweep
 from qkvjax.attention.spec import canonical_sharing
 from qkvjax.errors import UserError
-from qkvjax.models.spec import model_spec
+from qkvjax.studies.task import Part, Task, make_task
+from qkvjax.studies.tuning import COMPARE, TUNE, read_tuning
 from qkvjax.training.metrics import read_json, read_lines, require_keys, write_json
 from qkvjax.training.workdir import LOCATIONS
 
 MOST_SEEDS = 10_000
-
-
-class Task(NamedTuple):
-    """One run: a point of the grid in one setting with one seed.
-
-    Attributes:
-      number: what --point takes.
-      label: the variant's name.
-      setting: the setting's name; "" where there is only one.
-      overrides: the fields that differ from the base, the setting's first.
-      seed: replaces `config.seed`.
-      config: the resolved configuration.
-      identity: hash of the label and of the fields that fix the run and are not at their
-        default. Two labels may stand for the same run: what both measure is the noise between
-        equals.
-    """
-
-    number: int
-    label: str
-    setting: str
-    overrides: dict
-    seed: int
-    config: object
-    identity: str
-
-    @property
-    def folder(self) -> str:
-        """The run's workdir, relative to the study's."""
-        name = sweep.slug(f"{self.label} {self.setting}")
-        return f"runs/{name}-s{self.seed}-{self.identity[:8]}"
-
-    @property
-    def work(self) -> float:
-        """How long a run should take, in multiply-adds of its model's blocks: what runs of one
-        study compare by. A duration that is no number of steps counts as one step.
-        """
-        c = self.config
-        spec = model_spec(configs.plain(c.model), 256, c.data.seq_len)
-        steps = c.train.steps if isinstance(c.train.steps, int) else 1
-        return steps * c.data.batch_size * spec.forward_macs(c.data.seq_len)
 
 
 class Study:
@@ -99,16 +59,11 @@ class Study:
         self.settings = dict(zip(names, settings)) if len(settings) > 1 else {"": settings[0]}
         self.setting = names[0] if len(settings) == 1 and settings[0] else None
         self.reference = options.get("reference")
-        # Seed by seed, so that a study cut short has whole rows.
-        self._parts = [
-            (label, point, name, setting, seed)
-            for name, setting in self.settings.items()
-            for seed in self.seeds
-            for label, point in zip(self.labels, self.points)
-        ]
-        first = range(len(self.points))
-        for number in (*first, *range(0, len(self), len(self.seeds) * len(first))):
-            self.task(number)
+        grids = [*self.points, *self.settings.values()]
+        self.tuning = read_tuning(options.get("tuned"), self.seeds, grids)
+        self._parts = self._all_parts()
+        self._made: dict[tuple, Task] = {}
+        self._check_parts()
 
     def __len__(self) -> int:
         """Number of tasks."""
@@ -116,43 +71,93 @@ class Study:
 
     def task(self, number: int) -> Task:
         """Task `number`, which a run of its own makes without the others."""
-        return self._task(number, *self._parts[number])
+        part = self._parts[number]
+        if part.phase == COMPARE:
+            return self._compared(number, self.chosen([(part.label, part.setting)]))
+        return self._make(number, part)
 
-    @functools.cached_property
+    @property
     def tasks(self) -> list[Task]:
-        """All of them."""
-        return [self.task(number) for number in range(len(self))]
+        """All of them; those whose tuning has ended by now have the value that it chose."""
+        chosen = self.chosen() if self.tuning else {}
+        return [
+            self._compared(number, chosen) if part.phase == COMPARE else self._make(number, part)
+            for number, part in enumerate(self._parts)
+        ]
 
-    def _task(
-        self, number: int, label: str, point: dict, setting: str, fields: dict, seed: int
-    ) -> Task:
-        twice = (fields.keys() & point.keys()) - {"label"}
-        if twice:
-            raise UserError(f"{sorted(twice)[0]} stands in a point and in a setting of the grid")
-        both = {**fields, **point}
-        overrides = {field: value for field, value in both.items() if field != "label"}
-        config = configs.from_dict(self.base)
-        try:
-            for name, value in overrides.items():
-                if name in config or name.count(".") == 0:
-                    near = configs.near_field(name)
-                    raise UserError(
-                        f"{name!r} is not a field: write one such as 'model.sharing'{near}"
-                    )
-                configs.set_field(config, name, value)
-            config.seed = seed
-            configs.validate(config)
-        except (UserError, TypeError, AttributeError) as error:
-            told = f"the grid's point {label!r} is no legal configuration: {error}"
-            raise UserError(told) from None
-        # Fields at their default are left out: one that is added later leaves old runs what they
-        # are. A base whose default has changed is told by `claim`, which compares all of them.
-        fixed = configs.identity(config)
-        for name in self.locations.keys() - overrides.keys():
-            fixed[name] = self.locations[name]
-        given = {name: value for name, value in fixed.items() if value != _defaults().get(name)}
-        identity = sweep.identity_hash(given | {"label": label})
-        return Task(number, label, setting, overrides, seed, config, identity)
+    def _all_parts(self) -> list[Part]:
+        """What the numbers stand for: seed by seed, so that a study cut short has whole rows."""
+        phases = [("", self.seeds, [None])]
+        if self.tuning:
+            phases = [
+                (TUNE, self.tuning.seeds, self.tuning.values),
+                (COMPARE, self.seeds, [None]),
+            ]
+        return [
+            Part(
+                phase,
+                label,
+                sweep.in_setting(point, name or self.setting or ""),
+                name,
+                setting,
+                seed,
+                value,
+            )
+            for phase, seeds, values in phases
+            for name, setting in self.settings.items()
+            for seed in seeds
+            for label, point in zip(self.labels, self.points)
+            for value in values
+        ]
+
+    def _check_parts(self) -> None:
+        """Makes a task of each point, and one in each setting, which refuses what is not legal."""
+        first_setting = next(iter(self.settings))
+        first_seeds = {self.seeds[0], *(self.tuning.seeds[:1] if self.tuning else ())}
+        for number, part in enumerate(self._parts):
+            first = part.setting == first_setting or part.label == self.labels[0]
+            if first and part.seed in first_seeds:
+                self._make(number, part)
+
+    def chosen(self, groups: list[tuple[str, str]] | None = None) -> dict[tuple[str, str], object]:
+        """Returns (label, setting) -> its best value, where all its tuning runs are finished.
+
+        Args:
+          groups: some (label, setting); None means all.
+        """
+        if groups is None:
+            groups = [(label, setting) for setting in self.settings for label in self.labels]
+        runs = {group: self.tuning_runs(*group) for group in groups}
+        done = self.done([task for tasks in runs.values() for task in tasks])
+        found = {}
+        for group, tasks in runs.items():
+            if all(task.identity in done for task in tasks):
+                scores: dict = {}
+                for task in tasks:
+                    scores.setdefault(task.value, []).append(done[task.identity]["score"])
+                found[group] = self.tuning.best(scores)
+        return found
+
+    def tuning_runs(self, label: str, setting: str) -> list[Task]:
+        """Returns the runs that choose a point's value in a setting."""
+        return [
+            self._make(number, part)
+            for number, part in enumerate(self._parts)
+            if part.phase == TUNE and (part.label, part.setting) == (label, setting)
+        ]
+
+    def _compared(self, number: int, chosen: dict[tuple[str, str], object]) -> Task:
+        """A run of the second phase, which waits where its value is not among the chosen ones."""
+        part = self._parts[number]
+        return self._make(number, part._replace(value=chosen.get((part.label, part.setting))))
+
+    def _make(self, number: int, part: Part) -> Task:
+        """The task of a part, made once."""
+        key = (number, part.value)
+        if key not in self._made:
+            field = self.tuning.field if self.tuning else ""
+            self._made[key] = make_task(number, part, self.base, self.locations, field)
+        return self._made[key]
 
     def _locations(self) -> dict[str, str]:
         """Where the data lie, as the first runs of this workdir wrote it.
@@ -187,7 +192,11 @@ class Study:
     def configs(self) -> dict[str, object]:
         """The first seed's config of each point in the first setting, by label; the baseline
         first."""
-        return {label: self.task(i).config for i, label in enumerate(self.labels)}
+        first = next(n for n, part in enumerate(self._parts) if part.phase != TUNE)
+        return {
+            label: self._make(first + i, self._parts[first + i]).config
+            for i, label in enumerate(self.labels)
+        }
 
     @functools.cached_property
     def dataset(self):
@@ -224,17 +233,20 @@ class Study:
         """Identity -> the line of each finished run, of `tasks` or of all, on its data as they
         are now."""
         tasks = self.tasks if tasks is None else tasks
-        digests = {task.identity: self.digest(task) for task in tasks}
+        by_identity = {task.identity: task for task in tasks}
+        ended = [line for line in self.lines() if line["status"] == "done"]
         return {
             line["identity"]: line
-            for line in self.lines()
-            if line["status"] == "done" and line["data_digest"] == digests.get(line["identity"])
+            for line in ended
+            if line["identity"] in by_identity
+            and line["data_digest"] == self.digest(by_identity[line["identity"]])
         }
 
     def pending(self) -> list[Task]:
         """Tasks that are not finished."""
-        done = self.done()
-        return [task for task in self.tasks if task.identity not in done]
+        tasks = self.tasks
+        done = self.done(tasks)
+        return [task for task in tasks if task.identity not in done]
 
     def _environment(self) -> dict:
         """Where the first run that ended was trained, as it told itself."""
@@ -245,19 +257,42 @@ class Study:
         return {}
 
     def listing(self) -> str:
-        """A line a task: number, state, seed, identity, label, folder."""
-        done = self.done()
+        """A line a task: number, state, seed, identity, label, folder; in a tuned study its phase
+        too."""
+        tasks = self.tasks
+        done = self.done(tasks)
         failed = {line["identity"] for line in self.lines() if line["status"] == "failed"}
-        width = max(len(label) for label in self.labels)
-        lines = [f"point  state    seed  identity      {'label':<{width}}  folder"]
-        for task in self.tasks:
+        width = max(len(task.name) for task in tasks)
+        phases = {"": "", TUNE: f"{TUNE:7s}  ", COMPARE: f"{COMPARE}  "}
+        head = f"{'phase':7s}  " if self.tuning else ""
+        lines = [f"point  {head}state    seed  identity      {'label':<{width}}  folder"]
+        for task in tasks:
             state = "failed" if task.identity in failed else "-"
             state = "done" if task.identity in done else state
+            state = "waits" if task.waits else state
             lines.append(
-                f"{task.number:5d}  {state:7s}  {task.seed:4d}  {task.identity}"
-                f"  {task.label:<{width}}  {task.folder}"
+                f"{task.number:5d}  {phases[task.phase]}{state:7s}  {task.seed:4d}"
+                f"  {task.identity or '-':12s}  {task.name:<{width}}"
+                f"  {'-' if task.waits else task.folder}"
             )
         return "\n".join(lines)
+
+    def remarks(self) -> list[str]:
+        """Returns what a reader of the study must know about what was tuned, a sentence each."""
+        if not self.tuning:
+            return []
+        found = [self.tuning.remark(*group, value) for group, value in self.chosen().items()]
+        return [sentence for sentence in found if sentence]
+
+    def _tuned(self) -> dict:
+        """What study.json says about tuning."""
+        if not self.tuning:
+            return {}
+        chosen = [
+            {"label": label, "setting": setting, "value": value}
+            for (label, setting), value in self.chosen().items()
+        ]
+        return {"tuned": {**self.tuning._asdict(), "chosen": chosen}}
 
     def claim(self, command: str, keep_command: bool = False) -> None:
         """Refuses a workdir of another study, then writes study.json for the report.
@@ -275,6 +310,8 @@ class Study:
             before, after = map(configs.identity, both)
             if old["data"]["digest"] == self.dataset.digest:
                 before |= {name: after[name] for name in LOCATIONS}
+            if self.tuning:  # each run has a seed of its own; the tuning ones may have been there
+                before |= {"seed": after["seed"]}
             lines = configs.differing(before, after)
             if old["data"]["digest"] != self.dataset.digest:
                 lines.append(f"data: {old['data']['digest'][:12]} -> {self.dataset.digest[:12]}")
@@ -286,7 +323,7 @@ class Study:
                 )
         measured = read_json(self.workdir / "measurements.json")
         points = [
-            {"label": label, "overrides": {k: v for k, v in point.items() if k != "label"}}
+            {"label": label, **sweep.overrides_of(point)}
             for label, point in zip(self.labels, self.points)
         ]
         environment = measured.get("environment") or old.get("environment") or self._environment()
@@ -296,15 +333,10 @@ class Study:
             "title": self.title, "baseline": self.labels[0], "points": points,
             "settings": [name for name in self.settings if name], "setting": self.setting,
             "reference": self.reference,
-            "seeds": self.seeds, "config": self.base, "locations": self.locations,
+            "seeds": self.seeds, **self._tuned(), "config": self.base, "locations": self.locations,
             "command": old["command"] if old and keep_command else command,
             "environment": environment, "data": {"source": self.base["data"]["source"]} | data,
         })  # fmt: skip
-
-
-@functools.cache
-def _defaults() -> dict:
-    return configs.identity(configs.default())
 
 
 def _grid(name: str, points) -> tuple[list[dict], list[str]]:

@@ -6,7 +6,8 @@ import sys
 import time
 
 from qkvjax.progress import duration
-from qkvjax.studies.grid import Study, Task
+from qkvjax.studies.grid import Study
+from qkvjax.studies.task import Task
 from qkvjax.training.metrics import read_lines
 
 
@@ -25,6 +26,7 @@ class Live:
         self.metric, self._key = study.metric.replace("_", " "), f"eval/{study.metric}"
         self.expected, self.began = expected, time.monotonic()
         self.done: list[tuple[Task, dict, float]] = []
+        self._width = max((len(task.name) for task in pending), default=0)
         self._rows = 0
         self._terminal = sys.stdout.isatty()
 
@@ -51,6 +53,11 @@ class Live:
         fixed = 0.8 * min(taken)
         return fixed, (sum(taken) - fixed * len(taken)) / sum(t.work for t, _, _ in self.done)
 
+    def drop(self, tasks: list[Task]) -> None:
+        """Takes runs that need not be trained out of the count."""
+        numbers = {task.number for task in tasks}
+        self.pending = [task for task in self.pending if task.number not in numbers]
+
     def finished(self, task: Task, line: dict, seconds: float) -> None:
         """Takes note of a run that ended, and prints it."""
         self.done.append((task, line, seconds))
@@ -58,12 +65,12 @@ class Live:
             told = f"{line['score']:.4f} {self.metric}"
         else:
             told = f"failed: {line['error'].splitlines()[0]}"
-        width = max(len(label) for label in self.study.labels)
+        self._width = max(self._width, len(task.name))
         self._clear()
         print(
             f"[{len(self.done):>{len(str(len(self.pending)))}}/{len(self.pending)}]"
-            f" {task.label:<{width}}  {task.setting}{'  ' * bool(task.setting)}seed {task.seed}"
-            f"  {told}  {duration(seconds)}"
+            f" {task.name:<{self._width}}  {task.setting}{'  ' * bool(task.setting)}"
+            f"seed {task.seed}  {told}  {duration(seconds)}"
             + (f", about {duration(self.left())} left" if self.left() else ""),
             flush=True,
         )
@@ -73,7 +80,6 @@ class Live:
         if not self._terminal:
             return
         self._clear()
-        width = max(len(label) for label in self.study.labels)
         lines = []
         for task in running:
             records = read_lines(self.study.workdir / task.folder / "metrics.jsonl")
@@ -81,7 +87,7 @@ class Live:
             losses = [r["train/loss"] for r in records if "train/loss" in r]
             scores = [r[self._key] for r in records if self._key in r]
             lines.append(
-                f"  {task.label:<{width}}  seed {task.seed}  step {last.get('step', 0):>7,}"
+                f"  {task.name:<{self._width}}  seed {task.seed}  step {last.get('step', 0):>7,}"
                 f"  loss {losses[-1] if losses else float('nan'):7.4f}"
                 f"  {self.metric} {scores[-1] if scores else float('nan'):7.4f}"
             )

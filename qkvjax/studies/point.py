@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from qkvjax.errors import UserError
-from qkvjax.studies.grid import Study, Task
+from qkvjax.studies.grid import Study
+from qkvjax.studies.task import Task
+from qkvjax.studies.tuning import TUNE
 from qkvjax.training.guard import DIVERGED
 from qkvjax.training.metrics import append_line, read_json, read_lines
 from qkvjax.training.signals import Stopped
@@ -20,13 +22,16 @@ def train_point(study: Study, number: int) -> int:
     """Trains task `number` in this process; a failure is recorded before it is raised.
 
     Raises:
-      UserError: no such point.
+      UserError: no such point, or the tuning runs that choose its value are not finished.
     """
     if not 0 <= number < len(study):
         raise UserError(f"--point={number} is none of 0 to {len(study) - 1}: see --list")
     task = study.task(number)
+    if task.waits:
+        raise UserError(_missing(study, task))
     if study.done([task]):
-        print(f"point {number} ({task.label}, seed {task.seed}) is finished")
+        take_over(study, [task])
+        print(f"point {number} ({task.name}, seed {task.seed}) is finished")
         return 0
     try:
         append_line(study.results, _train(study, task))
@@ -38,13 +43,44 @@ def train_point(study: Study, number: int) -> int:
     return 0
 
 
+def _missing(study: Study, task: Task) -> str:
+    """Which tuning runs a run of the second phase waits for."""
+    runs = study.tuning_runs(task.label, task.setting)
+    done = study.done(runs)
+    missing = [
+        f"{run.number} ({run.name}, seed {run.seed})" for run in runs if run.identity not in done
+    ]
+    return (
+        f"--point={task.number} compares {task.label} at its best {study.tuning.field}, which is"
+        f" not known yet: {len(missing)} of {len(runs)} tuning runs are not finished; first run"
+        f" --point={', '.join(missing)}"
+    )
+
+
 def heading(study: Study, task: Task) -> dict:
     """What every line about a run says first."""
-    return {
+    line = {
         "label": task.label, "setting": task.setting, "overrides": task.overrides,
         "seed": task.seed, "identity": task.identity, "data_digest": study.digest(task) or "",
         "workdir": task.folder,
     }  # fmt: skip
+    return line | {"phase": task.phase, "tuned": task.value} if task.phase else line
+
+
+def take_over(study: Study, tasks: list[Task]) -> None:
+    """Writes the lines of finished runs anew where another study of this workdir named them.
+
+    A run with a value of a tuned field is also a point of an ordinary study, called
+    "Q-K=V learning_rate=0.002" there, and its identity is the same.
+    """
+    done = study.done(tasks)
+    for task in tasks:
+        line = done.get(task.identity)
+        if line and (line.get("label"), line.get("phase", "")) != (task.label, task.phase):
+            first = heading(study, task)
+            named = {*first, "phase", "tuned"}
+            rest = {name: value for name, value in line.items() if name not in named}
+            append_line(study.results, first | rest)
 
 
 def failure(study: Study, task: Task, error: str) -> dict:
@@ -94,7 +130,7 @@ def _look(study: Study, task: Task, folder, summary: dict) -> dict:
              if name.startswith("inside/")}  # fmt: skip
     found = {"sample": None, "inside": means or None, "spectra": None}
     first = task.seed == study.seeds[0] and task.setting == next(iter(study.settings))
-    if study.metric != "bits_per_byte" and not first:
+    if task.phase == TUNE or (study.metric != "bits_per_byte" and not first):
         return found
     model, tokenizer, config, _ = load_model(folder)
     if tokenizer is not None:

@@ -18,13 +18,16 @@ import time
 import zlib
 from pathlib import Path
 
+from qkvjax import sweep
 from qkvjax.errors import UserError
 from qkvjax.parallel.mesh import idle_devices
 from qkvjax.progress import duration
 from qkvjax.studies import devices
-from qkvjax.studies.grid import Study, Task
+from qkvjax.studies.grid import Study
 from qkvjax.studies.live import Live
-from qkvjax.studies.point import failure
+from qkvjax.studies.point import failure, take_over
+from qkvjax.studies.task import Task
+from qkvjax.studies.tuning import TUNE
 from qkvjax.training.metrics import append_line, read_json, write_json
 
 OVERHEAD_SECONDS = 16.0  # of a run's process: imports, compilation, evaluations, saving
@@ -53,14 +56,12 @@ def run_all(
       max_seconds: no run starts that would probably end later than this.
     """
     began = time.monotonic()
+    take_over(study, study.tasks)
     pending = study.pending()
-    total = len(study.tasks)
     if not pending:
-        print(f"all {total} runs are finished")
+        print(f"all {len(study)} runs are finished")
         return 0
-    times = f" x {len(study.settings)} settings" if len(study.settings) > 1 else ""
-    print(f"{len(study.points)} variants{times} x {len(study.seeds)} seeds: {total} runs,"
-          f" {total - len(pending)} finished")  # fmt: skip
+    print(f"{_factors(study)}: {len(study)} runs, {len(study) - len(pending)} finished")
     here = devices.find()
     on_cpu = here.platform == "cpu"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
@@ -78,7 +79,9 @@ def run_all(
     # A job's end by SIGTERM must not leave its runs behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     live = Live(study, pending, expected, jobs)
-    waiting, running, failed, skipped = list(pending), {}, 0, 0
+    waiting = [task for task in pending if not task.waits]
+    blocked = [task for task in pending if task.waits]
+    running, failed, skipped = {}, 0, 0
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -100,6 +103,9 @@ def run_all(
                 line = _outcome(study, task, process.returncode, known)
                 failed += line["status"] == "failed"
                 live.finished(task, line, time.monotonic() - since)
+                if blocked and task.phase == TUNE:
+                    blocked, released = _released(study, blocked, live)
+                    waiting += released
             live.show([task for task, *_ in running.values()])
     except BaseException:
         for _, process, *_ in running.values():
@@ -111,12 +117,50 @@ def run_all(
         signal.signal(signal.SIGTERM, before)
         live.close()
     study.claim("", keep_command=True)  # with the environment that the runs tell
-    if not skipped and not failed:
+    if not skipped and not failed and not blocked:
         shutil.rmtree(study.workdir / ".compiled", ignore_errors=True)
     if skipped:
         print(f"--max_seconds={max_seconds:g} left no time for {skipped} runs;"
               " the same command goes on with them")  # fmt: skip
+    if blocked:
+        print(_why_blocked(study, blocked))
     return failed
+
+
+def _factors(study: Study) -> str:
+    """What multiplies to the runs of a study: "5 variants x 3 seeds"."""
+    points = f"{len(study.points)} variants"
+    if len(study.settings) > 1:
+        points += f" x {len(study.settings)} settings"
+    seeds = f"{len(study.seeds)} seeds"
+    if study.tuning is None:
+        return f"{points} x {seeds}"
+    values = f"{len(study.tuning.values)} values of {sweep.last_part(study.tuning.field)}"
+    tried = f"{values} x {len(study.tuning.seeds)} tuning seeds"
+    return f"{points} x ({tried}, then the best value x {seeds})"
+
+
+def _released(study: Study, blocked: list[Task], live: Live) -> tuple[list[Task], list[Task]]:
+    """Divides runs that waited for tuning into those that still wait and those to train now."""
+    tasks = study.tasks
+    known = [tasks[task.number] for task in blocked]
+    ready = [task for task in known if not task.waits]
+    done = study.done(ready) if ready else {}
+    finished = [task for task in ready if task.identity in done]
+    take_over(study, finished)
+    live.drop(finished)
+    still = [task for task in known if task.waits]
+    return still, [task for task in ready if task.identity not in done]
+
+
+def _why_blocked(study: Study, blocked: list[Task]) -> str:
+    """A sentence about runs that were not trained because their value is not known."""
+    labels = ", ".join(dict.fromkeys(task.label for task in blocked))
+    return (
+        f"{len(blocked)} runs of {labels} wait for tuning runs that are not finished; the same"
+        " command tries these again; where a value always fails, remove it from"
+        " config.study.tuned.values"
+    )
 
 
 def _on_accelerators(asked: int | None, here: devices.Devices, pending: list[Task]) -> int:

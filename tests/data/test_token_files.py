@@ -37,7 +37,7 @@ def test_a_folder_keeps_its_own_split(tmp_path):
     np.testing.assert_array_equal(scored(data), sum(held_out, []))
     assert data.num_validation_tokens == len(sum(held_out, []))
     for batch in data.scored_batches(1):
-        assert batch["num_bytes"] == batch["weights"].sum()
+        assert batch["num_bytes"].sum() == batch["weights"].sum()
     batch = data.batch(0, 0, 4, accumulation=2)
     starts = batch["inputs"] == SEPARATOR
     assert starts.any() and (batch["positions"][starts] == 0).all()

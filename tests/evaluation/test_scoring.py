@@ -72,7 +72,7 @@ def test_scoring_needs_less_memory_than_a_training_step():
     batch = scoring.abstract_batch(mesh, scoring.num_rows(config, mesh), 512)
     assert batch["inputs"].shape == (16, 512)
     with jax.set_mesh(mesh):
-        for program in (language.row_nats, accuracy.judge):
+        for program in (language.label_nats, accuracy.judge):
             scored = program.lower(state.model, batch, dtype=jnp.float32).compile()
             assert peak_bytes(scored) < 0.9 * peak_bytes(step)
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import simulated_study as simulated
 
-from qkvjax.analysis import formats
+from qkvjax import formats
 from qkvjax.report import files
 from qkvjax.report.answer import answer
 from qkvjax.report.decisions import decisions

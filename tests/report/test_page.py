@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import simulated_study as simulated
 
-from qkvjax.analysis import formats
-from qkvjax.report import files, page, plots, tables
+from qkvjax import formats
+from qkvjax.report import drawing, files, page, plots, tables
 from qkvjax.report.summary import summarize
 
 VOID = {"meta", "br", "link", "img", "hr"}
@@ -180,9 +180,9 @@ def test_the_report_imports_no_jax():
 
 def test_labels_are_spread_without_changing_order():
     wanted = [1.0, 1.01, 1.02, 3.0]
-    spread = plots.spread(wanted, 0.1)
+    spread = drawing.spread(wanted, 0.1)
     assert np.all(np.diff(spread) >= 0.1 - 1e-6) and spread[3] == 3.0
-    assert plots.spread([2.0, 1.0], 0.1) == [2.0, 1.0]
+    assert drawing.spread([2.0, 1.0], 0.1) == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("text,expected", [

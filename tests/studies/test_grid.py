@@ -8,7 +8,7 @@ import pytest
 
 from qkvjax import config as configs
 from qkvjax.errors import UserError
-from qkvjax.studies import grid
+from qkvjax.studies import task
 from qkvjax.studies.grid import Study
 from qkvjax.sweep import axis
 from qkvjax.training.metrics import append_line
@@ -83,12 +83,12 @@ def test_a_field_that_is_added_leaves_old_runs_what_they_are(study, monkeypatch)
         return config
 
     monkeypatch.setattr(configs, "default", later)
-    grid._defaults.cache_clear()
+    task.defaults.cache_clear()
     try:
         assert study(SHARED).tasks[0].identity == first
         assert study(SHARED, model__invented=4).tasks[0].identity != first
     finally:
-        grid._defaults.cache_clear()
+        task.defaults.cache_clear()
 
 
 def test_the_results_in_the_repository_are_those_of_its_recipe(recipe):
