@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh [--config.FIELD=VALUE ...]     more flags go to `qkvjax study`
 #
-# Makes .venv here, installs qkvjax (with CUDA where nvidia-smi answers), trains five sharings
+# Makes .venv here, installs qkvjax (with CUDA where nvidia-smi answers), trains five variants
 # x three seeds and prints where the report is. Started again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -10,7 +10,8 @@ it was trained on; with --data, the whole corpus. Each document is read on its o
 data.seq_len and every token is scored once, so that the score does not depend on the batch size.
 Parameters and rows are sharded over all devices. Tasks: bits_per_byte and perplexity of text;
 accuracy, of all labels and as a mean over classes, of what has labels. Lines are added to
-WORKDIR/evaluation.jsonl. --verify compares every array with the fingerprint that was saved beside
+WORKDIR/evaluation.jsonl, and what is lost on each document or example goes to
+WORKDIR/items/TASK.npz. --verify compares every array with the fingerprint that was saved beside
 it; a damaged checkpoint is exit code 45.
 """
 
@@ -25,6 +26,7 @@ from absl import flags
 
 from qkvjax import cli
 from qkvjax.errors import UserError, among
+from qkvjax.evaluation.items import Items
 from qkvjax.parallel import host
 
 # What each task writes a line about.
@@ -78,7 +80,9 @@ def body(values: flags.FlagValues) -> None:
         print(f"note: {values.data} is what the run was trained on: most of this text it has seen")
     for task in values.tasks or ["bits_per_byte" if tokenizer else "accuracy"]:
         with placed.on_mesh_of(model):
-            scores = score(task, model, dataset, config, values.batch_size)
+            items = Items()
+            scores = score(task, model, dataset, config, values.batch_size, items)
+        items.save(Path(values.workdir) / "items" / f"{task}.npz")
         for line in scores:
             line = {"task": task, **line, "step": step, "data": values.data or config.data.source}
             append_line(Path(values.workdir) / "evaluation.jsonl", line | {"date": host.now()})
@@ -113,8 +117,14 @@ def verify(workdir: Path, step: int | None) -> None:
         )
 
 
-def score(task: str, model, dataset, config, batch_size: int | None) -> list[dict]:
-    """The lines of a task on the validation split of a data set, one a metric."""
+def score(
+    task: str, model, dataset, config, batch_size: int | None, items: Items
+) -> list[dict]:
+    """Returns the lines of a task on the validation split of a data set, one a metric.
+
+    Args:
+      items: gets the scores by document or example.
+    """
     from qkvjax.evaluation import scoring
     from qkvjax.evaluation.evaluators import SCORES, check_text, num_scored
     from qkvjax.parallel import placed
@@ -128,6 +138,7 @@ def score(task: str, model, dataset, config, batch_size: int | None) -> list[dic
         dtype=config.train.compute_dtype,
         mesh=mesh,
         num_labels=num_scored(dataset),
+        items=items,
         log=print,
     )
     common = {"num_items": int(found["num_labels"]), "data_digest": dataset.digest}

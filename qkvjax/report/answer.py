@@ -186,13 +186,14 @@ def _test_set(summary: Summary) -> list[Answer]:
         if summary.compared.loc[label, "verdict"] != NOT_SHOWN and row["low"] <= 0 <= row["high"]
     ]
     about = "settings and seeds" if summary.settings else "seeds"
-    text = f"Verdicts are about {about}, on this test set. Over its {count:,} items, drawn anew"
+    items = "documents" if summary.metric.relative else "examples"
+    text = f"Verdicts are about {about}, on this test set. Over its {count:,} {items}, drawn anew"
     text += " (bootstrap), "
     if unsure:
         text += f"the difference of {formats.listed(unsure)} may vanish: another test set may not"
         text += " show it."
     else:
-        text += "each of them keeps its sign."
+        text += "every difference with a verdict keeps its sign."
     return [Answer("", text)]
 
 

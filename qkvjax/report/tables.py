@@ -209,10 +209,11 @@ def items(summary: Summary) -> Table | None:
         span = formats.percent_span(middle, low, high)
         rows.append([label, formats.percent(middle), about, span, Cell(sure, tone="quiet")])
     count = int(summary.items["num_items"].iloc[0])
-    columns = ["Variant", "Difference", "Over seeds", f"Over {count:,} items", "Another test set"]
+    what = "documents" if summary.metric.relative else "examples"
+    columns = ["Variant", "Difference", "Over seeds", f"Over {count:,} {what}", "Another test set"]
     caption = (
         "Two intervals about two questions. Over seeds (or settings): would other runs say the same"
-        " on this test set? Over items (documents, or examples), by a paired bootstrap: would these"
+        " on this test set? Over documents (or examples), by a paired bootstrap: would these"
         " runs say the same on another test set of this size? Both are corrected for all variants."
     )
     return table(columns, rows, ("Another test set",), caption)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from qkvjax.data.ahead import ahead
+from qkvjax.formats import count
 from qkvjax.parallel import host
 from qkvjax.parallel.distributed import Loudest, is_first, several
 from qkvjax.progress import duration
@@ -364,16 +365,25 @@ def _log_line(step: int, steps: int, line: Mapping[str, float], left: float | No
             f"{line['tokens_per_second']:,.0f} tokens/s",
             f"MFU {mfu}",
         ]
-    parts += [
-        f"{name} {value:.4f}"
-        for name, value in line.items()
-        if name.endswith(("/bits_per_byte", "/accuracy", "/loss")) and not name.startswith("train/")
-    ]
+    parts += _scores(line)
     if line.get("train/bad_steps"):
         parts.append(f"{line['train/bad_steps']} bad steps left out")
     if left is not None and step < steps:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def _scores(line: Mapping[str, float]) -> list[str]:
+    """Returns the scores of an evaluation as text, with how many labels they are of."""
+    scores = []
+    for name, value in line.items():
+        evaluator, _, score = name.rpartition("/")
+        if evaluator == "train" or score not in ("bits_per_byte", "accuracy", "loss"):
+            continue
+        labels = line.get(f"{evaluator}/num_labels")
+        sample = "" if score == "loss" or not labels else f" ({count(labels)} labels)"
+        scores.append(f"{name} {value:.4f}{sample}")
+    return scores
 
 
 def _progress_bar(start: int, steps: int, log: Callable[[str], None]):
