@@ -254,10 +254,15 @@ def _batch(config, devices, batch: int, memory: int) -> dict:
 
 
 def _roofline(own: dict, chip) -> dict:
-    """The least seconds a step can take, by FLOPs and by bytes; nothing for virtual devices."""
+    """The least seconds a step can take, by FLOPs and by bytes; nothing for virtual devices.
+
+    The products inside kernels of our own or of a library are not in the program's text: where the
+    model's formula counts more, it counts.
+    """
     if chip is None:
         return {"roofline_seconds": None}
-    seconds = [own["matmul_flops_per_device"] / chip.peak_flops]
+    flops = max(own["matmul_flops_per_device"], own["analytic_flops_per_device"])
+    seconds = [flops / chip.peak_flops]
     if own["bytes_accessed_per_device"]:
         seconds.append(own["bytes_accessed_per_device"] / chip.bandwidth)
     return {"roofline_seconds": max(seconds)}
@@ -289,7 +294,8 @@ def _lines(config, record: dict) -> list[str]:
         ("micro-batch", f"about {record['largest_micro_batch']:,} sequences fit at once, over"
                         " all devices"),
         ("FLOPs", f"{record['matmul_flops_per_device']:.3g} in matrix products a device and"
-                  f" step; {record['analytic_flops_per_device']:.3g} by the model's formula"),
+                  f" step, kernels of attention left out;"
+                  f" {record['analytic_flops_per_device']:.3g} by the model's formula, with them"),
         ("collectives", kinds or "none"),
         ("cache", f"{size(record['cache_bytes_per_token'])} a token in bfloat16, when it decodes"),
     ]  # fmt: skip

@@ -172,4 +172,6 @@ def test_hardware_that_is_not_here(tmp_path, compiler, topology, kind):
     record = json.loads((tmp_path / "plan.json").read_text())
     assert record["device_kind"] == kind and record["roofline_seconds"] > 0
     ratio = record["matmul_flops_per_device"] / record["analytic_flops_per_device"]
-    assert abs(ratio - 1) < 0.02
+    assert 0.5 < ratio < 1.02  # what a kernel of attention computes is not in the program's text
+    peaks = [record["programs"][name]["peak_bytes_per_device"] for name in ("evaluate", "train")]
+    assert 0 < peaks[0] <= peaks[1]
