@@ -210,7 +210,8 @@ def _figures(summary: Summary, figures: dict[str, str]) -> list[dict]:
     paper = paper if literature.pure(summary, "q-k=v") and summary.metric.relative else ""
     over = "settings and seeds" if summary.settings else "seeds"
     bands = "" if summary.settings else "; the bands reach from the best to the worst seed"
-    words = {"base": summary.baseline, "over": over + bands, "paper": paper}
+    first = f" of {summary.settings[0]}" if summary.settings else ""
+    words = {"base": summary.baseline, "over": over + bands, "paper": paper, "first": first}
     return [
         {"name": name, "svg": svg, "caption": captions[name].format(**words)}
         for name, svg in figures.items()

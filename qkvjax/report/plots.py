@@ -279,7 +279,8 @@ def _spectra(summary: Summary):
     """Singular values over the largest: a panel a variant, a line a projection."""
     spectra: dict[str, dict] = {}
     for line in summary.files.lines:
-        if line.get("spectra"):
+        wanted = not summary.settings or line.get("setting") == summary.settings[0]
+        if line.get("spectra") and wanted:
             spectra.setdefault(line["label"], line["spectra"])
     if not spectra:
         return None
