@@ -91,8 +91,12 @@ def span(low: float | None, high: float | None, write=difference) -> str:
 
 
 def percent_span(middle: float, low: float | None, high: float | None) -> str:
-    """An interval in percent with the decimals of its middle."""
+    """An interval in percent with the decimals of its middle, or as many more as show on which side
+    of zero its ends lie."""
     decimals = percent_decimals(middle)
+    for end in (low, high):
+        while end and decimals < 4 and round(100 * end, decimals) == 0:
+            decimals += 1
     return span(low, high, lambda value: percent(value, decimals))
 
 

@@ -54,9 +54,7 @@ def measured_difference(summary: Summary, row: pd.Series) -> str:
 def runs(summary: Summary, count: float) -> str:
     """Returns what a figure stands on: "3 seeds", or "12 settings"."""
     count = int(count)
-    if summary.settings:
-        return f"{count:,} setting" if count == 1 else f"{count:,} settings"
-    return formats.seeds(count)
+    return f"{count:,} {summary.unit}{'s' * (count != 1)}"
 
 
 def _without_baseline(summary: Summary) -> Answer:
@@ -96,12 +94,12 @@ def _equal_cache(summary: Summary) -> list[Answer]:
             lead = f"{where}, {names} are not told apart by this study."
             found.append(Answer(lead, f"The best mean is that of {best}."))
             continue
-        lead = f"{where}, {best} is the best use of these bytes:"
+        lead = f"{where}, {best} is the best use of these bytes among the variants tried:"
         lead += f" better than {formats.listed(gaps)}."
         text = ""
         if len(alike):
             lead = f"{where}, {best} has the best mean and is better than {formats.listed(gaps)}."
-            text = f"{formats.listed(list(alike.index))}: not told apart from it."
+            text = f"{formats.listed(list(alike.index))}: not told apart from {best}."
         found.append(Answer(lead, text))
     return found
 
@@ -122,7 +120,7 @@ def _against_baseline(summary: Summary) -> list[Answer]:
     """A sentence for each verdict against the baseline."""
     base = summary.baseline
     rows = summary.compared
-    zero = rows[(rows["difference"] == 0) & (rows["low"] == 0) & (rows["high"] == 0)]
+    zero = rows[rows["ties"] == rows["pairs"]]
     if len(zero) == len(rows):
         names = formats.listed(list(rows.index))
         lead = f"Exactly the same scores: {names} and {base} agree in every run."
@@ -132,7 +130,10 @@ def _against_baseline(summary: Summary) -> list[Answer]:
     unjudged = rows[rows["low"].isna()]
     sentences = []
     if not len(judged):
-        sentences.append(f"This run cannot tell any variant from {base}: one seed shows no spread.")
+        why = "one seed shows no spread"
+        if rows["units"].max() > 1:
+            why = "the differences show no spread"
+        sentences.append(f"This run cannot tell any variant from {base}: {why}.")
     for verdict, words in (
         (BETTER, f"Better than {base}: "),
         (WORSE, f"Worse than {base}: "),
@@ -164,7 +165,6 @@ def _with_cache(summary: Summary, label: str, row: pd.Series) -> str:
 
 def _ceiling(summary: Summary) -> list[Answer]:
     rows = summary.compared[summary.compared["ceiling"].astype(bool)]
-    rows = rows[~((rows["low"] == 0) & (rows["high"] == 0))]
     if not len(rows):
         return []
     each = [f"{label} in {row['ties']:.0f} of {row['pairs']:.0f}" for label, row in rows.iterrows()]
@@ -185,11 +185,13 @@ def _test_set(summary: Summary) -> list[Answer]:
         for label, row in items.iterrows()
         if summary.compared.loc[label, "verdict"] != NOT_SHOWN and row["low"] <= 0 <= row["high"]
     ]
-    about = "settings and seeds" if summary.settings else "seeds"
-    items = "documents" if summary.metric.relative else "examples"
-    text = f"Verdicts are about {about}, on this test set. Over its {count:,} {items}, drawn anew"
-    text += " (bootstrap), "
-    if unsure:
+    about = f"{summary.unit}s"
+    items_word = "documents" if summary.metric.relative else "examples"
+    text = f"Verdicts are about {about}, on this test set. Over its {count:,} {items_word}, drawn"
+    text += " anew (bootstrap), "
+    if (summary.compared["verdict"] == NOT_SHOWN).all():
+        text += "each has an interval of its own in the table below."
+    elif unsure:
         text += f"the difference of {formats.listed(unsure)} may vanish: another test set may not"
         text += " show it."
     else:
@@ -228,8 +230,8 @@ def _limits(summary: Summary) -> list[Answer]:
     if sizes:
         low, high = (formats.percent(size, sign=False) for size in (min(sizes), max(sizes)))
         span = low if low == high else f"{low} to {high} (by variant)"
-        text += f"with {stands_on}, true differences below {span} {summary.metric.of} are missed at"
-        text += " least one time in five"
+        text += f"with {stands_on}, true differences below about {span} {summary.metric.of} are"
+        text += " missed at least one time in five"
     elif rows["detectable"].isna().any():
         text += f"with {stands_on}, whether any difference is more than luck (run at least three)"
     else:
@@ -264,10 +266,11 @@ def _literature(summary: Summary) -> str:
     ours = summary.variants.loc[label, "difference"]
     start = " For comparison, the paper reports"
     if summary.base["num_params"] < _SMALL and not math.isnan(ours):
-        start = " Small, short runs overstate what tying costs: the paper reports"
-        if summary.relative(ours) <= literature.paper_bits("Q-K=V"):
-            start = " The gap moves with training, so a small, short run may tell too much or too"
-            start += " little of it: the paper reports"
+        start = " The gap moves with training, so a small, short run may tell too much or too"
+        start += " little of it: the paper reports"
+        low = summary.variants.loc[label, "low"]
+        if summary.relative(low) > literature.paper_bits("Q-K=V"):
+            start = " Small, short runs overstate what tying costs: the paper reports"
     return (
         f"{start} +3.1 % perplexity for Q-K=V at 300M parameters"
         f" ({formats.percent(literature.paper_bits('Q-K=V'))} of its bits, padding scored), and its"

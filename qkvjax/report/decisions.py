@@ -39,17 +39,19 @@ def _open(wish: str, choice: str, reason: str) -> list:
 def _best(summary: Summary, wish: str, candidates: pd.DataFrame) -> list:
     """The best mean score, if its corrected interval to every rival excludes zero."""
     candidates = candidates[candidates["score"].notna()]
-    best = candidates["score"].idxmin()
-    score = f"{summary.metric.text(candidates.loc[best, 'score'])} {summary.metric.name}"
     scores = summary.done[summary.done["label"].isin(candidates.index)]
-    against = statistics.compare(scores, best)
+    against = statistics.compare_best(scores)
+    if against is None:
+        return _open(wish, "not comparable", "the candidates have no run in common")
+    best = against.index[0]
+    score = f"{summary.metric.text(candidates.loc[best, 'score'])} {summary.metric.name}"
+    against = against.iloc[1:]
     rivals = against[against["verdict"] != statistics.WORSE]
-    alone = len(candidates) == 1
-    if not len(rivals) and len(against) == len(candidates) - 1:
-        more = ", the only one that finished" if alone else ", better than every other"
+    if not len(rivals):
+        more = ", better than every other" if len(against) else ", the only one of this kind"
         return _decided(wish, best, score + more)
-    names = formats.listed(list(rivals.index)) or "variants without a common seed"
-    needed = _more(rivals, len(against), 0.0)
+    names = formats.listed(list(rivals.index))
+    needed = _more(rivals, len(against), 0.0, summary.unit)
     reason = f"{best} leads, and is not shown to be better than {names}"
     return _open(wish, f"not separable: {needed}", reason)
 
@@ -63,16 +65,17 @@ def _smallest(summary: Summary) -> list:
     margin = MARGIN * (summary.base["score"] if summary.metric.relative else 1)
     size = "cache_bytes_per_token"
     rows = summary.compared[summary.compared[size].notna()]
-    shown = rows[rows["high"] <= margin]
+    informative = ~rows["ceiling"].astype(bool)
+    shown = rows[(rows["high"] <= margin) & informative & (rows[size] < summary.base[size])]
     choice, cache = summary.baseline, summary.base[size]
-    if len(shown) and shown[size].min() <= cache:
+    if len(shown):
         smallest = shown[shown[size] == shown[size].min()]
-        choice, cache = smallest["score"].idxmin(), smallest[size].iloc[0]
-    unsure = rows[~(rows["high"] <= margin) & ~(rows["low"] > margin) & (rows[size] < cache)]
+        choice, cache = " or ".join(smallest.index), smallest[size].iloc[0]
+    unsure = rows[~rows.index.isin(shown.index) & ~(rows["low"] > margin) & (rows[size] < cache)]
     if len(unsure):
         names = formats.listed(list(unsure.index))
         reason = f"{names} may or may not stay within it; {choice} does"
-        needed = _more(unsure, len(summary.compared), margin)
+        needed = _more(unsure, len(summary.compared), margin, summary.unit)
         return _open(wish, f"not separable: {needed}", reason)
     reason = f"{formats.num_bytes(cache)} a token"
     if choice == summary.baseline:
@@ -94,25 +97,27 @@ def _half(summary: Summary) -> list:
 def _fastest(summary: Summary, wish: str, key: str) -> list:
     """The smallest time ratio, if its interval stays below those of all others."""
     times = {label: ratio for label, ratio in summary.variants[key].items() if ratio}
+    measured = "" if len(times) == len(summary.variants) else ", of those measured"
     times[summary.baseline] = [1.0, 1.0, 1.0]
     best = min(times, key=lambda label: times[label][0])
     rivals = [name for name, t in times.items() if name != best and t[1] <= times[best][2]]
     if rivals:
         names = formats.listed([best, *rivals])
-        return _open(wish, "not separable: measure more rounds", f"{names} overlap")
+        return _open(wish, "not separable: measure more rounds", f"{names} overlap{measured}")
     reason = f"{formats.ratio(times[best][0])} the time of {summary.baseline}"
     if best == summary.baseline:
         reason = "each other variant takes longer"
-    return _decided(wish, best, reason)
+    return _decided(wish, best, reason + measured)
 
 
-def _more(rows: pd.DataFrame, comparisons: int, margin: float) -> str:
-    """Returns how many seeds would tell each difference from the margin."""
-    if not len(rows) or rows["low"].isna().any():
-        return "run at least three seeds"
-    if ((rows["difference"] == margin) & (rows["low"] == margin)).any():
+def _more(rows: pd.DataFrame, comparisons: int, margin: float, unit: str) -> str:
+    """Returns how many seeds (or settings) would tell each difference from the margin."""
+    if rows["low"].isna().any():
+        return f"run at least three {unit}s"
+    rows = rows[rows["ties"] < rows["pairs"]]
+    if not len(rows):
         return "identical scores"
     needed = [statistics.units_needed(row, comparisons, margin) for _, row in rows.iterrows()]
     if None in needed:
-        return f"more than {statistics.MOST_UNITS:,} seeds"
-    return f"about {max(needed):,} seeds"
+        return f"more than {statistics.MOST_UNITS:,} {unit}s"
+    return f"about {max(needed):,} {unit}s"

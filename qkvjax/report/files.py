@@ -86,9 +86,15 @@ def _read_study(path: Path) -> dict:
     try:
         labels = [point["label"] for point in study["points"]]
         known = study["baseline"] in labels
-        list(study["seeds"])
+        seeds = list(study["seeds"])
+        settings = list(study.get("settings") or [])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe a study (it lacks {error}): {remedy}") from None
+    for what, values in (("labels", labels), ("seeds", seeds), ("settings", settings)):
+        if len({*values}) < len(values) or len({type(value) for value in values}) > 1:
+            raise UserError(f"{path}: the {what} {values} must differ and be of one kind: {remedy}")
+    if any(not str(setting).strip() for setting in settings):
+        raise UserError(f"{path}: a setting has no name: {remedy}")
     if not known:
         raise UserError(
             f"{path}: the baseline {study['baseline']!r} is not one of the points"
@@ -132,13 +138,26 @@ def _read_measurements(path: Path, notes: list[str]) -> dict:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         notes.append("measurements.json is damaged; its columns say “not measured”.")
         return {}
+    for row in rows:
+        for name in ("step_ratio", "decode_ratio"):
+            ratio = row.get(name)
+            if ratio is not None and not (len(ratio) == 3 and all(map(_is_number, ratio))):
+                notes.append(
+                    f"measurements.json: {name} of {row.get('label')} is not a measurement."
+                )
+                row[name] = None
     return value
+
+
+def _is_number(value) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _checked(line: dict) -> dict:
     """Returns a result line; one without a finite score counts as failed."""
     score = line.get("score")
-    finite = isinstance(score, (int, float)) and math.isfinite(score)
+    finite = _is_number(score)
     if line.get("status") == "done" and not finite:
         return line | {"status": "failed", "error": f"the score is {score}, not a finite number"}
     return line

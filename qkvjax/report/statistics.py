@@ -7,16 +7,19 @@ seeds first, and its mean is one observation (clustered by setting).
 
 The model is d[i, u] = delta_i + noise for variant i and unit u (a seed or a setting):
 
-  - Below POOLED_BELOW units the standard error of variant i is the larger of two: that of its own
-    differences, and the one pooled over all variants (the residual of a two-way table, variants by
-    units). Pooling makes three seeds worth more than two degrees of freedom; the larger of both
-    keeps a variant that varies more than the others honest. From POOLED_BELOW units on each variant
-    has its own standard error.
-  - Several variants are compared with one baseline. Intervals are widened by the critical value of
-    Dunnett (1955) where the variance is pooled, else of Holm (1979), step by step: the clearest
+  - Below POOLED_BELOW units an interval is the wider of two. One has the larger of the variant's
+    own standard error and the one pooled over all variants (the residual of a two-way table,
+    variants by units), with the degrees of freedom of the table. The other has the variant's own
+    error and its own degrees of freedom. So a variant, a baseline or a setting that varies more
+    than the others raises no false alarm, nor does one that happens to vary little. From
+    POOLED_BELOW units on each variant stands on its own error.
+  - Several variants are compared with one baseline: intervals are widened by the critical value of
+    Dunnett (1955) below POOLED_BELOW units, else of Holm (1979), step by step: the clearest
     difference is corrected for all comparisons, the next for those that remain, as long as each
     excludes zero. So no more than 5 % of studies without any difference name one; simulations in
-    the tests hold it to that.
+    the tests hold it to that. Equivalence is judged by intervals that are corrected for all.
+  - Where the best of several is chosen by the same runs (`compare_best`), all pairs are corrected
+    for, by Tukey's studentized range or Bonferroni's bound.
   - Power follows the noncentral t distribution.
 """
 
@@ -39,9 +42,8 @@ COLUMNS = [
     "low",
     "high",
     "standard_error",
-    "degrees",
-    "pooled",
     "detectable",
+    "unit",
     "units",
     "pairs",
     "ties",
@@ -105,6 +107,14 @@ def bonferroni(comparisons: int, degrees: float, level: float = LEVEL) -> float:
 
 
 @functools.cache
+def tukey(variants: int, degrees: float, level: float = LEVEL) -> float:
+    """Returns the two-sided critical value for all pairs of variants: the studentized range."""
+    from scipy import stats
+
+    return float(stats.studentized_range.ppf(level, variants, degrees)) / math.sqrt(2)
+
+
+@functools.cache
 def detectable(critical: float, degrees: float) -> float:
     """Returns how many standard errors a true difference must measure to be found at POWER."""
     from scipy import optimize, stats
@@ -139,45 +149,116 @@ def differences(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return paired.droplevel("setting")
 
 
-def compare(
-    scores: pd.DataFrame, baseline: str, margin: float = math.nan, level: float = LEVEL
-) -> pd.DataFrame:
+def compare(scores: pd.DataFrame, baseline: str, margin: float = math.nan) -> pd.DataFrame:
     """Compares every variant with the baseline.
 
     Args:
       scores: columns label, setting, seed, score: a row a finished run.
       baseline: a label.
       margin: a difference within which variants count as equivalent, in the score's unit.
-      level: of all intervals together.
 
     Returns:
       Index: labels of the variants that have a seed in common with the baseline. Columns:
         difference, low, high: mean and corrected 95 % interval, in the score's unit; no interval
           (nan) of one unit, or of differences that are equal to the last bit and not zero, which
           independent runs do not give.
-        standard_error, degrees, pooled: of the difference; whether its variance is pooled.
-        detectable: the smallest true difference that is found four times in five.
-        units: seeds or settings that the interval stands on.
+        standard_error: of the difference; the larger one, where two are looked at.
+        detectable: about the smallest true difference that is found four times in five.
+        unit, units: "seed" or "setting", and how many of them the interval stands on.
         pairs, ties: runs compared, and how many of them are exactly equal.
         ceiling: at least half of the pairs are exactly equal.
-        equivalent: the interval lies within the margin.
+        equivalent: the interval, corrected for all comparisons, lies within the margin, and the
+          comparison is not at a ceiling.
         verdict: BETTER or WORSE where the interval excludes zero, else NOT_SHOWN.
     """
-    paired = differences(scores, baseline)
+    rows, comparisons = _rows(scores, baseline)
+
+    def half(row: dict, remaining: int) -> float:
+        own = row["own_error"], row["units"] - 1
+        if not row["degrees"]:
+            return bonferroni(remaining, own[1]) * own[0]
+        shared = dunnett(remaining, row["degrees"]) * row["standard_error"]
+        return max(shared, dunnett(remaining, own[1]) * own[0])
+
+    judged = [row for row in rows.values() if row["standard_error"] > 0]
+    whole = {id(row): half(row, comparisons) for row in judged}
+    judged.sort(key=lambda row: -abs(row["difference"]) / whole[id(row)])
+    remaining = comparisons
+    for row in judged:
+        _judge(row, half(row, remaining))
+        wide = abs(row["difference"]) + whole[id(row)]
+        row["equivalent"] = wide <= margin and not row["ceiling"]
+        # By the variant's own degrees of freedom, which limit where there are few units.
+        find = dunnett if row["degrees"] else bonferroni
+        effect = detectable(find(comparisons, row["units"] - 1), row["units"] - 1)
+        row["detectable"] = effect * row["standard_error"]
+        if row["verdict"] != NOT_SHOWN:
+            remaining -= 1
+    return _table(rows)
+
+
+def compare_best(scores: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame | None:
+    """Compares variants with the best of them, which the same runs choose.
+
+    Only the seeds and settings that every variant finished are looked at.
+
+    Args:
+      scores: as in `compare`.
+      level: of all intervals together.
+
+    Returns:
+      The columns of `compare`, the best variant first, whose difference is missing; None where the
+      variants have no run in common.
+    """
+    runs = _by_run(scores).dropna()
+    if not len(runs):
+        return None
+    means = runs.groupby(level="setting").mean().mean()
+    best = means.idxmin()
+    common = runs.stack().rename("score").reset_index()
+    rows, _ = _rows(common, best)
+    variants = runs.shape[1]
+    pairs = variants * (variants - 1) // 2
+    for row in rows.values():
+        if not row["standard_error"] > 0:
+            continue
+        half = bonferroni(pairs, row["units"] - 1, level) * row["own_error"]
+        if row["degrees"]:
+            shared = tukey(variants, row["degrees"], level) * row["standard_error"]
+            half = max(half, shared) if row["own_error"] > 0 else shared
+        _judge(row, half)
+    table = _table(rows).sort_values("difference")
+    return table.reindex([best, *table.index])
+
+
+def _rows(scores: pd.DataFrame, baseline: str) -> tuple[dict[str, dict], int]:
+    """Returns (label -> differences from the baseline without intervals, how many are compared)."""
+    paired = differences(scores, baseline).dropna(axis="columns", how="all")
     runs = _by_run(scores)
-    paired = paired.dropna(axis="columns", how="all")
-    varying = [label for label in paired if not (paired[label].dropna() == 0).all()]
+    unit = "setting" if paired.index.name == "setting" else "seed"
+    gaps = {label: (runs[label] - runs[baseline]).dropna() for label in paired}
+    varying = [label for label in paired if (gaps[label] != 0).any()]
     pooled, degrees = _pooled_variance(paired[varying].dropna().to_numpy())
     rows = {}
     for label in paired:
-        gaps = (runs[label] - runs[baseline]).dropna()
-        ties = int((gaps == 0).sum())
-        row = _difference(paired[label].dropna().to_numpy(), pooled, degrees)
-        row |= {"pairs": len(gaps), "ties": ties, "ceiling": ties >= CEILING * len(gaps)}
-        rows[label] = row
-    _step_down(rows, len(varying), level)
-    for row in rows.values():
-        row["equivalent"] = max(abs(row["low"]), abs(row["high"])) <= margin
+        row = _difference(paired[label].dropna().to_numpy(), pooled, degrees, label in varying)
+        ties = int((gaps[label] == 0).sum())
+        row |= {"pairs": len(gaps[label]), "ties": ties, "unit": unit}
+        rows[label] = row | {"ceiling": ties >= CEILING * len(gaps[label])}
+    return rows, len(varying)
+
+
+def _judge(row: dict, half: float) -> None:
+    """Gives a difference its interval and its verdict."""
+    row["low"] = row["difference"] - half
+    row["high"] = row["difference"] + half
+    if row["high"] < 0:
+        row["verdict"] = BETTER
+    elif row["low"] > 0:
+        row["verdict"] = WORSE
+
+
+def _table(rows: dict[str, dict]) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
     table.index.name = "label"
     return table
@@ -195,50 +276,36 @@ def _pooled_variance(paired: np.ndarray) -> tuple[float, float]:
     return 2 * float((residual**2).sum()) / degrees, degrees
 
 
-def _difference(values: np.ndarray, pooled: float, degrees: float) -> dict:
-    """Returns mean and standard error of one variant's differences; without an interval yet."""
+def _difference(values: np.ndarray, pooled: float, degrees: float, varies: bool) -> dict:
+    """Returns mean and standard errors of one variant's differences; without an interval yet.
+
+    Args:
+      values: [units], averaged over seeds where the unit is a setting.
+      pooled, degrees: of `_pooled_variance`.
+      varies: some run differs from the baseline's.
+    """
     units = len(values)
     row = {
         "difference": float(values.mean()),
         "low": math.nan,
         "high": math.nan,
         "standard_error": math.nan,
+        "own_error": math.nan,
         "degrees": 0,
-        "pooled": False,
         "detectable": math.nan,
         "units": units,
+        "equivalent": False,
         "verdict": NOT_SHOWN,
     }
-    if units > 1 and not values.any():  # the same computation, or a ceiling: exactly 0
+    if units > 1 and not varies:  # the same computation, or a ceiling: exactly 0
         return row | {"low": 0.0, "high": 0.0, "standard_error": 0.0, "detectable": 0.0}
     if units < 2 or (np.ptp(values) == 0 and not pooled > 0):
         return row
     own = float(values.var(ddof=1))
+    row["own_error"] = math.sqrt(own / units)
     if degrees and units < POOLED_BELOW:
-        error = math.sqrt(max(own, pooled) / units)
-        return row | {"standard_error": error, "degrees": degrees, "pooled": True}
-    if own == 0:
-        return row
-    return row | {"standard_error": math.sqrt(own / units), "degrees": units - 1}
-
-
-def _step_down(rows: dict[str, dict], comparisons: int, level: float) -> None:
-    """Gives differences their corrected intervals and verdicts, the clearest first."""
-    judged = [row for row in rows.values() if row["degrees"] > 0]
-    judged.sort(key=lambda row: -abs(row["difference"]) / row["standard_error"])
-    remaining = comparisons
-    for row in judged:
-        degrees = row["degrees"]
-        find_critical = dunnett if row["pooled"] else bonferroni
-        half = find_critical(remaining, degrees, level) * row["standard_error"]
-        effect = detectable(find_critical(comparisons, degrees, level), degrees)
-        row["low"] = row["difference"] - half
-        row["high"] = row["difference"] + half
-        row["detectable"] = effect * row["standard_error"]
-        if row["low"] <= 0 <= row["high"]:
-            continue
-        row["verdict"] = BETTER if row["high"] < 0 else WORSE
-        remaining -= 1
+        return row | {"standard_error": math.sqrt(max(own, pooled) / units), "degrees": degrees}
+    return row | {"standard_error": row["own_error"] or math.nan}
 
 
 def units_needed(row: pd.Series, comparisons: int, margin: float = 0.0) -> int | None:
@@ -257,10 +324,8 @@ def units_needed(row: pd.Series, comparisons: int, margin: float = 0.0) -> int |
     spread = row["standard_error"] * math.sqrt(row["units"])
 
     def enough(units: int) -> bool:
-        pooled = units < POOLED_BELOW
-        degrees = comparisons * (units - 1) if pooled else units - 1
-        critical = (dunnett if pooled else bonferroni)(comparisons, degrees)
-        return detectable(critical, degrees) * spread <= distance * math.sqrt(units)
+        critical = (dunnett if units < POOLED_BELOW else bonferroni)(comparisons, units - 1)
+        return detectable(critical, units - 1) * spread <= distance * math.sqrt(units)
 
     if not enough(MOST_UNITS):
         return None

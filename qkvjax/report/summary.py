@@ -111,12 +111,17 @@ class Summary:
         )
         return 1 - ours / base if base else math.nan
 
+    @property
+    def unit(self) -> str:
+        """What intervals stand on: "seed", or "setting" where several are finished."""
+        units = self.variants["unit"].dropna()
+        return units.iloc[0] if len(units) else "seed"
+
     def equal_cache(self) -> list[pd.DataFrame]:
         """Returns the variants by cache size, where several share one smaller than the baseline's.
 
-        A group is compared within itself, with its best variant: the columns of
-        `statistics.compare`, the best variant first, whose difference is missing. All groups
-        together are corrected for.
+        A group is compared within itself by `statistics.compare_best`, on the runs that all of it
+        finished; a group without such runs is left out. All groups together are corrected for.
         """
         column = "cache_bytes_per_token"
         rows = self.variants[self.variants["score"].notna() & self.variants[column].notna()]
@@ -125,12 +130,11 @@ class Summary:
         level = 1 - (1 - statistics.LEVEL) / max(1, len(groups))
         found = []
         for group in sorted(groups, key=lambda g: -g[column].iloc[0]):
-            best = group["score"].idxmin()
             scores = self.done[self.done["label"].isin(group.index)]
-            within = statistics.compare(scores, best, level=level)
-            order = [best, *within.sort_values("difference").index]
-            columns = ["score", column, "num_params"]
-            found.append(group.loc[order, columns].join(within))
+            within = statistics.compare_best(scores, level)
+            if within is not None:
+                columns = ["score", column, "num_params"]
+                found.append(group.loc[within.index, columns].join(within))
         return found
 
     @functools.cached_property

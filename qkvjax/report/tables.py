@@ -118,8 +118,8 @@ def equal_cache(summary: Summary) -> Table | None:
             if label == best:
                 rows.append([size, label, params, score, "–", Cell("best mean", tone="quiet")])
                 continue
-            middle = metric.text(row["difference"])
-            gap = Cell(f"+{middle}", _span(row["low"], row["high"], metric.text))
+            span = formats.signed(_span(row["low"], row["high"], metric.text))
+            gap = Cell(formats.signed(f"+{metric.text(row['difference'])}"), span)
             rows.append(["", label, params, score, gap, verdict(row)])
     if not rows:
         return None

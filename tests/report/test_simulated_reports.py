@@ -43,7 +43,7 @@ def test_null_studies_raise_few_alarms(tmp_path, variants, settings, seeds, sett
     """The last two have the shape of the synthetic study: no variant differs on average, but
     settings do."""
     rng = np.random.default_rng(0)
-    studies = 40
+    studies = 20
     alarms = 0
     for number in range(studies):
         scores = 2 + rng.normal(0, 0.015, (variants, settings, seeds))
@@ -56,7 +56,7 @@ def test_null_studies_raise_few_alarms(tmp_path, variants, settings, seeds, sett
 def test_effects_of_four_standard_errors_are_found(tmp_path):
     rng = np.random.default_rng(1)
     found = []
-    for number in range(40):
+    for number in range(20):
         scores = 2 + rng.normal(0, 0.01, (4, 1, 12))
         scores[1:] += 4 * 0.01 * math.sqrt(2 / 12)
         found += verdicts(study_of(tmp_path / str(number), scores))

@@ -77,19 +77,43 @@ def test_studies_without_a_difference_name_one_in_twenty_at_most(
     variants, settings, seeds, interaction
 ):
     """Bound: 5 % and three standard errors of the simulation."""
-    studies = 300
+    studies = 120
     found = alarms(studies, variants, settings, seeds, interaction=interaction)
     assert found <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
 
 
-def test_a_variant_that_varies_more_than_the_others_raises_no_alarm():
+@pytest.mark.parametrize("settings, seeds", [(1, 3), (1, 12), (2, 12), (3, 3)])
+@pytest.mark.parametrize("noisy", [0, 4], ids=["the baseline", "a variant"])
+def test_what_varies_more_than_the_others_raises_no_alarm(settings, seeds, noisy):
     rng = np.random.default_rng(1)
+    studies = 100
     named = 0
-    for _ in range(300):
-        scores = rng.normal(2, 0.01, (5, 1, 12))
-        scores[4] = rng.normal(2, 0.05, (1, 12))
+    for _ in range(studies):
+        scores = rng.normal(2, 0.01, (5, settings, seeds))
+        shape = (settings, 1) if settings > 1 else (1, seeds)
+        scores[noisy] += rng.normal(0, 0.04, shape)
         named += (compare(frame(scores), "v0")["verdict"] != NOT_SHOWN).any()
-    assert named <= 300 * 0.05 + 3 * math.sqrt(300 * 0.05 * 0.95)
+    assert named <= studies * 0.05 + 3 * math.sqrt(studies * 0.05 * 0.95)
+
+
+@pytest.mark.parametrize("seeds", [3, 8, 20])
+def test_the_best_of_several_equals_is_rarely_called_better(seeds):
+    rng = np.random.default_rng(8)
+    studies = 100
+    named = 0
+    for _ in range(studies):
+        table = statistics.compare_best(frame(rng.normal(2, 0.01, (5, 1, seeds))))
+        named += (table["verdict"] == WORSE).any()
+    assert named <= studies * 0.05 + 3 * math.sqrt(studies * 0.05 * 0.95)
+
+
+def test_the_best_is_chosen_on_the_runs_that_all_have():
+    """A variant that finished only the easy seeds is not the best for that."""
+    easy = {0: 2.0, 1: 2.3, 2: 2.6, 3: 2.9}
+    table = pairs(easy, {0: 2.05, 1: 2.34})
+    found = statistics.compare_best(table)
+    assert list(found.index) == ["base", "other"] and found["pairs"].iloc[1] == 2
+    assert statistics.compare_best(pairs({0: 1.0}, {1: 1.0})) is None
 
 
 @pytest.mark.parametrize("variants", [2, 4, 5])
@@ -97,7 +121,7 @@ def test_twelve_seeds_find_four_standard_errors_nine_times_in_ten(variants):
     rng = np.random.default_rng(2)
     found = [
         (compare(frame(simulated(variants, 1, 12, rng, effect=4.0)), "v0")["verdict"] == WORSE)
-        for _ in range(300)
+        for _ in range(150)
     ]
     assert np.mean(found) >= 0.9
 
@@ -105,15 +129,14 @@ def test_twelve_seeds_find_four_standard_errors_nine_times_in_ten(variants):
 def test_the_detectable_effect_is_found_four_times_in_five():
     rng = np.random.default_rng(3)
     for units in (3, 12):
-        degrees = 3 * (units - 1)
-        effect = statistics.detectable(statistics.dunnett(3, degrees), degrees)
+        effect = statistics.detectable(statistics.dunnett(3, units - 1), units - 1)
         one = slice(1, 2)
         found = [
             compare(frame(simulated(4, 1, units, rng, effect=effect, where=one)), "v0")
-            for _ in range(400)
+            for _ in range(150)
         ]
         power = np.mean([table.loc["v1", "verdict"] == WORSE for table in found])
-        assert 0.68 <= power <= 0.85  # less where a variant's own variance is the larger
+        assert power >= 0.65  # four times in five, in 150 simulations
 
 
 def test_critical_values_are_the_published_ones():
@@ -138,7 +161,7 @@ def test_identical_runs_differ_by_exactly_zero():
     scores = {0: 2.1, 1: 2.2, 2: 2.3}
     row = compare(pairs(scores, dict(scores)), "base").loc["other"]
     assert (row["difference"], row["low"], row["high"], row["units"]) == (0.0, 0.0, 0.0, 3)
-    assert row["verdict"] == NOT_SHOWN and row["ceiling"]
+    assert row["verdict"] == NOT_SHOWN and row["ceiling"] and not row["equivalent"]
     assert statistics.units_needed(row, 1) is None
 
 
