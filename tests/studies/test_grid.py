@@ -10,7 +10,7 @@ from qkvjax import config as configs
 from qkvjax.errors import UserError
 from qkvjax.studies import task
 from qkvjax.studies.grid import Study
-from qkvjax.sweep import axis
+from qkvjax.sweep import axis, label
 from qkvjax.training.metrics import append_line
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/synthetic"
@@ -107,6 +107,21 @@ def test_the_only_setting_keeps_its_name(study, recipe, tmp_path):
     assert written["settings"] == [] and written["setting"] == "sort d64 L2 H2"
     assert written["setting"] in written["reference"]["values"]
     assert written["data"]["source"] == "synthetic:sort"
+
+
+@pytest.mark.parametrize("length", [16, 64, 128])
+def test_each_length_that_the_authors_ran_has_their_figures(recipe, length):
+    study = recipe("configs/paper/synthetic.py", f"length={length}").study
+    labels = {setting["label"] for setting in study["settings"]}
+    values = configs.plain(study["reference"])["values"]
+    assert values.keys() == labels
+    for name, cell in values.items():
+        assert cell.keys() == {label(point) for point in study["points"]}, name
+        assert all(len(seeds) == 3 and 0 <= min(seeds) for seeds in cell.values()), name
+
+
+def test_a_length_that_nobody_ran_has_none(recipe):
+    assert recipe("configs/paper/synthetic.py", "length=32").study["reference"] is None
 
 
 def test_done_is_by_identity_and_data(study, tmp_path):
