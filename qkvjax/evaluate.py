@@ -117,9 +117,7 @@ def verify(workdir: Path, step: int | None) -> None:
         )
 
 
-def score(
-    task: str, model, dataset, config, batch_size: int | None, items: Items
-) -> list[dict]:
+def score(task: str, model, dataset, config, batch_size: int | None, items: Items) -> list[dict]:
     """Returns the lines of a task on the validation split of a data set, one a metric.
 
     Args:
