@@ -310,6 +310,9 @@ def validate(config) -> None:
 
 def _check_evaluator(name: str, options) -> None:
     """Raises UserError unless `options` describe an evaluator."""
+    # The name is a prefix of metrics and the name of a file.
+    if not re.fullmatch(r"config\.evals\.\w[\w-]*", name):
+        raise UserError(f"{name} is not a name of an evaluator: use letters, digits, _ and -")
     if not isinstance(options, Mapping):
         fields = ", ".join(EVALUATOR_FIELDS)
         raise UserError(f"{name}={options!r} is no evaluator: give it the fields {fields}")

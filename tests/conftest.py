@@ -1,6 +1,7 @@
 """What several folders of tests share."""
 # ruff: noqa: E402
 
+import contextlib
 import os
 import runpy
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from jax._src import compiler
+from jax.experimental.compilation_cache import compilation_cache
 
 from qkvjax import cli
 from qkvjax import config as configs
@@ -123,3 +125,46 @@ def model(tiny, filled):
         return filled(lambda: LanguageModel(spec, key=jax.random.key(0)))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def programs_kept_in():
+    """programs_kept_in(folder): a context in which compiled programs are kept in a folder."""
+
+    @contextlib.contextmanager
+    def kept_in(folder):
+        settings = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+        }
+        before = {name: getattr(jax.config, name) for name in settings}
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    return kept_in
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Lets the scheduler of a study train its runs in this process, and measure nothing."""
+    from qkvjax import study as door
+    from qkvjax.studies import scheduler
+
+    class Finished:
+        def __init__(self, code):
+            self.returncode = code
+
+        def poll(self):
+            return self.returncode
+
+    def start(study, task, arguments, core, environment):
+        return Finished(door.main(["qkvjax study", *arguments, f"--point={task.number}"]))
+
+    monkeypatch.setattr(scheduler, "_start", start)
+    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
+    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,8 @@ class PreparedRows:
     def documents(self, separator: int) -> np.ndarray:
         """Returns int32 [rows], the number of the document of each window.
 
-        The first window of a document begins with the separator. All windows are read for it once,
-        and what was found is kept beside them.
+        The first window of a document begins with the separator. Every window is read once; the
+        numbers are then kept in a file beside the windows.
         """
         path = self.folder / f"{self.split}_documents.npy"
         if not path.exists():
@@ -51,13 +51,14 @@ class PreparedRows:
             for start in range(0, self.count, 1024):
                 rows = self.read(range(start, min(start + 1024, self.count)))
                 starts.append(rows[:, 0] == separator)
-            found = np.cumsum(np.concatenate(starts), dtype=np.int32) - 1
+            numbers = np.cumsum(np.concatenate(starts), dtype=np.int32) - 1
+            # A name of its own: other processes, on other machines too, may write the same file.
+            draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.npy")
             try:
-                partial = path.with_name(f".{path.name}.{os.getpid()}.npy")
-                np.save(partial, found)
-                partial.replace(path)
-            except OSError:  # a folder that this user may only read: found anew each time
-                return found
+                np.save(draft, numbers)
+                draft.replace(path)
+            except OSError:  # the folder is read-only: every process computes the numbers
+                return numbers
         return np.load(path)
 
     def read(self, indices):

@@ -55,12 +55,13 @@ class Evaluator:
         average = getattr(state, "average", None)
         model = state.model if average is None else average
         arguments = {"batch_size": self.rows, "dtype": self.dtype, "mesh": self.mesh}
+        items = Items()
         if self.kind in PROGRAMS:
             arguments |= {"program": self.program, "pulse": pulse, "log": log}
             arguments["num_labels"] = num_scored(self.dataset, **self.options)
-            arguments["items"] = items = Items()
+            arguments["items"] = items
         scores = SCORES[self.kind](model, self.dataset, **arguments, **self.options)
-        if self.items_file is not None and self.kind in PROGRAMS and distributed.is_first():
+        if self.items_file is not None and distributed.is_first():
             items.save(self.items_file)
         return scores
 
@@ -80,7 +81,7 @@ def make_evaluators(config, dataset, mesh, workdir: Path | None = None) -> dict[
         options = dict(options)
         kind = options.pop("kind", "bits_per_byte")
         check_text(f"config.evals.{name}.kind", kind, dataset)
-        keeps = workdir is not None and options.get("split", "validation") == "validation"
+        scored = kind in PROGRAMS and options.get("split", "validation") == "validation"
         evaluators[name] = Evaluator(
             kind=kind,
             options=options,
@@ -88,7 +89,7 @@ def make_evaluators(config, dataset, mesh, workdir: Path | None = None) -> dict[
             rows=scoring.num_rows(config, mesh),
             dtype=jnp.dtype(config.train.compute_dtype),
             mesh=mesh,
-            items_file=workdir / "items" / f"{name}.npz" if keeps else None,
+            items_file=workdir / "items" / f"{name}.npz" if workdir and scored else None,
         )
     return evaluators
 

@@ -1,15 +1,17 @@
 """Scores by item: what a model loses on each document or example of a test set.
 
-A score is a ratio, sum(value) / sum(weight), over the items. Kept by item, the scores of two models
-can be compared on the same items, and the sampling error of the test set be told.
+A score is a ratio over items, sum(value) / sum(weight). With scores by item, two models can be
+compared on the same items, and the sampling error of the test set can be estimated.
 """
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
+
+from qkvjax.training.metrics import write_bytes
 
 
 class Items:
@@ -55,9 +57,12 @@ class Items:
         }
 
     def save(self, path: Path) -> None:
-        """Writes the arrays to an npz file, whole or not at all."""
+        """Writes the arrays to an npz file, whole or not at all.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        content = io.BytesIO()
+        np.savez_compressed(content, **self.arrays())
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **self.arrays())
-        partial.replace(path)
+        write_bytes(path, content.getvalue())

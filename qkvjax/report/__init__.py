@@ -1,1 +1,1 @@
-"""What a study found: results as DataFrames, statistics, plots, and the report."""
+"""The results of a study: DataFrames, statistics, plots and the report."""

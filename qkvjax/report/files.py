@@ -16,7 +16,8 @@ class StudyFiles(NamedTuple):
     Attributes:
       workdir: the folder that they were read from.
       study: study.json.
-      lines: of results.jsonl, the last one of each run that belongs to the study.
+      lines: of results.jsonl, the last one of each run that belongs to the study, each with its
+        setting ("" where there is one) and its phase ("compare", or "tune" in a tuned study).
       measured: measurements.json; {} when there is none.
       notes: what a reader must know about the files, one sentence each.
     """
@@ -50,7 +51,8 @@ def read(workdir: Path) -> StudyFiles:
         seeds = tuning if phase == "tune" else study["seeds"]
         if line.get("label") in labels and line.get("seed") in seeds and setting in settings:
             value = str(line.get("tuned")) if phase == "tune" else None
-            runs[line["label"], setting, line["seed"], phase, value] = _checked(line)
+            checked = _checked(line) | {"setting": setting, "phase": phase}
+            runs[line["label"], setting, line["seed"], phase, value] = checked
         else:
             others += 1
     if others:

@@ -195,9 +195,8 @@ def _mixtures(summary: Summary) -> list[str]:
                 "The runs did not all read the same data (their data digests differ): the scores"
                 " are not comparable. Run the study again in a fresh workdir."
             )
-    for label, steps in done.groupby("label")["steps"] if "steps" in done else ():
-        several = steps.dropna().groupby(done["setting"]).nunique().max() if len(steps) else 0
-        if several > 1:
+    for label, steps in done.groupby("label")["steps"]:
+        if steps.groupby(done["setting"]).nunique().max() > 1:
             listed = ", ".join(f"{value:.0f}" for value in sorted(steps.dropna().unique()))
             notes.append(f"The runs of {label} have different lengths ({listed} steps).")
     return notes
@@ -223,7 +222,7 @@ def _samples(summary: Summary) -> list[dict]:
     samples: dict[str, dict] = {}
     for line in sorted(summary.files.lines, key=lambda line: line["seed"]):
         sample = line.get("sample")
-        if sample and (line.get("phase") or "compare") == "compare":
+        if sample and line["phase"] == "compare":
             prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
             title = f"{line['label']}, seed {line['seed']}"
             text = text.removeprefix(prompt) if prompt else text

@@ -72,7 +72,6 @@ def frame(files: study_files.StudyFiles) -> pd.DataFrame:
             | {field: overrides.get(field, base.get(field)) for field in fields | overrides}
             | costs
             | {f"inside/{name}": value for name, value in (line.get("inside") or {}).items()}
-            | {"setting": line.get("setting") or "", "phase": line.get("phase") or "compare"}
             | {"train_flops_per_token": _train_flops(costs)}
         )
     table = pd.DataFrame(rows, columns=None if rows else list(FIRST))
@@ -90,16 +89,14 @@ def frame(files: study_files.StudyFiles) -> pd.DataFrame:
 
 def curves_frame(files: study_files.StudyFiles) -> pd.DataFrame:
     """Returns `curves` of files that were read."""
+    run = ("label", "setting", "seed", "phase")
     rows = [
-        {"label": line["label"], "setting": line.get("setting") or "", "seed": line["seed"]}
-        | {"phase": line.get("phase") or "compare"}
-        | point
+        {name: line[name] for name in run} | point
         for line in files.lines
         if line.get("status") == "done"
         for point in line.get("curve") or []
     ]
-    names = ["label", "setting", "seed", "phase", "step", "tokens", "seconds"]
-    return pd.DataFrame(rows, columns=None if rows else names)
+    return pd.DataFrame(rows, columns=None if rows else [*run, "step", "tokens", "seconds"])
 
 
 def _train_flops(costs: dict) -> float | None:
@@ -108,10 +105,10 @@ def _train_flops(costs: dict) -> float | None:
     return 6 * macs / length if macs and length else None
 
 
-def items(files: study_files.StudyFiles, line: dict, name: str = "eval") -> pd.DataFrame | None:
+def items(workdir: Path, name: str = "eval") -> pd.DataFrame | None:
     """Returns the scored items of a run, indexed by item, with columns value and weight; None where
     the run did not keep them. The score is sum(value) / sum(weight)."""
-    path = files.workdir / str(line.get("workdir")) / "items" / f"{name}.npz"
+    path = workdir / "items" / f"{name}.npz"
     if not path.is_file():
         return None
     with np.load(path) as arrays:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -173,24 +173,25 @@ def compare(scores: pd.DataFrame, baseline: str, margin: float = math.nan) -> pd
     """
     rows, comparisons = _rows(scores, baseline)
 
-    def half(row: dict, remaining: int) -> float:
-        own = row["own_error"], row["units"] - 1
-        if not row["degrees"]:
-            return bonferroni(remaining, own[1]) * own[0]
-        shared = dunnett(remaining, row["degrees"]) * row["standard_error"]
-        return max(shared, dunnett(remaining, own[1]) * own[0])
+    def critical(row: dict) -> Callable[..., float]:
+        return dunnett if row["degrees"] else bonferroni
+
+    def half_width(row: dict, remaining: int) -> float:
+        own = critical(row)(remaining, row["units"] - 1)
+        shared = dunnett(remaining, row["degrees"]) if row["degrees"] else 0.0
+        return _wider(row, own, shared)
 
     judged = [row for row in rows.values() if row["standard_error"] > 0]
-    whole = {id(row): half(row, comparisons) for row in judged}
-    judged.sort(key=lambda row: -abs(row["difference"]) / whole[id(row)])
+    for row in judged:
+        row["whole"] = half_width(row, comparisons)
+    judged.sort(key=lambda row: -abs(row["difference"]) / row["whole"])
     remaining = comparisons
     for row in judged:
-        _judge(row, half(row, remaining))
-        wide = abs(row["difference"]) + whole[id(row)]
-        row["equivalent"] = wide <= margin and not row["ceiling"]
+        _judge(row, half_width(row, remaining))
+        inside = abs(row["difference"]) + row["whole"] <= margin
+        row["equivalent"] = inside and not row["ceiling"]
         # By the variant's own degrees of freedom, which limit where there are few units.
-        find = dunnett if row["degrees"] else bonferroni
-        effect = detectable(find(comparisons, row["units"] - 1), row["units"] - 1)
+        effect = detectable(critical(row)(comparisons, row["units"] - 1), row["units"] - 1)
         row["detectable"] = effect * row["standard_error"]
         if row["verdict"] != NOT_SHOWN:
             remaining -= 1
@@ -220,13 +221,10 @@ def compare_best(scores: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame | N
     variants = runs.shape[1]
     pairs = variants * (variants - 1) // 2
     for row in rows.values():
-        if not row["standard_error"] > 0:
-            continue
-        half = bonferroni(pairs, row["units"] - 1, level) * row["own_error"]
-        if row["degrees"]:
-            shared = tukey(variants, row["degrees"], level) * row["standard_error"]
-            half = max(half, shared) if row["own_error"] > 0 else shared
-        _judge(row, half)
+        if row["standard_error"] > 0:
+            own = bonferroni(pairs, row["units"] - 1, level)
+            shared = tukey(variants, row["degrees"], level) if row["degrees"] else 0.0
+            _judge(row, _wider(row, own, shared))
     table = _table(rows).sort_values("difference")
     return table.reindex([best, *table.index])
 
@@ -246,6 +244,17 @@ def _rows(scores: pd.DataFrame, baseline: str) -> tuple[dict[str, dict], int]:
         row |= {"pairs": len(gaps[label]), "ties": ties, "unit": unit}
         rows[label] = row | {"ceiling": ties >= CEILING * len(gaps[label])}
     return rows, len(varying)
+
+
+def _wider(row: dict, own: float, shared: float) -> float:
+    """Returns the half-width of the wider of two intervals.
+
+    Args:
+      row: of `_rows`.
+      own: critical value for the variant's own standard error.
+      shared: for the larger of its own and the pooled one; 0 where nothing is pooled.
+    """
+    return max(own * row["own_error"], shared * row["standard_error"])
 
 
 def _judge(row: dict, half: float) -> None:
@@ -355,10 +364,10 @@ def bootstrap_items(
     items = len(weights)
     if items < 2:
         return mean, math.nan, math.nan
-    found = np.empty(draws)
+    means = np.empty(draws)
     for i in range(draws):
         drawn = generator.integers(0, items, items)
-        found[i] = gap[drawn].sum() / weights[drawn].sum()
+        means[i] = gap[drawn].sum() / weights[drawn].sum()
     tail = (1 - LEVEL) / 2 / comparisons
-    low, high = np.quantile(found, [tail, 1 - tail])
+    low, high = np.quantile(means, [tail, 1 - tail])
     return mean, float(low), float(high)

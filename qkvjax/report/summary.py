@@ -214,35 +214,47 @@ def _metric_key(study: dict, runs: pd.DataFrame) -> str:
 
 
 def _item_intervals(summary: Summary) -> pd.DataFrame:
-    lines = {
-        (line["label"], line.get("setting") or "", line["seed"]): line
-        for line in summary.files.lines
-        if line.get("status") == "done" and (line.get("phase") or "compare") == "compare"
-    }
-    labels = list(summary.compared.index)
+    kept = {}
+    for run in summary.done.itertuples():
+        found = results.items(summary.files.workdir / str(getattr(run, "workdir", None)))
+        if found is not None:
+            kept[run.label, run.setting, run.seed] = found
     rows = {}
+    labels = summary.compared.index
     for label in labels:
-        total = None
-        for (name, setting, seed), line in lines.items():
-            base = lines.get((summary.baseline, setting, seed))
-            if name != label or base is None:
-                continue
-            ours, theirs = (results.items(summary.files, one) for one in (line, base))
-            if ours is None or theirs is None or not ours.index.equals(theirs.index):
-                return pd.DataFrame()
-            here = pd.DataFrame(
-                {"base": theirs["value"], "ours": ours["value"], "weight": ours["weight"]}
-            )
-            here.index = pd.MultiIndex.from_product([[setting], here.index])
-            total = here if total is None else total.add(here, fill_value=0)
-        if total is None:
+        sums = _paired_items(summary, kept, label)
+        if sums is None:
             return pd.DataFrame()
-        values = total[["base", "ours"]].to_numpy().T
-        weights = total["weight"].to_numpy()
+        values = sums[["base", "ours"]].to_numpy().T
+        weights = sums["weight"].to_numpy()
         interval = statistics.bootstrap_items(values, weights, comparisons=len(labels))
-        rows[label] = [*interval, len(total)]
+        rows[label] = [*interval, len(sums)]
     columns = ["difference", "low", "high", "num_items"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def _paired_items(
+    summary: Summary, kept: dict[tuple, pd.DataFrame], label: str
+) -> pd.DataFrame | None:
+    """Returns the items of a variant and of the baseline, summed over the seeds that both finished:
+    columns base, ours and weight, indexed by setting and item. None where a run lacks its items or
+    has others.
+
+    Args:
+      kept: (label, setting, seed) -> items of a run.
+    """
+    runs = summary.done.set_index("label")[["setting", "seed"]]
+    both = runs.loc[[label]].merge(runs.loc[[summary.baseline]])
+    total = None
+    for setting, seed in both.itertuples(index=False):
+        ours = kept.get((label, setting, seed))
+        base = kept.get((summary.baseline, setting, seed))
+        if ours is None or base is None or not ours.index.equals(base.index):
+            return None
+        here = ours.rename(columns={"value": "ours"}).assign(base=base["value"])
+        here.index = pd.MultiIndex.from_product([[setting], here.index])
+        total = here if total is None else total.add(here, fill_value=0)
+    return total
 
 
 def write_csv(summary: Summary, path: Path) -> None:

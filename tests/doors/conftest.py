@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -61,7 +60,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings(folders):
+def surroundings(folders, programs_kept_in):
     """Data folder and import path of these tests and of their processes, and a cache of compiled
     programs: most runs compile the same few."""
     patch = pytest.MonkeyPatch()
@@ -70,18 +69,8 @@ def surroundings(folders):
     patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     patch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    settings = {
-        "jax_compilation_cache_dir": cache,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with programs_kept_in(cache):
+        yield
     patch.undo()
 
 

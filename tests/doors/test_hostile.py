@@ -10,15 +10,22 @@ def test_scoring_runs_and_writes_nothing_that_the_workdir_asks_for(process, tied
     for name in ("config.py", "qkvjax.py", "sitecustomize.py", "conftest.py", "json.py"):
         (workdir / name).write_text(canary)
         (workdir / "checkpoints" / name).write_text(canary)
-    config = json.loads((workdir / "config.json").read_text())
-    config["evals"] = {str(outside): {"kind": "bits_per_byte", "split": "validation"}}
-    (workdir / "config.json").write_text(json.dumps(config))
     before = set(tmp_path.rglob("*"))
     told = process("-m", "qkvjax.evaluate", f"--workdir={workdir}")
     assert told.code == 0, told.err
     added = set(tmp_path.rglob("*")) - before
-    assert added == {workdir / "evaluation.jsonl"}
+    items = workdir / "items"
+    assert added == {workdir / "evaluation.jsonl", items, items / "bits_per_byte.npz"} - before
     assert not outside.exists()
+
+
+def test_the_name_of_an_evaluator_is_not_a_path(door, tied, copy, tmp_path):
+    workdir = copy(tied)
+    config = json.loads((workdir / "config.json").read_text())
+    config["evals"] = {str(tmp_path / "outside"): {"kind": "bits_per_byte"}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    told = door("evaluate", f"--workdir={workdir}")
+    assert told.code == 2 and "is not a name of an evaluator" in told.err
 
 
 def test_a_configuration_that_leads_elsewhere_is_read_as_data_at_most(door, tied, copy):

@@ -83,28 +83,6 @@ def by_points(study, folders):
     return workdir
 
 
-@pytest.fixture
-def in_process(monkeypatch, study):
-    """Lets the scheduler train its runs in this process, and measure nothing."""
-    from qkvjax.studies import scheduler
-
-    class Finished:
-        def __init__(self, code):
-            self.returncode = code
-
-        def poll(self):
-            return self.returncode
-
-    def start(study, task, arguments, core, environment):
-        from qkvjax import study as door
-
-        return Finished(door.main(["qkvjax study", *arguments, f"--point={task.number}"]))
-
-    monkeypatch.setattr(scheduler, "_start", start)
-    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
-    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
-
-
 def scores(workdir, lines):
     return {(r["label"], r["seed"]): r["score"] for r in lines(workdir / "results.jsonl")}
 

@@ -5,9 +5,7 @@ import csv
 import io
 import json
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from qkvjax import study as door
 from qkvjax.errors import UserError
@@ -54,20 +52,10 @@ def grid(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept_programs(grid):
+def kept_programs(grid, programs_kept_in):
     """A cache of compiled programs: all runs compile the same few."""
-    settings = {
-        "jax_compilation_cache_dir": str(grid.parent / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with programs_kept_in(str(grid.parent / "compiled")):
+        yield
 
 
 @pytest.fixture
@@ -84,23 +72,8 @@ def untrained(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch, grid):
-    """Lets the scheduler train its runs in this process, and measure nothing."""
-
-    class Finished:
-        def __init__(self, code):
-            self.returncode = code
-
-        def poll(self):
-            return self.returncode
-
-    def start(study, task, arguments, core, environment):
-        return Finished(door.main(["qkvjax study", *arguments, f"--point={task.number}"]))
-
+def surroundings(monkeypatch, grid, in_process):
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(grid.parent / "data"))
-    monkeypatch.setattr(scheduler, "_start", start)
-    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
-    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
 
 
 @pytest.fixture
