@@ -26,13 +26,20 @@ from pathlib import Path
 
 EVERY = 100  # steps between checkpoints
 FLAGS = (
-    "--config=configs/lm.py:depth=1,sharing=q-k=v", "--config.model.d_model=32",
-    "--config.model.num_heads=2", "--config.data.seq_len=32", "--config.data.batch_size=4",
-    "--config.model.dropout=0.1", "--config.train.accumulation=2",
-    "--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=20",
-    "--config.train.log_every=20", f"--config.train.checkpoint_every={EVERY}",
-    "--config.train.keep_checkpoints=3", "--config.train.eval_every=0",
-)  # fmt: skip
+    "--config=configs/lm.py:depth=1,sharing=q-k=v",
+    "--config.model.d_model=32",
+    "--config.model.num_heads=2",
+    "--config.data.seq_len=32",
+    "--config.data.batch_size=4",
+    "--config.model.dropout=0.1",
+    "--config.train.accumulation=2",
+    "--config.optimizer.schedule=constant",
+    "--config.optimizer.warmup_steps=20",
+    "--config.train.log_every=20",
+    f"--config.train.checkpoint_every={EVERY}",
+    "--config.train.keep_checkpoints=3",
+    "--config.train.eval_every=0",
+)
 ENDLESS = 1_000_000
 
 
@@ -41,8 +48,14 @@ class Run:
 
     def __init__(self, workdir: Path, corpus: Path):
         self.workdir, self.log = workdir, workdir.with_suffix(".log")
-        self.command = [sys.executable, "-m", "qkvjax.train", *FLAGS,
-                        f"--config.data.source=text:{corpus}", f"--workdir={workdir}"]  # fmt: skip
+        self.command = [
+            sys.executable,
+            "-m",
+            "qkvjax.train",
+            *FLAGS,
+            f"--config.data.source=text:{corpus}",
+            f"--workdir={workdir}",
+        ]
         self.process = None
 
     def start(self, steps: int = ENDLESS) -> None:
@@ -53,8 +66,9 @@ class Run:
             writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
         self.process = subprocess.Popen(
             [*self.command, f"--config.train.steps={steps}"],
-            stdout=writer.stdin, stderr=writer.stdin,
-        )  # fmt: skip
+            stdout=writer.stdin,
+            stderr=writer.stdin,
+        )
         writer.stdin.close()
         while self.process.poll() is None and self.last_step() <= before:
             before = min(before, self.last_step())

@@ -51,14 +51,19 @@ class Case:
 
 def cases(impls, widths, length: int):
     masks = [
-        dict(tied=True, kv_heads=1), dict(tied=False, kv_heads=2, packed=True),
+        dict(tied=True, kv_heads=1),
+        dict(tied=False, kv_heads=2, packed=True),
         dict(tied=True, kv_heads=4, causal=False, packed=True),
         dict(tied=True, kv_heads=2, window=100, packed=True),
-        dict(tied=False, kv_heads=4, causal=False, window=70), dict(tied=True, kv_heads=0),
+        dict(tied=False, kv_heads=4, causal=False, window=70),
+        dict(tied=True, kv_heads=0),
         dict(tied=False, kv_heads=0, packed=True),
-    ]  # fmt: skip
-    caches = [dict(tied=True, kv_heads=1), dict(tied=False, kv_heads=2, window=100),
-              dict(tied=True, kv_heads=4, raw=True)]  # fmt: skip
+    ]
+    caches = [
+        dict(tied=True, kv_heads=1),
+        dict(tied=False, kv_heads=2, window=100),
+        dict(tied=True, kv_heads=4, raw=True),
+    ]
     for impl, width, dtype in itertools.product(impls, widths, LIMIT):
         if impl in dispatch.NO_CACHE and (dtype == "float32" or width < 64):
             continue
@@ -78,8 +83,9 @@ def arrays(case: Case) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), 4)
     found = [
         jax.random.normal(key, (BATCH, case.length, heads, case.width), case.dtype)
-        for key, heads, want in zip(keys, count, wanted) if want
-    ]  # fmt: skip
+        for key, heads, want in zip(keys, count, wanted)
+        if want
+    ]
     return [found[0][:, -1:], *found[1:]] if case.decodes else found
 
 
@@ -135,9 +141,7 @@ def truth(case: Case) -> list[np.ndarray]:
 
 
 def main() -> None:
-    given = arguments(
-        __doc__, length=1000, widths=["64", "128", "256"], prepare="", prepared=""
-    )  # fmt: skip
+    given = arguments(__doc__, length=1000, widths=["64", "128", "256"], prepare="", prepared="")
     widths = [int(width) for width in given.widths]
     if given.prepare:
         for case in cases(("hopper", "triton"), widths, given.length):

@@ -39,8 +39,11 @@ def decode_call(size, sharing, rotary_values, dtype, batch, length):
     logits = jnp.zeros((batch, spec.vocab_size))
     rest = (jnp.int32(length - TOKENS), jax.random.key(0), jnp.float32(1))
     options = {
-        "dtype": jnp.dtype(dtype), "max_tokens": TOKENS, "num_ids": size.vocab, "greedy": True,
-    }  # fmt: skip
+        "dtype": jnp.dtype(dtype),
+        "max_tokens": TOKENS,
+        "num_ids": size.vocab,
+        "greedy": True,
+    }
     compiled = sample_tokens.lower(model, layers, held["cache"], logits, *rest, **options).compile()
 
     def call():
@@ -52,9 +55,13 @@ def decode_call(size, sharing, rotary_values, dtype, batch, length):
 
 def main() -> None:
     given = arguments(
-        __doc__, size="shakespeare", dtype="float32", batch=8, length=512,
+        __doc__,
+        size="shakespeare",
+        dtype="float32",
+        batch=8,
+        length=512,
         sharings=list(SHARINGS),
-    )  # fmt: skip
+    )
     host.keep_freed_memory()
     variants = [(sharing, "raw") for sharing in given.sharings]
     variants += [(s, "unrotated_output") for s in given.sharings if s in ("q-k=v", "q=k=v")]

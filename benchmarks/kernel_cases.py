@@ -25,13 +25,39 @@ HEADS = {32: 12, 64: 32, 128: 16, 256: 8}
 WORK = {"forward": 1, "keys": 2, "queries": 1.5, "both": 3.5}
 MOSAIC = {"forward": hopper.FORWARD, "keys": hopper.KEYS, "queries": hopper.QUERIES}
 SIZES = {  # of tiles, that are tried
-    "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 3), (128, 64, 4, 2),
-                (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3)],
-    "keys": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2),
-             (64, 128, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 4, 2)],
-    "queries": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3),
-                (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
-}  # fmt: skip
+    "forward": [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (64, 32, 4, 3),
+        (128, 64, 4, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 64, 8, 4),
+        (128, 128, 8, 3),
+    ],
+    "keys": [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 8, 2),
+        (32, 64, 4, 2),
+        (64, 32, 4, 2),
+        (64, 128, 4, 3),
+        (64, 128, 8, 2),
+        (64, 128, 8, 3),
+        (128, 64, 4, 2),
+    ],
+    "queries": [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+        (64, 128, 4, 2),
+        (64, 128, 4, 3),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 32, 8, 3),
+    ],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +96,9 @@ def cases(part: str, mini: bool = False) -> Iterator[Case]:
         heads = HEADS.get(width, 2)
 
         def case(what, impl, batch=2, length=8192, width=width, tied=tied, heads=heads, **rest):
-            return Case(what, impl, width, tied, batch, length, heads,
-                        rest.pop("kv_heads", heads), **rest)  # fmt: skip
+            return Case(
+                what, impl, width, tied, batch, length, heads, rest.pop("kv_heads", heads), **rest
+            )
 
         if mini and part == "ops":
             yield from (case(what, "xla", length=32) for what in ("forward", "both"))
@@ -102,8 +129,9 @@ def cases(part: str, mini: bool = False) -> Iterator[Case]:
             for narrow, length in ((32, 256), (32, 1024), (64, 64), (64, 128)):
                 if width == 64:
                     for impl in ("triton", "xla", "hopper")[: 2 if narrow == 32 else 3]:
-                        yield case("both", impl, 16384 // length, length, narrow, heads=12,
-                                   segments=True)  # fmt: skip
+                        yield case(
+                            "both", impl, 16384 // length, length, narrow, heads=12, segments=True
+                        )
             for what, table in (("keys", hopper.KEYS), ("queries", hopper.QUERIES)):
                 yield case(what, "triton")
                 if (width, tied) in table:
@@ -120,8 +148,9 @@ def cases(part: str, mini: bool = False) -> Iterator[Case]:
                     for sizes in itertools.product((64, 128, 256), (4, 8), (2, 3)):
                         for programs in (132, 264, 528):
                             splits = max(1, programs // (batch * kv_heads))
-                            yield case("decode", "triton", **rest, blocks=(64, *sizes),
-                                       splits=splits)  # fmt: skip
+                            yield case(
+                                "decode", "triton", **rest, blocks=(64, *sizes), splits=splits
+                            )
 
 
 def program(case: Case, make):
@@ -137,24 +166,31 @@ def program(case: Case, make):
         return _op(case), (segments, make(q, "random"), *arrays)
     blocks = case.blocks
     if case.impl == "hopper":
-        blocks = hopper_block.Blocks(*blocks or dataclasses.astuple(
-            MOSAIC[case.what][case.width, case.tied]))  # fmt: skip
+        blocks = hopper_block.Blocks(
+            *blocks or dataclasses.astuple(MOSAIC[case.what][case.width, case.tied])
+        )
         options = triton.Options(
             True, None, case.width**-0.5, case.length, blocks, (blocks, blocks), None
         )
     else:
         blocks = blocks and triton.Blocks(*blocks)
         options = triton.settings(
-            arrays[0], None if case.tied else arrays[2], causal=True, window=None, scale=None,
+            arrays[0],
+            None if case.tied else arrays[2],
+            causal=True,
+            window=None,
+            scale=None,
             forward=blocks if case.what == "forward" else None,
-            backward=None if case.what == "forward" else blocks, interpret=False,
-        )  # fmt: skip
+            backward=None if case.what == "forward" else blocks,
+            interpret=False,
+        )
     wrap = (lambda x: x) if case.impl == "hopper" else (lambda x: (x,))
     if case.what == "forward":
         run = {"hopper": hopper, "triton": triton}[case.impl].forward_pass
         return (lambda segments, q, k, v=None: run(options, wrap(q), wrap(k), v, segments)), (
-            segments, *arrays,
-        )  # fmt: skip
+            segments,
+            *arrays,
+        )
     numbers = make((case.batch, case.heads, case.length), "numbers")
     run = getattr(hopper_backward if case.impl == "hopper" else triton, f"{case.what}_pass")
 

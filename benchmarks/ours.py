@@ -20,9 +20,16 @@ def config_of(size: Size, sharing: str, dtype: str):
     """The twin's recipe: LayerNorm, GELU, learned positions, no biases, no query-key norm."""
     config = configs.default()
     config.model.update(
-        d_model=size.width, num_layers=size.layers, num_heads=size.heads, sharing=sharing,
-        position="learned", norm="layernorm", mlp="gelu", mlp_ratio=4.0, qk_norm=False,
-    )  # fmt: skip
+        d_model=size.width,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        sharing=sharing,
+        position="learned",
+        norm="layernorm",
+        mlp="gelu",
+        mlp_ratio=4.0,
+        qk_norm=False,
+    )
     config.data.update(seq_len=size.length, batch_size=size.batch)
     config.train.compute_dtype = dtype
     return config

@@ -55,11 +55,15 @@ def main() -> None:
     plain, saving, held = (np.array(seconds[2:]) for seconds in (plain, saving, held))
     mean, low, high = interval(saving - plain)
     record(
-        given.output, bench="save_cost", state_mib=sum(x.nbytes for x in leaves) / 2**20,
-        step_seconds=float(np.median(plain)) / STEPS, held_seconds=float(np.median(held)),
-        longest_held_seconds=float(held.max()), all_seconds=mean,
+        given.output,
+        bench="save_cost",
+        state_mib=sum(x.nbytes for x in leaves) / 2**20,
+        step_seconds=float(np.median(plain)) / STEPS,
+        held_seconds=float(np.median(held)),
+        longest_held_seconds=float(held.max()),
+        all_seconds=mean,
         all_seconds_interval=[low, high],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

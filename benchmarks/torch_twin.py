@@ -96,8 +96,9 @@ def main() -> int:
     )
     asked = subprocess.run(
         [given.torch_python, "-c", "import torch; print(torch.__version__)"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     if asked.returncode:
         print(
             f"error: {given.torch_python} has no PyTorch: pip install torch, or name an interpreter"

@@ -21,8 +21,9 @@ from qkvjax.parallel import host
 
 
 def main() -> None:
-    given = arguments(__doc__, size="shakespeare", dtype="float32", attention="auto",
-                      sharings=list(SHARINGS))  # fmt: skip
+    given = arguments(
+        __doc__, size="shakespeare", dtype="float32", attention="auto", sharings=list(SHARINGS)
+    )
     kernels.preferred = given.attention
     host.keep_freed_memory()
     size = SIZES[given.size]

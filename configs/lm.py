@@ -84,11 +84,22 @@ def get_config(arg=None):
 def _paper(config, width):
     """The paper's language models (Kayyam et al. 2026, section 4.3 and its code)."""
     config.model.update(
-        position="learned", norm="layernorm", mlp="gelu", mlp_ratio=4.0, qk_norm=False,
-        use_bias=True, init="normal", dropout=0.1,
-    )  # fmt: skip
+        position="learned",
+        norm="layernorm",
+        mlp="gelu",
+        mlp_ratio=4.0,
+        qk_norm=False,
+        use_bias=True,
+        init="normal",
+        dropout=0.1,
+    )
     rate, warmup = (2e-4, 500) if width <= 1024 else (6e-5, 1000)
     config.optimizer.update(
-        learning_rate=rate, final_learning_rate=rate / 10, warmup_steps=warmup,
-        schedule="cosine", weight_decay=0.1, decay="all", clip_norm=1.0,
-    )  # fmt: skip
+        learning_rate=rate,
+        final_learning_rate=rate / 10,
+        warmup_steps=warmup,
+        schedule="cosine",
+        weight_decay=0.1,
+        decay="all",
+        clip_norm=1.0,
+    )

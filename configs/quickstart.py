@@ -27,20 +27,25 @@ def get_config(arg=None):
     config.data.update(source="stdlib", seq_len=128, batch_size=8)
     config.optimizer.update(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps="5%")
     config.train.update(
-        steps=given.steps, log_every="12.5%", eval_every="12.5%", checkpoint_every="100%",
+        steps=given.steps,
+        log_every="12.5%",
+        eval_every="12.5%",
+        checkpoint_every="100%",
         keep_checkpoints=1,
-    )  # fmt: skip
+    )
     config.evals = {
         "eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 20_000},
         "eval_train": {"kind": "bits_per_byte", "split": "train", "max_labels": 8_000},
         "inside": {"kind": "inside"},
     }
-    config.study = ml_collections.ConfigDict({
-        "title": "What is the best use of these bytes of cache?",
-        "points": _points(config.model.num_heads),
-        "seeds": given.seeds,
-        "prompt": "def main(",
-    })  # fmt: skip
+    config.study = ml_collections.ConfigDict(
+        {
+            "title": "What is the best use of these bytes of cache?",
+            "points": _points(config.model.num_heads),
+            "seeds": given.seeds,
+            "prompt": "def main(",
+        }
+    )
     return config
 
 

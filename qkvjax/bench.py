@@ -34,11 +34,18 @@ MEASURES = ("memory", "decode", "kernels")
 
 FLAGS = {
     "workdir": (str, None, "where the figures are kept"),
-    "batches": (list, None, "sequences of a batch, with commas; unset means a fourth of"
-                " data.batch_size, all and four times it"),
-    "contexts": (list, None, "tokens of a sequence; unset means half, one and two times"
-                 " data.seq_len"),
-}  # fmt: skip
+    "batches": (
+        list,
+        None,
+        "sequences of a batch, with commas; unset means a fourth of"
+        " data.batch_size, all and four times it",
+    ),
+    "contexts": (
+        list,
+        None,
+        "tokens of a sequence; unset means half, one and two times data.seq_len",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -99,10 +99,14 @@ def version_text() -> str:
 
 
 def run(
-    argv: Sequence[str] | None, doc: str, table: Mapping[str, tuple],
-    body: Callable[[flags.FlagValues], int | None], *, config: str | None = None,
+    argv: Sequence[str] | None,
+    doc: str,
+    table: Mapping[str, tuple],
+    body: Callable[[flags.FlagValues], int | None],
+    *,
+    config: str | None = None,
     fields: bool = False,
-) -> int:  # fmt: skip
+) -> int:
     """Parses `argv`, runs `body(flag_values)` and returns the exit code.
 
     Args:
@@ -124,9 +128,13 @@ def define(values: flags.FlagValues, table: Mapping[str, tuple]) -> None:
     """Defines flags: name -> (type, default, help) or (type, default, help, least[, most]); a list
     is written with commas, a tuple by repeating the flag. Words for a type are the choice."""
     kinds = {
-        str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float,
-        bool: flags.DEFINE_bool, list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string,
-    }  # fmt: skip
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_bool,
+        list: flags.DEFINE_list,
+        tuple: flags.DEFINE_multi_string,
+    }
     for name, (kind, default, text, *bounds) in table.items():
         if isinstance(kind, tuple):
             flags.DEFINE_enum(name, default, kind, text, flag_values=values)
@@ -162,8 +170,9 @@ def _run(argv: list[str], doc: str, table, body, config: str | None, fields: boo
         where = f"{error.filename}: " if error.filename is not None else ""
         print(
             f"error: {where}{error.strerror}; check the path, its permissions and the room there",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         return 2
 
 
@@ -384,9 +393,13 @@ def _entry(name: str, text: str) -> list[str]:
     hanging = " " * column
     start = f"  {name:<{column - 3}} "
     wrapped = textwrap.wrap(
-        text, HELP_WIDTH, initial_indent=start, subsequent_indent=hanging,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+        text,
+        HELP_WIDTH,
+        initial_indent=start,
+        subsequent_indent=hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return wrapped or [start.rstrip()]
 
 

@@ -30,8 +30,9 @@ def table(header: Sequence[tuple[str, ...]], rows: Sequence[Sequence[str]]) -> l
 def aligned(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Lines "label   text", the texts below each other."""
     width = max(len(label) for label, _ in pairs) + len(_GAP)
-    return [line for label, text in pairs
-            for line in _wrapped(text, label.ljust(width), " " * width)]  # fmt: skip
+    return [
+        line for label, text in pairs for line in _wrapped(text, label.ljust(width), " " * width)
+    ]
 
 
 def notes(texts: Sequence[str]) -> list[str]:

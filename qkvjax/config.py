@@ -22,9 +22,15 @@ from qkvjax.fields import ALIASES, DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRE
 
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (
-    "seed", "model", "data", "optimizer", "train.steps", "train.accumulation",
-    "train.compute_dtype", "train.param_dtype",
-)  # fmt: skip
+    "seed",
+    "model",
+    "data",
+    "optimizer",
+    "train.steps",
+    "train.accumulation",
+    "train.compute_dtype",
+    "train.param_dtype",
+)
 # These too where they are not at their default, so that runs of before they were there stay valid.
 LATER_IDENTITY = ("train.gradient_dtype", "train.init_from")
 DEFAULT_EVALS = {"eval": {"kind": "bits_per_byte", "split": "validation", "max_labels": 200_000}}
@@ -289,9 +295,11 @@ def validate(config) -> None:
         end = "and finite" if high == math.inf else f"and below {high}"
         message = f"config.{name}={value} must be at least {low} {end}"
         require(value is None or low <= value < high, message)
-    require(data.batch_size % train.accumulation == 0,
-            f"train.accumulation={train.accumulation} does not divide data.batch_size="
-            f"{data.batch_size}: choose a divisor")  # fmt: skip
+    require(
+        data.batch_size % train.accumulation == 0,
+        f"train.accumulation={train.accumulation} does not divide data.batch_size="
+        f"{data.batch_size}: choose a divisor",
+    )
     one_of("optimizer.name", ("adamw", "muon"))
     one_of("optimizer.schedule", ("cosine", "wsd", "multistep", "constant"))
     one_of("model.kind", ("lm", "encoder", "vit"))

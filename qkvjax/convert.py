@@ -108,9 +108,12 @@ def tie(values: flags.FlagValues) -> None:
     tied = tied_arrays(arrays, names, old, values.sharing)
     output = new_workdir(values.output)
     origin = {
-        "source": str(Path(values.workdir).absolute()), "step": step, "sharing": str(old),
-        "method": values.method, "date": host.now(),
-    }  # fmt: skip
+        "source": str(Path(values.workdir).absolute()),
+        "step": step,
+        "sharing": str(old),
+        "method": values.method,
+        "date": host.now(),
+    }
     spec = save_model(output, config, tied, origin)
     print(
         f"{output}: {sharing_name(old)} became {sharing_name(values.sharing)} by {values.method},"

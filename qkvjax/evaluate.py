@@ -31,20 +31,25 @@ from qkvjax.parallel import host
 
 # What each task writes a line about.
 TASKS = {
-    "bits_per_byte": ("bits_per_byte", "perplexity"), "accuracy": ("accuracy", "class_accuracy"),
-}  # fmt: skip
+    "bits_per_byte": ("bits_per_byte", "perplexity"),
+    "accuracy": ("accuracy", "class_accuracy"),
+}
 
 
 FLAGS = {
     "workdir": (str, None, "the trained run"),
-    "tasks": (list, None, "what to score, with commas: bits_per_byte (text) or accuracy; unset"
-              " means what the run was evaluated by"),
+    "tasks": (
+        list,
+        None,
+        "what to score, with commas: bits_per_byte (text) or accuracy; unset"
+        " means what the run was evaluated by",
+    ),
     "data": (str, None, "another corpus, as data.source names it"),
     "step": (int, None, "which checkpoint; the newest if unset"),
     "verify": (bool, False, "only check that checkpoints are what was saved"),
     "batch_size": (int, None, "rows at a time; does not change the score", 1, 2**20),
     **cli.ATTENTION,
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -76,12 +76,18 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
         )
     model = serve(model, config.train.compute_dtype)
     made = generate(
-        model, prompt_ids(tokenizer, values.prompt), num_ids=tokenizer.num_ids,
-        max_tokens=values.max_tokens, temperature=values.temperature, seed=values.seed,
-        layout=values.cache_layout, cache_length=values.cache_length,
-        cache_dtype=values.cache_dtype, page_size=values.page_size,
+        model,
+        prompt_ids(tokenizer, values.prompt),
+        num_ids=tokenizer.num_ids,
+        max_tokens=values.max_tokens,
+        temperature=values.temperature,
+        seed=values.seed,
+        layout=values.cache_layout,
+        cache_length=values.cache_length,
+        cache_dtype=values.cache_dtype,
+        page_size=values.page_size,
         dtype=config.train.compute_dtype,
-    )  # fmt: skip
+    )
     kept = f"{made.cache_length} tokens x {made.cache_bytes // made.cache_length:,}"
     if values.page_size is None and any(layer.window for layer in model.spec.layers):
         kept = f"{made.cache_length} tokens, of which a windowed layer keeps its window"
@@ -101,10 +107,16 @@ def side_by_side(columns: list[list[str]], width: int) -> str:
         return "\n".join(columns[0])
     each = max(20, (width - 3 * (len(columns) - 1)) // len(columns))
     wrapped = [
-        [part for line in column for part in textwrap.wrap(
-            line.expandtabs(4), each, drop_whitespace=False, replace_whitespace=False) or [""]]
+        [
+            part
+            for line in column
+            for part in textwrap.wrap(
+                line.expandtabs(4), each, drop_whitespace=False, replace_whitespace=False
+            )
+            or [""]
+        ]
         for column in columns
-    ]  # fmt: skip
+    ]
     rows = zip_longest(*wrapped, fillvalue="")
     return "\n".join(" | ".join(f"{cell:<{each}}" for cell in row).rstrip() for row in rows)
 

@@ -41,17 +41,29 @@ FLAGS = {
     "model": (str, None, "a Hugging Face config.json, or the folder that holds it"),
     "memory": (str, MEMORY, f"bytes for weights and cache, as 80GB or 141GiB; of {DEVICE}"),
     "bandwidth": (str, BANDWIDTH, f"bytes that memory delivers a second; of {DEVICE}"),
-    "weight_dtype": (str, "bfloat16", "of the weights: bfloat16, float16, float32 or int8; unset,"
-                     " a quantised file is counted at its own width"),
+    "weight_dtype": (
+        str,
+        "bfloat16",
+        "of the weights: bfloat16, float16, float32 or int8; unset,"
+        " a quantised file is counted at its own width",
+    ),
     "cache_dtype": (str, "bfloat16", "of the cache: bfloat16, float16, float32 or int8"),
-    "topology": (str, None, "compile for hardware that is not here: v5e-16, v6e-256, h200-8,"
-                 " cpu:8"),
+    "topology": (
+        str,
+        None,
+        "compile for hardware that is not here: v5e-16, v6e-256, h200-8, cpu:8",
+    ),
     "workdir": (str, None, "where plan.json goes; made when absent"),
-    "context": (int, None, "tokens of each user; unset means the model's maximum, at most 131072",
-                1, 10**12),
+    "context": (
+        int,
+        None,
+        "tokens of each user; unset means the model's maximum, at most 131072",
+        1,
+        10**12,
+    ),
     "all_sharings": (bool, False, "with --topology: a row a sharing"),
     "batches": (list, [], "with --topology: a row for each micro-batch"),
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

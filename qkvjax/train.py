@@ -33,13 +33,20 @@ from qkvjax.parallel import distributed, folders, host, xla_flags
 FLAGS = {
     "workdir": (str, None, "where the run is kept"),
     "dry_run": (bool, False, "print the cost table and stop"),
-    "stall_seconds": (int, 1800, "without progress for so long it ends with stack traces; 0: never",
-                      0),
-    "profile_steps": (list, [], "FIRST,STOP: steps FIRST to STOP - 1 leave a trace for xprof in"
-                      " WORKDIR/profile"),
+    "stall_seconds": (
+        int,
+        1800,
+        "without progress for so long it ends with stack traces; 0: never",
+        0,
+    ),
+    "profile_steps": (
+        list,
+        [],
+        "FIRST,STOP: steps FIRST to STOP - 1 leave a trace for xprof in WORKDIR/profile",
+    ),
     **cli.ATTENTION,
     **distributed.FLAGS,
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,10 +300,12 @@ def costs(run) -> dict:
     """The exact costs of a run's model, for run.json and the results of a study."""
     seq_len = run.config.data.seq_len
     return {
-        "num_params": run.spec.num_params, "forward_macs": run.spec.forward_macs(seq_len),
-        "seq_len": seq_len, "train_flops_per_token": run.train_flops_per_token,
+        "num_params": run.spec.num_params,
+        "forward_macs": run.spec.forward_macs(seq_len),
+        "seq_len": seq_len,
+        "train_flops_per_token": run.train_flops_per_token,
         "cache_bytes_per_token": run.spec.cache_bytes_per_token("bfloat16"),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -35,13 +35,34 @@ def pytest_collection_modifyitems(items):
 # Folders and files of what is held against a reference, to a tolerance, or not at all: it need not
 # be compiled well, which takes a quarter of the time.
 QUICKLY_COMPILED = {
-    "attention", "evaluation", "generation", "interop", "kernels", "models", "notebooks",
-    "test_analyze_door.py", "test_bad_input.py", "test_bad_steps.py", "test_bench_door.py",
-    "test_compiled_plan.py", "test_covering.py", "test_evaluate_door.py", "test_examples.py",
-    "test_failures.py", "test_generate_door.py", "test_hostile.py", "test_loss.py",
-    "test_mesh_invariance.py", "test_processes.py", "test_program.py", "test_readme.py",
-    "test_situations.py", "test_study_door.py", "test_tuned_study.py", "test_workdir.py",
-}  # fmt: skip
+    "attention",
+    "evaluation",
+    "generation",
+    "interop",
+    "kernels",
+    "models",
+    "notebooks",
+    "test_analyze_door.py",
+    "test_bad_input.py",
+    "test_bad_steps.py",
+    "test_bench_door.py",
+    "test_compiled_plan.py",
+    "test_covering.py",
+    "test_evaluate_door.py",
+    "test_examples.py",
+    "test_failures.py",
+    "test_generate_door.py",
+    "test_hostile.py",
+    "test_loss.py",
+    "test_mesh_invariance.py",
+    "test_processes.py",
+    "test_program.py",
+    "test_readme.py",
+    "test_situations.py",
+    "test_study_door.py",
+    "test_tuned_study.py",
+    "test_workdir.py",
+}
 
 
 jax.devices()  # reads XLA_FLAGS, which change below

@@ -4,10 +4,16 @@ import numpy as np
 
 LAYERS, D, HEADS, KV_HEADS, WIDTH, INNER, EPSILON, BASE = 2, 64, 4, 2, 16, 96, 1e-3, 5000.0
 SHAPES = {
-    "attn_q": (HEADS * WIDTH, D), "attn_k": (KV_HEADS * WIDTH, D), "attn_v": (KV_HEADS * WIDTH, D),
-    "attn_output": (D, HEADS * WIDTH), "ffn_gate": (INNER, D), "ffn_up": (INNER, D),
-    "ffn_down": (D, INNER), "attn_norm": (D,), "ffn_norm": (D,),
-}  # fmt: skip
+    "attn_q": (HEADS * WIDTH, D),
+    "attn_k": (KV_HEADS * WIDTH, D),
+    "attn_v": (KV_HEADS * WIDTH, D),
+    "attn_output": (D, HEADS * WIDTH),
+    "ffn_gate": (INNER, D),
+    "ffn_up": (INNER, D),
+    "ffn_down": (D, INNER),
+    "attn_norm": (D,),
+    "ffn_norm": (D,),
+}
 
 
 def tokens():

@@ -22,12 +22,28 @@ def steps(value, **options):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (0, 0), (1, 1), (300, 300), ("300", 300), ("300 steps", 300), ("1 step", 1), ("1k", 1000),
-        ("1_000", 1000), ("2ep", 100), ("2 epochs", 100), ("1 epoch", 50), ("0.5ep", 25),
-        ("10M tokens", 2441), ("4096 tokens", 1), ("1 token", 1), ("1b tokens", 244_141),
-        (" 10m TOKENS ", 2441), ("0 tokens", 0), (2.5, 2), ("0.001ep", 1),
+        (0, 0),
+        (1, 1),
+        (300, 300),
+        ("300", 300),
+        ("300 steps", 300),
+        ("1 step", 1),
+        ("1k", 1000),
+        ("1_000", 1000),
+        ("2ep", 100),
+        ("2 epochs", 100),
+        ("1 epoch", 50),
+        ("0.5ep", 25),
+        ("10M tokens", 2441),
+        ("4096 tokens", 1),
+        ("1 token", 1),
+        ("1b tokens", 244_141),
+        (" 10m TOKENS ", 2441),
+        ("0 tokens", 0),
+        (2.5, 2),
+        ("0.001ep", 1),
     ],
-)  # fmt: skip
+)
 def test_durations(value, expected):
     assert steps(value) == expected
 
@@ -40,8 +56,28 @@ def test_parts_of_the_whole():
         steps("5%")
 
 
-@pytest.mark.parametrize("value", [None, True, "", "ten", "-5", -5, "1e3", "2 years", "1.2.3", "%",
-                                   "ep", ".", "5 %%", [3], "nan", "inf", "٣"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        "",
+        "ten",
+        "-5",
+        -5,
+        "1e3",
+        "2 years",
+        "1.2.3",
+        "%",
+        "ep",
+        ".",
+        "5 %%",
+        [3],
+        "nan",
+        "inf",
+        "٣",
+    ],
+)
 def test_nonsense_durations(value):
     with pytest.raises(UserError, match="train.steps=.*is no duration: write steps"):
         steps(value, total=100)
@@ -235,8 +271,9 @@ def test_items_split_at_the_first_equals_sign():
     assert configs.parse_arg(None, depth=2).depth == 2
     assert configs.parse_arg("", rate=0.5).rate == 0.5
     assert configs.parse_arg("rate=1e-3,depth=4", rate=0.5, depth=2).to_dict() == {
-        "rate": 1e-3, "depth": 4
-    }  # fmt: skip
+        "rate": 1e-3,
+        "depth": 4,
+    }
 
 
 @pytest.mark.parametrize(
@@ -253,9 +290,19 @@ def test_bad_recipe_arguments(text, message):
         configs.parse_arg(text, size=None, depth=2)
 
 
-@pytest.mark.parametrize("arg", ["", "depth=2", "size=30m", "size=124m,sharing=q=k=v",
-                                 "size=300m,recipe=paper", "size=1.2b,num_kv_heads=4",
-                                 "size=7b", "size=70b,sharing=q-k=v"])  # fmt: skip
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "",
+        "depth=2",
+        "size=30m",
+        "size=124m,sharing=q=k=v",
+        "size=300m,recipe=paper",
+        "size=1.2b,num_kv_heads=4",
+        "size=7b",
+        "size=70b,sharing=q-k=v",
+    ],
+)
 def test_recipes_are_valid(recipe, arg):
     configs.validate(recipe("configs/lm.py", arg))
 

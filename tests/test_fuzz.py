@@ -16,8 +16,23 @@ from qkvjax.models.feedforward import parse_feed_forward
 from qkvjax.training.metrics import Metrics, read_json, read_lines
 
 # Text that is near what is expected, and any other.
-pieces = st.sampled_from([*"qkv-=()+,.:0189 ", "swiglu", "experts", "top", "score2d", "uniform",
-                          "positions", "up=down", "inf", "nan", "-1", "1e400", "None"])  # fmt: skip
+pieces = st.sampled_from(
+    [
+        *"qkv-=()+,.:0189 ",
+        "swiglu",
+        "experts",
+        "top",
+        "score2d",
+        "uniform",
+        "positions",
+        "up=down",
+        "inf",
+        "nan",
+        "-1",
+        "1e400",
+        "None",
+    ]
+)
 near = st.lists(pieces, max_size=12).map("".join)
 words = near | st.text(max_size=30)
 scalars = words | st.integers() | st.floats() | st.booleans() | st.none()

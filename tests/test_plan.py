@@ -16,22 +16,42 @@ from qkvjax.analysis import roofline
 
 ROOT = Path(__file__).parents[1]
 LLAMA3_8B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
 GPT2 = {
-    "model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
     "vocab_size": 50257,
-}  # fmt: skip
+}
 GEMMA4_31B = {
-    "model_type": "gemma4_text", "hidden_size": 5376, "intermediate_size": 21504,
-    "num_hidden_layers": 60, "num_attention_heads": 32, "num_key_value_heads": 16,
-    "num_global_key_value_heads": 4, "head_dim": 256, "global_head_dim": 512,
-    "attention_k_eq_v": True, "vocab_size": 262144, "max_position_embeddings": 262144,
-    "sliding_window": 1024, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    "model_type": "gemma4_text",
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "num_global_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "attention_k_eq_v": True,
+    "vocab_size": 262144,
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 WEIGHTS = 2 * 8_030_261_248
 MEMORY, BANDWIDTH = 80 * 10**9, 3.35e12
 
@@ -65,9 +85,13 @@ def test_llama3_by_hand(planned):
     rows = by_name(record)
     sizes = {key: row["cache_bytes_per_token"] // 1024 for key, row in rows.items()}
     assert sizes == {
-        ("q-k-v", "as is"): 128, ("q-k=v", "as is"): 64, ("q-k-v", "half"): 64,
-        ("q-k=v", "half"): 32, ("q-k-v", "MQA"): 16, ("q-k=v", "MQA"): 8,
-    }  # fmt: skip
+        ("q-k-v", "as is"): 128,
+        ("q-k=v", "as is"): 64,
+        ("q-k-v", "half"): 64,
+        ("q-k=v", "half"): 32,
+        ("q-k-v", "MQA"): 16,
+        ("q-k=v", "MQA"): 8,
+    }
     tied = rows["q-k=v", "as is"]
     assert tied["cache_saved"] == 0.5
     assert tied["params_saved"] == 32 * 4096 * 8 * 128
@@ -99,16 +123,19 @@ def test_all_sharings_where_queries_and_keys_have_the_same_heads(planned):
 def test_already_mqa_has_no_fewer_heads(planned):
     record, _ = planned(LLAMA3_8B | {"num_key_value_heads": 1})
     assert list(by_name(record)) == [("q-k-v", "as is"), ("q-k=v", "as is")]
-    record, text = planned(LLAMA3_8B | {"num_attention_heads": 24, "num_key_value_heads": 3,
-                                        "head_dim": 128})  # fmt: skip
+    record, text = planned(
+        LLAMA3_8B | {"num_attention_heads": 24, "num_key_value_heads": 3, "head_dim": 128}
+    )
     assert {heads for _, heads in by_name(record)} == {"as is", "MQA"}
     assert "3 has no whole half" in text
 
 
 def test_windows_bound_the_cache(planned):
     mistral = LLAMA3_8B | {
-        "model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768
-    }  # fmt: skip
+        "model_type": "mistral",
+        "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+    }
     record, text = planned(mistral)
     assert record["rows"][0]["cache_bytes_at_context"] == 4096 * 131_072
     assert record["rows"][0]["longest_context"] is None
@@ -130,9 +157,13 @@ def test_gemma4_as_engines_store_it_and_with_one_tensor(planned):
 def test_flags_change_what_they_name(planned):
     base = planned(LLAMA3_8B)[0]["rows"][0]
     record, text = planned(
-        LLAMA3_8B, "--memory=141GiB", "--bandwidth=4.8TB/s", "--context=4096",
-        "--cache_dtype=int8", "--weight_dtype=float32",
-    )  # fmt: skip
+        LLAMA3_8B,
+        "--memory=141GiB",
+        "--bandwidth=4.8TB/s",
+        "--context=4096",
+        "--cache_dtype=int8",
+        "--weight_dtype=float32",
+    )
     row = record["rows"][0]
     assert record["memory_bytes"] == 141 * 2**30
     scales = 2 * 2 * 8 * 32  # of two bytes, one for each of two tensors' heads in every layer
@@ -264,9 +295,14 @@ def test_plan_imports_nothing_heavy(tmp_path, door):
 
 @pytest.mark.parametrize(
     "text, value",
-    [("80GB", 80 * 10**9), ("141GiB", 141 * 2**30), ("1.5 TiB", 3 * 2**39), ("512b", 512),
-     ("2kB", 2000)],
-)  # fmt: skip
+    [
+        ("80GB", 80 * 10**9),
+        ("141GiB", 141 * 2**30),
+        ("1.5 TiB", 3 * 2**39),
+        ("512b", 512),
+        ("2kB", 2000),
+    ],
+)
 def test_sizes(text, value):
     assert roofline.parse_bytes(text, "--memory") == value
 

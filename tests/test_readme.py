@@ -52,7 +52,7 @@ SMALL = {
         "--config.data.batch_size=2",
         "--config.data.seq_len=16",
         "--config.model.d_model=32",
-    ],  # fmt: skip
+    ],
 }
 
 
@@ -72,11 +72,17 @@ def test_the_commands_in_order(tmp_path, monkeypatch, capfd):
     for i in range(25):
         (tmp_path / "my_folder" / f"{i}.txt").write_text(f"{i} {words}")
     shape = {
-        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 256, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     gguf_file.write(tmp_path / "model.gguf")
     for command in DOORS:
@@ -110,9 +116,13 @@ def test_quickstart_from_a_clean_copy_twice(tmp_path):
     command = ["bash", str(clone / "launch/quickstart.sh"), *SMALL["study"]]
     for again in (False, True):
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=900,
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=900,
             env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path)},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("qkvjax quickstart on")
         assert str(clone / "runs/quickstart/report.html") in done.stdout

@@ -18,24 +18,46 @@ def get_config(arg=None):
     given = base.parse_arg(arg, source="digits", width=64, layers=2, heads=2, epochs=20, seeds=3)
     config = base.default()
     config.model.update(
-        kind="encoder", d_model=given.width, num_layers=given.layers, num_heads=given.heads,
-        position="none", norm="layernorm", mlp="gelu", mlp_ratio=4.0, qk_norm=False, use_bias=True,
-        tie_embeddings=False, init="uniform",
-    )  # fmt: skip
+        kind="encoder",
+        d_model=given.width,
+        num_layers=given.layers,
+        num_heads=given.heads,
+        position="none",
+        norm="layernorm",
+        mlp="gelu",
+        mlp_ratio=4.0,
+        qk_norm=False,
+        use_bias=True,
+        tie_embeddings=False,
+        init="uniform",
+    )
     config.data.update(source=f"anomaly:{given.source}", seq_len=10, batch_size=128)
     config.optimizer.update(
-        learning_rate=1e-3, final_learning_rate=1e-3, schedule="constant", warmup_steps=0,
-        weight_decay=0.0, b1=0.9, b2=0.999, clip_norm=5.0,
-    )  # fmt: skip
-    config.train.update(steps=f"{given.epochs}ep", log_every="10%", eval_every="10%",
-                        checkpoint_every="100%", keep_checkpoints=1)  # fmt: skip
+        learning_rate=1e-3,
+        final_learning_rate=1e-3,
+        schedule="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.999,
+        clip_norm=5.0,
+    )
+    config.train.update(
+        steps=f"{given.epochs}ep",
+        log_every="10%",
+        eval_every="10%",
+        checkpoint_every="100%",
+        keep_checkpoints=1,
+    )
     config.evals = {
         "eval": {"kind": "accuracy", "split": "validation"},
         "eval_train": {"kind": "accuracy", "split": "train", "max_labels": 2_000},
     }
-    config.study = ml_collections.ConfigDict({
-        "title": f"Which image is the odd one? ({given.source}, pixels)",
-        "points": sweep.paper_variants(10),
-        "seeds": given.seeds,
-    })  # fmt: skip
+    config.study = ml_collections.ConfigDict(
+        {
+            "title": f"Which image is the odd one? ({given.source}, pixels)",
+            "points": sweep.paper_variants(10),
+            "seeds": given.seeds,
+        }
+    )
     return config

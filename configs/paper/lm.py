@@ -23,17 +23,24 @@ from qkvjax.errors import UserError, did_you_mean
 # label: sharing, key-value heads (None: all), the paper's validation perplexity
 VARIANTS = {
     "300m": {
-        "QKV": ("q-k-v", None, 5.11), "Q-K=V": ("q-k=v", None, 5.27),
-        "Q=K-V": ("q=k-v", None, 5.36), "Q=K=V": ("q=k=v", None, 6.41),
-        "GQA-4": ("q-k-v", 4, 5.15), "MQA": ("q-k-v", 1, 5.19), "Q-GQA-4": ("q-k=v", 4, 5.32),
+        "QKV": ("q-k-v", None, 5.11),
+        "Q-K=V": ("q-k=v", None, 5.27),
+        "Q=K-V": ("q=k-v", None, 5.36),
+        "Q=K=V": ("q=k=v", None, 6.41),
+        "GQA-4": ("q-k-v", 4, 5.15),
+        "MQA": ("q-k-v", 1, 5.19),
+        "Q-GQA-4": ("q-k=v", 4, 5.32),
         "Q-MQA": ("q-k=v", 1, 5.36),
     },
     "1.2b": {
-        "QKV": ("q-k-v", None, 5.004), "Q-K=V": ("q-k=v", None, 5.128),
-        "GQA-8": ("q-k-v", 8, 5.030), "MQA": ("q-k-v", 1, 5.057), "Q-GQA-8": ("q-k=v", 8, 5.158),
+        "QKV": ("q-k-v", None, 5.004),
+        "Q-K=V": ("q-k=v", None, 5.128),
+        "GQA-8": ("q-k-v", 8, 5.030),
+        "MQA": ("q-k-v", 1, 5.057),
+        "Q-GQA-8": ("q-k=v", 8, 5.158),
         "Q-MQA": ("q-k=v", 1, 5.212),
     },
-}  # fmt: skip
+}
 STEPS = {"300m": 4_238, "1.2b": 8_475}
 
 
@@ -48,18 +55,21 @@ def get_config(arg=None):
     config.train.steps = STEPS[given.size]
     config.train.accumulation = 24 if given.size == "300m" else 36
     variants = VARIANTS[given.size]
-    config.study = ml_collections.ConfigDict({
-        "title": f"The paper's language models of {given.size}",
-        "points": tuple(
-            {"label": label, "model.sharing": sharing, "model.num_kv_heads": heads}
-            for label, (sharing, heads, _) in variants.items()
-        ),
-        "seeds": given.seeds,
-        "prompt": "The",
-        "reference": {
-            "source": "arXiv 2606.04032, validation perplexity with padding scored, one run each",
-            "metric": "perplexity", "score_pads": True,
-            "values": {"all": {label: [value] for label, (_, _, value) in variants.items()}},
-        },
-    })  # fmt: skip
+    config.study = ml_collections.ConfigDict(
+        {
+            "title": f"The paper's language models of {given.size}",
+            "points": tuple(
+                {"label": label, "model.sharing": sharing, "model.num_kv_heads": heads}
+                for label, (sharing, heads, _) in variants.items()
+            ),
+            "seeds": given.seeds,
+            "prompt": "The",
+            "reference": {
+                "source": "arXiv 2606.04032: validation perplexity, padding scored, one run each",
+                "metric": "perplexity",
+                "score_pads": True,
+                "values": {"all": {label: [value] for label, (_, _, value) in variants.items()}},
+            },
+        }
+    )
     return config

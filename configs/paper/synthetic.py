@@ -30,26 +30,45 @@ def get_config(arg=None):
         raise UserError(f"task={given.task!r} is none of {', '.join(TASKS)}{near}")
     config = base.default()
     config.model.update(
-        kind="encoder", d_model=64, num_layers=2, num_heads=2, position="learned",
-        max_length=max(128, given.length), norm="layernorm", mlp="gelu", mlp_ratio=4.0,
-        qk_norm=False, use_bias=True, tie_embeddings=False, init="uniform",
-    )  # fmt: skip
+        kind="encoder",
+        d_model=64,
+        num_layers=2,
+        num_heads=2,
+        position="learned",
+        max_length=max(128, given.length),
+        norm="layernorm",
+        mlp="gelu",
+        mlp_ratio=4.0,
+        qk_norm=False,
+        use_bias=True,
+        tie_embeddings=False,
+        init="uniform",
+    )
     first = given.task or TASKS[0]  # the settings name each its own
     config.data.update(source=f"synthetic:{first}", seq_len=given.length, batch_size=128)
     config.optimizer.update(
-        learning_rate=1e-3, final_learning_rate=0.0, schedule="cosine", warmup_steps=7,
-        weight_decay=0.0, b1=0.9, b2=0.999, clip_norm=5.0,
-    )  # fmt: skip
-    config.train.update(steps=158, log_every="20%", eval_every="20%", checkpoint_every="100%",
-                        keep_checkpoints=1)  # fmt: skip
+        learning_rate=1e-3,
+        final_learning_rate=0.0,
+        schedule="cosine",
+        warmup_steps=7,
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.999,
+        clip_norm=5.0,
+    )
+    config.train.update(
+        steps=158, log_every="20%", eval_every="20%", checkpoint_every="100%", keep_checkpoints=1
+    )
     config.evals = {"eval": {"kind": "accuracy", "split": "validation"}}
-    config.study = ml_collections.ConfigDict({
-        "title": "Do encoders of short sequences need three projections?",
-        "points": sweep.paper_variants(10),
-        "settings": _settings(given),
-        "seeds": given.seeds,
-        "reference": _reference(given.length),
-    })  # fmt: skip
+    config.study = ml_collections.ConfigDict(
+        {
+            "title": "Do encoders of short sequences need three projections?",
+            "points": sweep.paper_variants(10),
+            "settings": _settings(given),
+            "seeds": given.seeds,
+            "reference": _reference(given.length),
+        }
+    )
     return config
 
 
@@ -68,11 +87,14 @@ def _settings(given):
 
     return tuple(
         {
-            "label": f"{task} d{width} L{layers} H{heads}", "data.source": f"synthetic:{task}",
-            "model.d_model": width, "model.num_layers": layers, "model.num_heads": heads,
+            "label": f"{task} d{width} L{layers} H{heads}",
+            "data.source": f"synthetic:{task}",
+            "model.d_model": width,
+            "model.num_layers": layers,
+            "model.num_heads": heads,
         }
         for width in some(given.width, 32, 64, 256)
         for task in some(given.task, *TASKS)
         for layers in some(given.layers, 2, 4)
         for heads in some(given.heads, 2, 4)
-    )  # fmt: skip
+    )

@@ -30,18 +30,29 @@ from qkvjax.errors import UserError, among
 
 # name: size, epochs, augment
 DATASETS = {
-    "mnist": (28, 20, "none"), "fashion_mnist": (28, 20, "none"), "cifar10": (32, 40, "crop_flip"),
-    "cifar100": (32, 50, "crop_flip"), "tiny_imagenet": (64, 20, "none"),
-}  # fmt: skip
+    "mnist": (28, 20, "none"),
+    "fashion_mnist": (28, 20, "none"),
+    "cifar10": (32, 40, "crop_flip"),
+    "cifar100": (32, 50, "crop_flip"),
+    "tiny_imagenet": (64, 20, "none"),
+}
 # layers, images a step, learning rate, widths, heads
 SMALL, LARGE = (2, 128, 1e-3, (64, 256), (2, 4)), (12, 32, 1e-4, (768,), (12,))
 
 
 def get_config(arg=None):
     given = base.parse_arg(
-        arg, dataset=None, source=None, size=0, patch=0, epochs=0, width=0, heads=0, seeds=3,
+        arg,
+        dataset=None,
+        source=None,
+        size=0,
+        patch=0,
+        epochs=0,
+        width=0,
+        heads=0,
+        seeds=3,
         augment=None,
-    )  # fmt: skip
+    )
     name = given.dataset
     if name not in (None, *DATASETS):
         raise UserError(f"dataset={name!r} is none of {among(name, DATASETS)}")
@@ -56,33 +67,57 @@ def get_config(arg=None):
         raise UserError(f"patch={patch} does not divide size={size}: choose a divisor")
     config = base.default()
     config.model.update(
-        kind="vit", d_model=64, num_layers=layers, num_heads=2, position="learned",
-        norm="layernorm", mlp="gelu", mlp_ratio=4.0, qk_norm=False, use_bias=True,
-        tie_embeddings=False, init="uniform", dropout=0.1, patch_size=patch,
-    )  # fmt: skip
+        kind="vit",
+        d_model=64,
+        num_layers=layers,
+        num_heads=2,
+        position="learned",
+        norm="layernorm",
+        mlp="gelu",
+        mlp_ratio=4.0,
+        qk_norm=False,
+        use_bias=True,
+        tie_embeddings=False,
+        init="uniform",
+        dropout=0.1,
+        patch_size=patch,
+    )
     config.data.update(
         source=given.source, seq_len=(size // patch) ** 2 + 1, batch_size=batch, augment=augment
     )
     config.optimizer.update(
-        learning_rate=rate, final_learning_rate=rate / 100, schedule="multistep", warmup_steps=0,
-        weight_decay=0.0, b1=0.9, b2=0.999, clip_norm=0.0,
-    )  # fmt: skip
-    config.train.update(steps=f"{epochs}ep", log_every="5%", eval_every="5%",
-                        checkpoint_every="100%", keep_checkpoints=1)  # fmt: skip
+        learning_rate=rate,
+        final_learning_rate=rate / 100,
+        schedule="multistep",
+        warmup_steps=0,
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.999,
+        clip_norm=0.0,
+    )
+    config.train.update(
+        steps=f"{epochs}ep",
+        log_every="5%",
+        eval_every="5%",
+        checkpoint_every="100%",
+        keep_checkpoints=1,
+    )
     config.evals = {
         "eval": {"kind": "accuracy", "split": "validation"},
         "eval_train": {"kind": "accuracy", "split": "train", "max_labels": 2_000},
     }
     tables = json.loads((Path(__file__).parent / "vision.json").read_text())
-    config.study = ml_collections.ConfigDict({
-        "title": f"Does a small ViT need three projections? ({given.source})",
-        "points": sweep.paper_variants(50),
-        "settings": tuple(
-            {"label": f"d{width} H{heads}", "model.d_model": width, "model.num_heads": heads}
-            for width in ((given.width,) if given.width else widths)
-            for heads in ((given.heads,) if given.heads else counts)
-        ),
-        "seeds": given.seeds,
-        "reference": tables.get(name),
-    })  # fmt: skip
+    config.study = ml_collections.ConfigDict(
+        {
+            "title": f"Does a small ViT need three projections? ({given.source})",
+            "points": sweep.paper_variants(50),
+            "settings": tuple(
+                {"label": f"d{width} H{heads}", "model.d_model": width, "model.num_heads": heads}
+                for width in ((given.width,) if given.width else widths)
+                for heads in ((given.heads,) if given.heads else counts)
+            ),
+            "seeds": given.seeds,
+            "reference": tables.get(name),
+        }
+    )
     return config

@@ -144,8 +144,12 @@ def _compiled(config, devices) -> dict:
     return {
         "mesh": dict(mesh.shape),
         "sharding": [
-            {"name": name, "shape": list(leaf.shape), "spec": str(tuple(leaf.sharding.spec)),
-             "bytes_per_device": _local_bytes(leaf)}
+            {
+                "name": name,
+                "shape": list(leaf.shape),
+                "spec": str(tuple(leaf.sharding.spec)),
+                "bytes_per_device": _local_bytes(leaf),
+            }
             for name, leaf in named_arrays(state.model).items()
         ],
         "num_params": spec.num_params,
@@ -160,7 +164,7 @@ def _compiled(config, devices) -> dict:
         "bytes_accessed_per_device": cost.get("bytes accessed"),
         "tokens_per_step": tokens,
         "collectives": program.collectives(),
-    }  # fmt: skip
+    }
 
 
 def _analytic_flops(config, spec, mesh) -> float:
@@ -279,32 +283,51 @@ def _lines(config, record: dict) -> list[str]:
         for kind, found in record["collectives"].items()
     )
     pairs = [
-        ("topology", f"{record['topology']}: {record['devices']:,} devices"
-                     f" ({record['device_kind']}) of {of('memory')}; compiled, not run"),
+        (
+            "topology",
+            f"{record['topology']}: {record['devices']:,} devices"
+            f" ({record['device_kind']}) of {of('memory')}; compiled, not run",
+        ),
         ("mesh", mesh),
-        ("batch", f"{config.data.batch_size:,} sequences of {config.data.seq_len:,} tokens,"
-                  f" in {config.train.accumulation} micro-batches"),
-        ("a device", f"parameters {of('parameter')}, gradients {of('gradient')}, optimizer"
-                     f" {of('optimizer')}; all temporaries, gradients and activations among"
-                     f" them, {of('temporary')}"),
+        (
+            "batch",
+            f"{config.data.batch_size:,} sequences of {config.data.seq_len:,} tokens,"
+            f" in {config.train.accumulation} micro-batches",
+        ),
+        (
+            "a device",
+            f"parameters {of('parameter')}, gradients {of('gradient')}, optimizer"
+            f" {of('optimizer')}; all temporaries, gradients and activations among"
+            f" them, {of('temporary')}",
+        ),
         ("peak", f"{of('peak')} a device: {verdict}"),
         ("evaluation", _program_text(record, "evaluate")),
-        ("generation", f"{_program_text(record, 'generate')}; one sequence of"
-                       f" {config.data.seq_len:,} tokens"),
-        ("micro-batch", f"about {record['largest_micro_batch']:,} sequences fit at once, over"
-                        " all devices"),
-        ("FLOPs", f"{record['matmul_flops_per_device']:.3g} in matrix products a device and"
-                  f" step, kernels of attention left out;"
-                  f" {record['analytic_flops_per_device']:.3g} by the model's formula, with them"),
+        (
+            "generation",
+            f"{_program_text(record, 'generate')}; one sequence of {config.data.seq_len:,} tokens",
+        ),
+        (
+            "micro-batch",
+            f"about {record['largest_micro_batch']:,} sequences fit at once, over all devices",
+        ),
+        (
+            "FLOPs",
+            f"{record['matmul_flops_per_device']:.3g} in matrix products a device and"
+            f" step, kernels of attention left out;"
+            f" {record['analytic_flops_per_device']:.3g} by the model's formula, with them",
+        ),
         ("collectives", kinds or "none"),
         ("cache", f"{size(record['cache_bytes_per_token'])} a token in bfloat16, when it decodes"),
-    ]  # fmt: skip
+    ]
     if seconds := record["roofline_seconds"]:
         speed = record["tokens_per_step"] / seconds
         pairs.append(
-            ("roofline", f"{formats.duration(seconds)} a step at least, {speed:,.0f} tokens/s at"
-                         " most: an estimate, not a measurement")
-        )  # fmt: skip
+            (
+                "roofline",
+                f"{formats.duration(seconds)} a step at least, {speed:,.0f} tokens/s at"
+                " most: an estimate, not a measurement",
+            )
+        )
     merged = collections.Counter()
     for row in record["sharding"]:
         merged[_kind(row["name"]), str(tuple(row["shape"])), row["spec"]] += row["bytes_per_device"]
@@ -327,32 +350,43 @@ def _kind(name: str) -> str:
 
 def _sharing_table(rows: list[dict]) -> list[str]:
     header = [
-        ("", "sharing"), ("", "parameters"), ("peak a", "device"), ("", "saved"),
-        ("FLOPs a", "device"), ("sent a", "device"), ("cache a", "token"),
-    ]  # fmt: skip
+        ("", "sharing"),
+        ("", "parameters"),
+        ("peak a", "device"),
+        ("", "saved"),
+        ("FLOPs a", "device"),
+        ("sent a", "device"),
+        ("cache a", "token"),
+    ]
     base = next((row for row in rows if row["sharing"] == SHARINGS[0]), None)
     sent = lambda row: sum(c["bytes"] for c in row["collectives"].values())  # noqa: E731
     cells = [
         [
-            sharing_name(row["sharing"]), formats.count(row["num_params"]),
+            sharing_name(row["sharing"]),
+            formats.count(row["num_params"]),
             formats.num_bytes(row["peak_bytes_per_device"]),
-            formats.NONE if base in (None, row)
+            formats.NONE
+            if base in (None, row)
             else formats.saved(1 - row["peak_bytes_per_device"] / base["peak_bytes_per_device"]),
-            f"{row['matmul_flops_per_device']:.3g}", formats.num_bytes(sent(row)),
+            f"{row['matmul_flops_per_device']:.3g}",
+            formats.num_bytes(sent(row)),
             formats.num_bytes(row["cache_bytes_per_token"]),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return columns.table(header, cells)
 
 
 def _batch_table(rows: list[dict]) -> list[str]:
     header = [("", "micro-batch"), ("", "fits"), ("peak a", "device")]
     cells = [
-        [f"{row['micro_batch']:,}", "yes" if row["fits"] else "no",
-         formats.num_bytes(row["peak_bytes_per_device"])]
+        [
+            f"{row['micro_batch']:,}",
+            "yes" if row["fits"] else "no",
+            formats.num_bytes(row["peak_bytes_per_device"]),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return columns.table(header, cells)
 
 

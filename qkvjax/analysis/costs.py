@@ -121,47 +121,72 @@ def recipe_costs(config) -> tuple[list[str], dict]:
         cache = {dtype: spec.cache_bytes_per_token(dtype) for dtype in ("bfloat16", "float32")}
         flops = sum(4 * s.num_heads * s.head_dim for s in variant.specs)
         return {
-            "name": variant.name, "sharing": variant.sharing, "heads": variant.heads,
-            "num_kv_heads": variant.num_kv_heads, "layout": variant.layout,
+            "name": variant.name,
+            "sharing": variant.sharing,
+            "heads": variant.heads,
+            "num_kv_heads": variant.num_kv_heads,
+            "layout": variant.layout,
             "as_is": variant.heads == "as is" and {variant.sharing} in ({"as is"}, own),
-            "num_params": spec.num_params, "params_saved": model.num_params - spec.num_params,
+            "num_params": spec.num_params,
+            "params_saved": model.num_params - spec.num_params,
             "forward_macs": spec.forward_macs(length),
             "train_flops_per_token": train_flops(spec, length),
             "cache_bytes_per_token": cache["bfloat16"],
             "cache_bytes_per_token_float32": cache["float32"],
             "cache_saved": 1 - cache["bfloat16"] / whole_cache if decodes else None,
             "decode_arithmetic_intensity": flops / cache["bfloat16"] if decodes else None,
-        }  # fmt: skip
+        }
 
     rows = [row(variant) for variant in variants(model.layers)]
     tokens, tokens_text = run_tokens(config)
     record = {
-        "num_params": model.num_params, "forward_macs": model.forward_macs(length),
-        "cache_bytes_per_token": whole_cache, "context": length, "train_tokens": tokens,
+        "num_params": model.num_params,
+        "forward_macs": model.forward_macs(length),
+        "cache_bytes_per_token": whole_cache,
+        "context": length,
+        "train_tokens": tokens,
         "train_flops": None if tokens is None else tokens * train_flops(model, length),
         "rows": rows,
-    }  # fmt: skip
+    }
     macs, per_token = record["forward_macs"], train_flops(model, length)
     whole = "" if tokens is None else f", {tokens * per_token:.3g} for the run"
     lines = columns.aligned(
         [
-            ("model", f"{model.num_layers} layers of width {model.d_model:,},"
-                      f" {describe_heads(model.layers)}, {'vocabulary' if decodes else 'inputs'}"
-                      f" {model.vocab_size:,}"),
+            (
+                "model",
+                f"{model.num_layers} layers of width {model.d_model:,},"
+                f" {describe_heads(model.layers)}, {'vocabulary' if decodes else 'inputs'}"
+                f" {model.vocab_size:,}",
+            ),
             ("parameters", f"{model.num_params:,}"),
-            ("forward", f"{macs:,} multiply-adds for a sequence of {length:,} tokens,"
-                        f" {macs // length:,} a token"),
+            (
+                "forward",
+                f"{macs:,} multiply-adds for a sequence of {length:,} tokens,"
+                f" {macs // length:,} a token",
+            ),
             ("training", f"{per_token:.3g} FLOPs a token{whole} ({tokens_text})"),
-            ("cache", f"{formats.num_bytes(whole_cache)} a token in"
-                      f" bfloat16, {formats.num_bytes(model.cache_bytes_per_token('float32'))} in"
-                      " float32" if decodes else "none: nothing is decoded"),
+            (
+                "cache",
+                f"{formats.num_bytes(whole_cache)} a token in"
+                f" bfloat16, {formats.num_bytes(model.cache_bytes_per_token('float32'))} in"
+                " float32"
+                if decodes
+                else "none: nothing is decoded",
+            ),
         ]
-    )  # fmt: skip
+    )
     header = [
-        ("", "sharing"), ("", "KV heads"), ("", "parameters"), ("parameters", "saved"),
-        ("mult-adds", "a sequence"), ("FLOPs a", "token"), ("cache a", "token"),
-        ("in", "float32"), ("", "saved"), ("FLOPs a", "cache byte"),
-    ]  # fmt: skip
+        ("", "sharing"),
+        ("", "KV heads"),
+        ("", "parameters"),
+        ("parameters", "saved"),
+        ("mult-adds", "a sequence"),
+        ("FLOPs a", "token"),
+        ("cache a", "token"),
+        ("in", "float32"),
+        ("", "saved"),
+        ("FLOPs a", "cache byte"),
+    ]
     notes = [
         "* is the configured one. FLOPs a token: of training. FLOPs a cache byte: of the scores"
         " and values of one decoded token, over the bfloat16 cache that it reads (arithmetic"
@@ -197,12 +222,14 @@ def run_tokens(config) -> tuple[int | None, str]:
 
 def _config_cells(one: dict) -> list[str]:
     return [
-        one["name"] + (" *" if one["as_is"] else ""), heads_cell(one),
+        one["name"] + (" *" if one["as_is"] else ""),
+        heads_cell(one),
         formats.count(one["num_params"]),
         formats.NONE if one["as_is"] else formats.signed(formats.count(one["params_saved"])),
-        formats.count(one["forward_macs"]), formats.count(one["train_flops_per_token"]),
+        formats.count(one["forward_macs"]),
+        formats.count(one["train_flops_per_token"]),
         formats.num_bytes(one["cache_bytes_per_token"]),
         formats.num_bytes(one["cache_bytes_per_token_float32"]),
         formats.NONE if one["as_is"] else formats.saved(one["cache_saved"]),
         formats.NONE if one["cache_saved"] is None else f"{one['decode_arithmetic_intensity']:.3g}",
-    ]  # fmt: skip
+    ]

@@ -12,9 +12,11 @@ from qkvjax.report import drawing
 
 MOST_LAYERS, MOST_HEADS = 6, 8  # of attention maps
 _MAPS = {
-    "score_asymmetry": "asymmetry of scores", "diagonal_mass": "attention to oneself",
-    "entropy": "entropy, nats", "max_logit": "largest logit",
-}  # fmt: skip
+    "score_asymmetry": "asymmetry of scores",
+    "diagonal_mass": "attention to oneself",
+    "entropy": "entropy, nats",
+    "max_logit": "largest logit",
+}
 
 
 def table(records: list[dict]) -> list[str]:
@@ -25,9 +27,11 @@ def table(records: list[dict]) -> list[str]:
         name = {
             "effective_rank": f"rank {what}" if record["head"] is None else None,
             "linear_cka": f"CKA {what.removesuffix(' activations')}",
-            "score_asymmetry": "asymmetry", "diagonal_mass": "to oneself", "entropy": "entropy",
+            "score_asymmetry": "asymmetry",
+            "diagonal_mass": "to oneself",
+            "entropy": "entropy",
             "max_logit": "max logit",
-        }.get(metric)  # fmt: skip
+        }.get(metric)
         if name:
             row = cells.setdefault(record["layer"], {})
             row.setdefault(name.replace(" activations", "(x)"), []).append(record["value"])
@@ -43,9 +47,12 @@ def table(records: list[dict]) -> list[str]:
 def write(records: list[dict], seen: list[Looked], folder: Path) -> list[Path]:
     """Writes spectra.svg, heads.svg and attention.svg; returns their paths."""
     figures = drawing.drawn(
-        {"spectra": lambda: _spectra(records), "heads": lambda: _heads(records),
-         "attention": lambda: _attention(seen)}
-    )  # fmt: skip
+        {
+            "spectra": lambda: _spectra(records),
+            "heads": lambda: _heads(records),
+            "attention": lambda: _attention(seen),
+        }
+    )
     drawing.write(figures, folder)
     return [folder / f"{name}.svg" for name in figures]
 
@@ -59,8 +66,10 @@ def _spectra(records: list[dict]):
         if record["metric"] == "singular_values" and record["head"] is None:
             line = record["layer"], np.array(record["values"])
             found.setdefault(record["what"], []).append(line)
-    kinds = [[what for what in found if what.endswith(" activations") == below]
-             for below in (False, True)]  # fmt: skip
+    kinds = [
+        [what for what in found if what.endswith(" activations") == below]
+        for below in (False, True)
+    ]
     last = max(layer for lines in found.values() for layer, _ in lines)
     columns = max(map(len, kinds))
     figure, panels = drawing.new(2.9 * columns + 0.8, 5.6, columns=columns, rows=2)

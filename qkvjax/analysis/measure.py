@@ -48,8 +48,11 @@ def measure(points: Mapping[str, object], log: Callable[[str], None] = print) ->
     tokens = interleaved(decodes)
     baseline = next(iter(points))
     run = runs[baseline]
-    decode = {"batch": DECODE_BATCH, "length": _decode_length(run),
-              "cache_dtype": run.config.train.compute_dtype}  # fmt: skip
+    decode = {
+        "batch": DECODE_BATCH,
+        "length": _decode_length(run),
+        "cache_dtype": run.config.train.compute_dtype,
+    }
     rows = [
         {
             "label": label,
@@ -62,10 +65,15 @@ def measure(points: Mapping[str, object], log: Callable[[str], None] = print) ->
         for label in points
     ]
     return {
-        "date": host.now(), "device": host.device_name(), "environment": host.environment(),
-        "rounds": ROUNDS, "tokens_per_step": run.tokens_per_step, "steps": run.durations.steps,
-        "decode": decode, "rows": rows,
-    }  # fmt: skip
+        "date": host.now(),
+        "device": host.device_name(),
+        "environment": host.environment(),
+        "rounds": ROUNDS,
+        "tokens_per_step": run.tokens_per_step,
+        "steps": run.durations.steps,
+        "decode": decode,
+        "rows": rows,
+    }
 
 
 def interleaved(timers: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:

@@ -31,8 +31,12 @@ def measure(config, batches: list[int], contexts: list[int], log: Callable[[str]
     from qkvjax.parallel import host
 
     exact = costs.recipe_costs(configs.changed(config, model={"sharing": "q-k-v"}))[1]
-    facts = {"what": "memory", "device": host.device_name(), "environment": host.environment(),
-             "num_params": exact["num_params"]}  # fmt: skip
+    facts = {
+        "what": "memory",
+        "device": host.device_name(),
+        "environment": host.environment(),
+        "num_params": exact["num_params"],
+    }
     places = [(b, config.data.seq_len) for b in batches]
     places += [(config.data.batch_size, c) for c in contexts]
     records, refused = [], None
@@ -44,11 +48,19 @@ def measure(config, batches: list[int], contexts: list[int], log: Callable[[str]
                 except UserError as error:
                     refused = f"{sharing_name(sharing)} is left out: {error}"
                     break
-                records.append(facts | {
-                    "mode": mode, "sharing": sharing, "batch": batch, "context": context,
-                    "peak_bytes": peak, "base_batch": config.data.batch_size,
-                    "base_context": config.data.seq_len, "date": host.now(),
-                })  # fmt: skip
+                records.append(
+                    facts
+                    | {
+                        "mode": mode,
+                        "sharing": sharing,
+                        "batch": batch,
+                        "context": context,
+                        "peak_bytes": peak,
+                        "base_batch": config.data.batch_size,
+                        "base_context": config.data.seq_len,
+                        "date": host.now(),
+                    }
+                )
         log(refused or f"compiled {sharing_name(sharing)}")
         refused = None
     return records
@@ -102,8 +114,11 @@ def table(records: list[dict]) -> list[str]:
     rows = []
     for mode, told in MODES.items():
         for place in dict.fromkeys((r["batch"], r["context"]) for r in records):
-            found = {r["sharing"]: r["peak_bytes"] for r in records
-                     if r["mode"] == mode and (r["batch"], r["context"]) == place}  # fmt: skip
+            found = {
+                r["sharing"]: r["peak_bytes"]
+                for r in records
+                if r["mode"] == mode and (r["batch"], r["context"]) == place
+            }
             base = found["q-k-v"]
             saved = [formats.saved(1 - found[s] / base) if s in found else "–" for s in shown[1:]]
             rows.append([told, f"{place[0]:,}", f"{place[1]:,}", formats.num_bytes(base), *saved])

@@ -87,9 +87,8 @@ class Program:
         left = dict(zip(result, _sizes(shape), strict=True))
         sizes = zip(kernel, _sizes(self._types[operands[1]]), strict=True)
         return math.prod(
-            size for label, size in sizes
-            if label == "i" or label.isdecimal() and left[label] == 1
-        )  # fmt: skip
+            size for label, size in sizes if label == "i" or label.isdecimal() and left[label] == 1
+        )
 
     def collectives(self) -> dict[str, dict[str, int]]:
         """kind -> how many run, and the bytes of their results on one device."""

@@ -41,10 +41,15 @@ def decode(config, batches: list[int], contexts: list[int], log: Callable[[str],
         first = next(iter(found))
         for name, (_, cache_bytes) in found.items():
             token = float(np.median(seconds[name])) / TOKENS
-            records.append(_facts("decode", config, batch, context, name) | {
-                "seconds": token, "ratio": ratio(seconds[name], seconds[first]),
-                "cache_bytes": cache_bytes, "gigabytes_per_second": cache_bytes / token / 1e9,
-            })  # fmt: skip
+            records.append(
+                _facts("decode", config, batch, context, name)
+                | {
+                    "seconds": token,
+                    "ratio": ratio(seconds[name], seconds[first]),
+                    "cache_bytes": cache_bytes,
+                    "gigabytes_per_second": cache_bytes / token / 1e9,
+                }
+            )
         log(f"timed {len(found)} layers, batch {batch}, {context} tokens")
     return records
 
@@ -75,11 +80,15 @@ def kernels(config, batches: list[int], contexts: list[int], log: Callable[[str]
             times = seconds[name, tied, impl]
             work = flops * (1 if name == "forward" else 3.5)
             variant = "q-k=v" if tied else "q-k-v", "none", impl
-            records.append(_facts("kernels", config, batch, context, variant) | {
-                "pass": name, "seconds": float(np.median(times)),
-                "ratio": ratio(times, seconds[first[name]]),
-                "teraflops": work / float(np.median(times)) / 1e12,
-            })  # fmt: skip
+            records.append(
+                _facts("kernels", config, batch, context, variant)
+                | {
+                    "pass": name,
+                    "seconds": float(np.median(times)),
+                    "ratio": ratio(times, seconds[first[name]]),
+                    "teraflops": work / float(np.median(times)) / 1e12,
+                }
+            )
         log(f"timed {len(passes)} passes, batch {batch}, {context} tokens")
     return records
 
@@ -129,10 +138,17 @@ def _environment() -> dict:
 def _facts(what: str, config, batch: int, context: int, variant) -> dict:
     sharing, values, impl = variant
     return {
-        "what": what, "sharing": sharing, "rotary_values": values, "impl": impl, "batch": batch,
-        "context": context, "dtype": config.train.compute_dtype, "device": host.device_name(),
-        "environment": _environment(), "date": host.now(),
-    }  # fmt: skip
+        "what": what,
+        "sharing": sharing,
+        "rotary_values": values,
+        "impl": impl,
+        "batch": batch,
+        "context": context,
+        "dtype": config.train.compute_dtype,
+        "device": host.device_name(),
+        "environment": _environment(),
+        "date": host.now(),
+    }
 
 
 def _spec(config, sharing: str, values: str, length: int) -> AttentionSpec:

@@ -40,9 +40,13 @@ Turns = dict[tuple[float, int], tuple[jax.Array, jax.Array]]
 
 
 def empty(
-    spec: AttentionSpec, batch: int, length: int, dtype=jnp.float32, layout: str | None = None,
+    spec: AttentionSpec,
+    batch: int,
+    length: int,
+    dtype=jnp.float32,
+    layout: str | None = None,
     sequences: int | None = None,
-) -> Cache:  # fmt: skip
+) -> Cache:
     """Makes a cache of zeros; its bytes are batch * spec.cache_bytes(length) exactly where no mesh
     repeats heads, and those of batch * length tokens in pages.
 
@@ -130,9 +134,15 @@ def restored(cache, like):
 
 
 def attend(
-    layer: Attention, x, cache: Cache, start: jax.Array, *, table: jax.Array | None = None,
-    turns: Turns | None = None, impl: str = "auto",
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+    layer: Attention,
+    x,
+    cache: Cache,
+    start: jax.Array,
+    *,
+    table: jax.Array | None = None,
+    turns: Turns | None = None,
+    impl: str = "auto",
+) -> tuple[jax.Array, Cache]:
     """Attention of new tokens onto the cache, which they join.
 
     Args:
@@ -182,9 +192,16 @@ def _onto_cache(layer: Attention, q, entry, cache: Cache, positions, start, tabl
             made = layer.expand({"kv": _turned(v.reshape(*split, *v.shape[2:]))}, slots[None])[0]
             k, held, key = _turned(made).reshape(v.shape), None, None
     out = dispatch.decode_attention(
-        q, _turned(k), _turned(v), positions=positions, window=spec.window, key=key, table=held,
-        impl=impl, **layer.columns(q, slots[None], num_kv_heads),
-    )  # fmt: skip
+        q,
+        _turned(k),
+        _turned(v),
+        positions=positions,
+        window=spec.window,
+        key=key,
+        table=held,
+        impl=impl,
+        **layer.columns(q, slots[None], num_kv_heads),
+    )
     return out, cache
 
 
@@ -221,9 +238,14 @@ def _onto_ring(layer: Attention, q, entry, cache: Cache, positions, start, impl)
         k = _turned(layer.expand({"kv": _turned(v)}, at)[0])
     num_kv_heads = k.shape[1]
     out = dispatch.decode_attention(
-        q, _turned(k), _turned(v), positions=query_slots, window=window, impl=impl,
+        q,
+        _turned(k),
+        _turned(v),
+        positions=query_slots,
+        window=window,
+        impl=impl,
         **layer.columns(q, at, num_kv_heads),
-    )  # fmt: skip
+    )
     return out, cache
 
 

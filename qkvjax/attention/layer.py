@@ -39,17 +39,25 @@ class Attention(nnx.Module):
     def __init__(self, spec: AttentionSpec, *, key, std=None, out_std=None):
         self.spec = spec
         # One parameter per block of the partition: a tie is structure, not a copy.
-        self.projections = nnx.Dict({
-            "".join(block): Linear(
-                spec.d_model, spec.num_role_heads(block[0]) * spec.head_dim,
-                key=named_key(key, block[0]), std=std, bias=spec.use_bias,
-            )
-            for block in spec.blocks
-        })  # fmt: skip
+        self.projections = nnx.Dict(
+            {
+                "".join(block): Linear(
+                    spec.d_model,
+                    spec.num_role_heads(block[0]) * spec.head_dim,
+                    key=named_key(key, block[0]),
+                    std=std,
+                    bias=spec.use_bias,
+                )
+                for block in spec.blocks
+            }
+        )
         self.output = Linear(
-            spec.num_heads * spec.head_dim, spec.d_model,
-            key=named_key(key, "output"), std=out_std, bias=spec.use_bias,
-        )  # fmt: skip
+            spec.num_heads * spec.head_dim,
+            spec.d_model,
+            key=named_key(key, "output"),
+            std=out_std,
+            bias=spec.use_bias,
+        )
         normed = {"".join(spec.block(role)) for role in "qk"} if spec.qk_norm else ()
         self.norms = nnx.Dict({name: RMSNorm(spec.head_dim) for name in sorted(normed)})
         self.score = Score(spec, key=named_key(key, "score")) if spec.score else None
@@ -80,9 +88,15 @@ class Attention(nnx.Module):
         if self.spec.queries_are_keys and not rules.shards_sequence():
             k = None
         out = dispatch.attention(
-            q, k, v, causal=self.spec.causal, window=self.spec.window,
-            segment_ids=segment_ids, impl=impl, **self.columns(q, places),
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            causal=self.spec.causal,
+            window=self.spec.window,
+            segment_ids=segment_ids,
+            impl=impl,
+            **self.columns(q, places),
+        )
         return self.finish(out, positions)
 
     def project(self, x, positions, layout: str | None = None) -> tuple[jax.Array, Entry]:

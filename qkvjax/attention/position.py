@@ -31,8 +31,13 @@ def by_row(values: jax.Array, shape: tuple[int, int], name: str = "positions") -
 
 
 def rotate(
-    x_BTNH: jax.Array, positions_BT: jax.Array, *, base: float, width: int, inverse: bool = False,
-) -> jax.Array:  # fmt: skip
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    base: float,
+    width: int,
+    inverse: bool = False,
+) -> jax.Array:
     """Rotary position embedding (Su et al. 2021, equation 34) of the first `width` numbers.
 
     Number i turns with number i + width/2 by the angle position * base^(-2 i / width): the

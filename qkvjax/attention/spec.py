@@ -180,32 +180,45 @@ class AttentionSpec:
         divides = k >= 1 and n % k == 0
         require(divides, f"num_kv_heads={k} does not divide num_heads={n}: choose a divisor of {n}")
         if self.head_dim is None:
-            require(self.d_model % n == 0, f"num_heads={n} does not divide d_model={self.d_model}:"
-                    " change one of them or set head_dim")  # fmt: skip
+            require(
+                self.d_model % n == 0,
+                f"num_heads={n} does not divide d_model={self.d_model}:"
+                " change one of them or set head_dim",
+            )
             fill("head_dim", self.d_model // n)
         require(self.head_dim >= 1, f"head_dim={self.head_dim} must be at least 1")
         for name, choices in (("position", POSITIONS), ("rotary_values", ROTARY_VALUES)):
             value = getattr(self, name)
             unknown = f"{name}={value!r} is unknown: use one of {among(value, choices)}"
             require(value in choices, unknown)
-        require(len(self.block("q")) == 1 or n == k,
-                f"sharing {self.sharing!r} ties the query to {self.block('q')[1:]}, so queries and"
-                f" keys need the same heads: num_kv_heads={k} must equal num_heads={n} (or use"
-                " sharing 'q-k=v' or 'q-k-v')")  # fmt: skip
-        require(self.window is None or self.window >= 1,
-                f"window={self.window} must be at least 1, or unset to see every key")  # fmt: skip
-        require(self.rotary_values == "raw" or (self.rope and len(self.block("v")) > 1),
-                f"rotary_values={self.rotary_values!r} needs position='rope' and a V that shares"
-                f" the projection of a rotated role (position={self.position!r}, sharing="
-                f"{self.sharing!r}): use rotary_values='raw'")  # fmt: skip
+        require(
+            len(self.block("q")) == 1 or n == k,
+            f"sharing {self.sharing!r} ties the query to {self.block('q')[1:]}, so queries and"
+            f" keys need the same heads: num_kv_heads={k} must equal num_heads={n} (or use"
+            " sharing 'q-k=v' or 'q-k-v')",
+        )
+        require(
+            self.window is None or self.window >= 1,
+            f"window={self.window} must be at least 1, or unset to see every key",
+        )
+        require(
+            self.rotary_values == "raw" or (self.rope and len(self.block("v")) > 1),
+            f"rotary_values={self.rotary_values!r} needs position='rope' and a V that shares"
+            f" the projection of a rotated role (position={self.position!r}, sharing="
+            f"{self.sharing!r}): use rotary_values='raw'",
+        )
         if self.rope:
-            require(0 < self.rotary_fraction <= 1,
-                    f"rotary_fraction={self.rotary_fraction} must be in (0, 1]; for no rotation use"
-                    " position='none'")  # fmt: skip
-            require(self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
-                    f"the rotary width is {self.rotary_dim} (head_dim={self.head_dim} x"
-                    f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns"
-                    " pairs")  # fmt: skip
+            require(
+                0 < self.rotary_fraction <= 1,
+                f"rotary_fraction={self.rotary_fraction} must be in (0, 1]; for no rotation use"
+                " position='none'",
+            )
+            require(
+                self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+                f"the rotary width is {self.rotary_dim} (head_dim={self.head_dim} x"
+                f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns"
+                " pairs",
+            )
             require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
         several = isinstance(self.score, (list, tuple))
         texts = several and all(isinstance(text, str) for text in self.score)
@@ -214,13 +227,16 @@ class AttentionSpec:
         names = [name for name, _ in self.modifiers]
         once = len(set(names)) == len(names)
         require(once, f"score={self.score} names a modifier twice: two of a kind are one")
-        require(self.rope or "role_gain" not in names,
-                "score modifier 'role_gain' without position='rope' leaves the scores of tied roles"
-                " symmetric and folds into the projections of others: use 'role_bias', or"
-                " RoPE")  # fmt: skip
-        require(self.max_length is not None or not self.bounded,
-                "score modifiers 'column_bias' and 'score2d' need max_length, the longest"
-                " sequence")  # fmt: skip
+        require(
+            self.rope or "role_gain" not in names,
+            "score modifier 'role_gain' without position='rope' leaves the scores of tied roles"
+            " symmetric and folds into the projections of others: use 'role_bias', or"
+            " RoPE",
+        )
+        require(
+            self.max_length is not None or not self.bounded,
+            "score modifiers 'column_bias' and 'score2d' need max_length, the longest sequence",
+        )
 
     @property
     def modifiers(self) -> tuple[tuple[str, int], ...]:

@@ -70,9 +70,13 @@ class Dataset:
         return self.tokenizer.num_ids
 
     def batch(
-        self, seed: int, step: int, batch_size: int, accumulation: int = 1,
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        accumulation: int = 1,
         part: slice = slice(None),
-    ) -> dict[str, np.ndarray]:  # fmt: skip
+    ) -> dict[str, np.ndarray]:
         """The batch of a step, a pure function of the arguments.
 
         Row j is number step * batch_size + j of an endless stream that visits all training rows

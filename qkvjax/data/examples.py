@@ -101,9 +101,13 @@ class Examples:
         return self.validation.num_labels
 
     def batch(
-        self, seed: int, step: int, batch_size: int, accumulation: int = 1,
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        accumulation: int = 1,
         part: slice = slice(None),
-    ) -> dict[str, np.ndarray]:  # fmt: skip
+    ) -> dict[str, np.ndarray]:
         """The batch of a step, a pure function of the arguments.
 
         Args:

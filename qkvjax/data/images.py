@@ -128,9 +128,14 @@ def sets_of(source: str, images: Images, seq_len: int, sets=(10_000, 2_000)) -> 
     splits[1] = dataclasses.replace(splits[1], inputs=splits[1].inputs + len(kept[0]))
     content = hashlib.sha256(np.ascontiguousarray(flat)).hexdigest()[:12]
     return Examples(
-        f"{source} ({content})", *splits, seq_len, flat.shape[1], 1, "choice",
+        f"{source} ({content})",
+        *splits,
+        seq_len,
+        flat.shape[1],
+        1,
+        "choice",
         lambda rows, _: flat[rows],
-    )  # fmt: skip
+    )
 
 
 def _crop_flip(images, rng):
@@ -249,10 +254,12 @@ def _load_npz(file: Path) -> dict[str, np.ndarray]:
 def _idx(source, rest):
     folder = expanded(rest)
     return [
-        [_read_or_tell(source, _there(source, folder, f"{split}-{part}"), _load_idx)
-         for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+        [
+            _read_or_tell(source, _there(source, folder, f"{split}-{part}"), _load_idx)
+            for part in ("images-idx3-ubyte", "labels-idx1-ubyte")
+        ]
         for split in ("train", "t10k")
-    ]  # fmt: skip
+    ]
 
 
 def _there(source, folder: Path, name: str) -> Path:

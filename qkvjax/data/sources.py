@@ -181,9 +181,14 @@ def _tokens(name, rest):
     for file in train + validation:
         open_shard(file, dtype)
     return TokenFiles(
-        name, train[0], *validation[:1], more_train=train[1:], more_validation=validation[1:],
-        dtype=dtype, left_out=left_out,
-    )  # fmt: skip
+        name,
+        train[0],
+        *validation[:1],
+        more_train=train[1:],
+        more_validation=validation[1:],
+        dtype=dtype,
+        left_out=left_out,
+    )
 
 
 def _kjv(name, _):
@@ -209,10 +214,22 @@ def _tfds(name, rest):
 
 # What a user writes, and who opens it.
 _FORMS = (
-    "stdlib", "text:PATH", "jsonl:PATH#FIELD", "parquet:PATH#COLUMN", "arrow:PATH#COLUMN",
-    "tokens:PATH", "kjv", "tfds:NAME",
-)  # fmt: skip
+    "stdlib",
+    "text:PATH",
+    "jsonl:PATH#FIELD",
+    "parquet:PATH#COLUMN",
+    "arrow:PATH#COLUMN",
+    "tokens:PATH",
+    "kjv",
+    "tfds:NAME",
+)
 _OPENERS = {
-    "stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _table, "arrow": _table,
-    "tokens": _tokens, "kjv": _kjv, "tfds": _tfds,
-}  # fmt: skip
+    "stdlib": _stdlib,
+    "text": _text,
+    "jsonl": _jsonl,
+    "parquet": _table,
+    "arrow": _table,
+    "tokens": _tokens,
+    "kjv": _kjv,
+    "tfds": _tfds,
+}

@@ -45,9 +45,11 @@ class TokenStream:
 
 
 def open_tokens(
-    source: TokenFiles, tokenizer: Tokenizer, whole: bool,
+    source: TokenFiles,
+    tokenizer: Tokenizer,
+    whole: bool,
     log: Callable[[str], None] = lambda line: None,
-) -> tuple[dict[str, TokenStream], str]:  # fmt: skip
+) -> tuple[dict[str, TokenStream], str]:
     """Opens the splits of token files.
 
     Files without their own validation hold the last tenth of the stream out. With `whole` all of
@@ -177,9 +179,14 @@ def _scan(tokenizer: Tokenizer, parts: Mapping[str, Ids]):
         inside = int((~is_end).sum())
         labels[split] = int((spans[split][:, 1] - spans[split][:, 0]).sum()) - inside
     scan = {
-        "sha256": digest.hexdigest(), "smallest": smallest, "largest": largest, "counts": counts,
-        "ends": ends, "strange": strange, "labels": labels,
-    }  # fmt: skip
+        "sha256": digest.hexdigest(),
+        "smallest": smallest,
+        "largest": largest,
+        "counts": counts,
+        "ends": ends,
+        "strange": strange,
+        "labels": labels,
+    }
     return scan, spans
 
 

@@ -157,9 +157,13 @@ class Ids:
     """
 
     def __init__(
-        self, shards: list[Shard], start: int = 0, stop: int | None = None,
-        ends: tuple[int, ...] = (), separator: int = 0,
-    ):  # fmt: skip
+        self,
+        shards: list[Shard],
+        start: int = 0,
+        stop: int | None = None,
+        ends: tuple[int, ...] = (),
+        separator: int = 0,
+    ):
         self._shards = shards
         self._limits = np.cumsum([0, *(shard.count for shard in shards)])
         self._start = start

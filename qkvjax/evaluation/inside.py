@@ -132,16 +132,20 @@ def weight_records(layer: Attention, index: int, names: list[str]) -> Iterator[d
         for head, parts in enumerate(_beside(weights[a], weights[b], spec.head_dim)):
             angles = spectra.principal_angles(*parts)
             yield {
-                "layer": index, "head": head, "what": f"W_{a}, W_{b}",
-                "metric": "principal_angles", "value": float(np.cos(angles).mean()),
+                "layer": index,
+                "head": head,
+                "what": f"W_{a}, W_{b}",
+                "metric": "principal_angles",
+                "value": float(np.cos(angles).mean()),
                 "values": angles.tolist(),
-            }  # fmt: skip
+            }
 
 
 def activation_records(seen: Looked, index: int, names: list[str]) -> Iterator[dict]:
     """Spectra of what the projections put out, their CKA, and how attention spreads."""
-    flat = {name: seen.states[name].reshape(-1, np.prod(seen.states[name].shape[2:]))
-            for name in names}  # fmt: skip
+    flat = {
+        name: seen.states[name].reshape(-1, np.prod(seen.states[name].shape[2:])) for name in names
+    }
     for name, x in flat.items():
         centred = x - x.mean(0)
         heads = np.split(centred, seen.states[name].shape[2], axis=1)
@@ -150,9 +154,12 @@ def activation_records(seen: Looked, index: int, names: list[str]) -> Iterator[d
             yield from _spectrum(index, head, f"{name} activations", values)
     for a, b in _pairs(flat):
         yield {
-            "layer": index, "head": None, "what": f"{a}, {b} activations",
-            "metric": "linear_cka", "value": spectra.linear_cka(flat[a], flat[b]),
-        }  # fmt: skip
+            "layer": index,
+            "head": None,
+            "what": f"{a}, {b} activations",
+            "metric": "linear_cka",
+            "value": spectra.linear_cka(flat[a], flat[b]),
+        }
     measures = {
         "score_asymmetry": spectra.asymmetry(seen.scores),
         "diagonal_mass": spectra.diagonal_mass(seen.weights),
@@ -162,8 +169,13 @@ def activation_records(seen: Looked, index: int, names: list[str]) -> Iterator[d
     by_head = {name: value.mean(0) for name, value in measures.items()} | {"max_logit": largest}
     for metric, values in by_head.items():
         for head, value in enumerate(values):
-            yield {"layer": index, "head": head, "what": "attention", "metric": metric,
-                   "value": float(value)}  # fmt: skip
+            yield {
+                "layer": index,
+                "head": head,
+                "what": "attention",
+                "metric": metric,
+                "value": float(value),
+            }
 
 
 def analyze(model, inputs, wanted: list[str] | None = None) -> tuple[list[dict], list[Looked]]:
@@ -286,7 +298,9 @@ def _spectrum(layer: int, head: int | None, what: str, values: np.ndarray) -> It
     """Three records of one matrix: its singular values and two ranks."""
     record = {"layer": layer, "head": head, "what": what}
     yield record | {
-        "metric": "singular_values", "value": float(values[0]), "values": values.tolist()
-    }  # fmt: skip
+        "metric": "singular_values",
+        "value": float(values[0]),
+        "values": values.tolist(),
+    }
     yield record | {"metric": "effective_rank", "value": spectra.effective_rank(values)}
     yield record | {"metric": "stable_rank", "value": spectra.stable_rank(values)}

@@ -117,9 +117,20 @@ def prefill(model, layers, cache, ids, *, dtype, table=None):
     jax.jit, static_argnames=("dtype", "max_tokens", "num_ids", "greedy"), donate_argnames="cache"
 )
 def sample_tokens(
-    model, layers, cache, logits, start, key, temperature, table=None, *, dtype, max_tokens,
-    num_ids, greedy,
-):  # fmt: skip
+    model,
+    layers,
+    cache,
+    logits,
+    start,
+    key,
+    temperature,
+    table=None,
+    *,
+    dtype,
+    max_tokens,
+    num_ids,
+    greedy,
+):
     """max_tokens tokens int32 [B, max_tokens], each fed back through the cache."""
     slots = max(map(caches.cache_slots, cache)) * (1 if table is None else table.shape[1])
     turns = caches.turns(model.spec.layers, slots)
@@ -167,10 +178,11 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
         length = -(-length // page_size) * page_size
     if length < needed:
         per_sequence = sum(
-            layer.cache_bytes(needed, dtype, layout) if page_size is None
+            layer.cache_bytes(needed, dtype, layout)
+            if page_size is None
             else needed * layer.cache_bytes_per_token(dtype, layout)
             for layer in model.spec.layers
-        )  # fmt: skip
+        )
         raise UserError(
             f"a cache of {length} tokens is too short for the prompt and the new tokens: they need"
             f" {needed} ({batch * per_sequence:,} bytes); raise --cache_length or shorten the"
@@ -194,11 +206,20 @@ def allocate(model, batch, needed, length, dtype, layout, page_size):
 
 
 def generate(
-    model: LanguageModel, prompt: np.ndarray, *, num_ids: int, max_tokens: int,
-    temperature: float = 1.0, seed: int = 0, batch: int = 1, layout: str | None = None,
-    cache_length: int | None = None, cache_dtype=None, page_size: int | None = None,
+    model: LanguageModel,
+    prompt: np.ndarray,
+    *,
+    num_ids: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: int = 1,
+    layout: str | None = None,
+    cache_length: int | None = None,
+    cache_dtype=None,
+    page_size: int | None = None,
     dtype="float32",
-) -> Generation:  # fmt: skip
+) -> Generation:
     """Samples `batch` continuations of one prompt.
 
     Args:
@@ -232,9 +253,19 @@ def generate(
     with placed.on_mesh_of(model):
         check_heads(model.spec)
         return _generate(
-            model, prompt, num_ids, max_tokens, temperature, seed, batch, layout, cache_length,
-            cache_dtype or dtype, page_size, jnp.dtype(dtype),
-        )  # fmt: skip
+            model,
+            prompt,
+            num_ids,
+            max_tokens,
+            temperature,
+            seed,
+            batch,
+            layout,
+            cache_length,
+            cache_dtype or dtype,
+            page_size,
+            jnp.dtype(dtype),
+        )
 
 
 def check_heads(spec: ModelSpec) -> None:
@@ -249,9 +280,19 @@ def check_heads(spec: ModelSpec) -> None:
 
 
 def _generate(
-    model, prompt, num_ids, max_tokens, temperature, seed, batch, layout, cache_length,
-    cache_dtype, page_size, dtype,
-) -> Generation:  # fmt: skip
+    model,
+    prompt,
+    num_ids,
+    max_tokens,
+    temperature,
+    seed,
+    batch,
+    layout,
+    cache_length,
+    cache_dtype,
+    page_size,
+    dtype,
+) -> Generation:
     """`generate` with valid arguments, on the mesh in force."""
     layers = None if isinstance(model.stack, UnrolledStack) else model.stack.layers()
     needed = len(prompt) + max_tokens
@@ -262,12 +303,21 @@ def _generate(
     ids = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (batch, len(prompt)))
     logits, cache = prefill(model, layers, cache, ids, dtype=dtype, table=table)
     arguments = (
-        model, layers, cache, logits, jnp.int32(len(prompt)), jax.random.key(seed),
-        jnp.float32(temperature or 1), table,
-    )  # fmt: skip
+        model,
+        layers,
+        cache,
+        logits,
+        jnp.int32(len(prompt)),
+        jax.random.key(seed),
+        jnp.float32(temperature or 1),
+        table,
+    )
     options = {
-        "dtype": dtype, "max_tokens": max_tokens, "num_ids": num_ids, "greedy": temperature == 0,
-    }  # fmt: skip
+        "dtype": dtype,
+        "max_tokens": max_tokens,
+        "num_ids": num_ids,
+        "greedy": temperature == 0,
+    }
     compiled = sample_tokens.lower(*arguments, **options).compile()
     jax.block_until_ready(logits)
     began = time.perf_counter()

@@ -76,10 +76,18 @@ def abstract(
 
 
 def compile_generation(
-    spec: ModelSpec, mesh: jax.sharding.Mesh, batch: int, context: int, *, max_tokens: int = 32,
-    dtype="bfloat16", param_dtype="float32", cache_dtype=None, layout: str | None = None,
+    spec: ModelSpec,
+    mesh: jax.sharding.Mesh,
+    batch: int,
+    context: int,
+    *,
+    max_tokens: int = 32,
+    dtype="bfloat16",
+    param_dtype="float32",
+    cache_dtype=None,
+    layout: str | None = None,
     page_size: int | None = None,
-) -> dict[str, jax.stages.Compiled]:  # fmt: skip
+) -> dict[str, jax.stages.Compiled]:
     """Compiles what `generate` runs for a served model, for devices that need not be here.
 
     Args:
@@ -121,9 +129,19 @@ def compile_generation(
         key = jax.eval_shape(lambda: jax.random.key(0))
         first = decode.prefill_piece.lower(model, None, cache, ids, start, table, dtype=dtype)
         then = decode.sample_tokens.lower(
-            model, None, cache, logits, start, key, warmth, table, dtype=dtype,
-            max_tokens=max_tokens, num_ids=spec.vocab_size, greedy=False,
-        )  # fmt: skip
+            model,
+            None,
+            cache,
+            logits,
+            start,
+            key,
+            warmth,
+            table,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            num_ids=spec.vocab_size,
+            greedy=False,
+        )
         return {"prefill": first.compile(), "decode": then.compile()}
 
 

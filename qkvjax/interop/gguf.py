@@ -31,14 +31,22 @@ from qkvjax.models.spec import scan_period
 
 # Keys that stand for something our model does not compute, with the values that do not.
 _PLAIN = {
-    "expert_count": (0,), "rope.scaling.type": ("none",), "attention.sliding_window": (0,),
-    "attention.logit_softcapping": (0,), "embedding_scale": (0, 1), "residual_scale": (0, 1),
-    "logit_scale": (0, 1), "attention.scale": (0,),
-}  # fmt: skip
+    "expert_count": (0,),
+    "rope.scaling.type": ("none",),
+    "attention.sliding_window": (0,),
+    "attention.logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "attention.scale": (0,),
+}
 # How the texts of a byte-level BPE are cut before they are merged, as tokenizer.json says it.
 _BYTE_LEVEL = {
-    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
-}  # fmt: skip
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 PRE_TOKENIZERS = {
     "gpt-2": _BYTE_LEVEL,
@@ -47,11 +55,16 @@ PRE_TOKENIZERS = {
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 # What a layer is made of: our name -> the file's.
 _LAYER = {
-    "attention_norm.gain": "attn_norm", "attention.projections.q.weight": "attn_q",
-    "attention.projections.k.weight": "attn_k", "attention.projections.v.weight": "attn_v",
-    "attention.output.weight": "attn_output", "mlp_norm.gain": "ffn_norm",
-    "mlp.gate.weight": "ffn_gate", "mlp.up.weight": "ffn_up", "mlp.down.weight": "ffn_down",
-}  # fmt: skip
+    "attention_norm.gain": "attn_norm",
+    "attention.projections.q.weight": "attn_q",
+    "attention.projections.k.weight": "attn_k",
+    "attention.projections.v.weight": "attn_v",
+    "attention.output.weight": "attn_output",
+    "mlp_norm.gain": "ffn_norm",
+    "mlp.gate.weight": "ffn_gate",
+    "mlp.up.weight": "ffn_up",
+    "mlp.down.weight": "ffn_down",
+}
 
 
 class Imported(NamedTuple):
@@ -192,9 +205,13 @@ def _model(file: _File, dequantize) -> Imported:
 
     rows = {"attn_q": heads * width, "attn_k": kv_heads * width, "attn_v": kv_heads * width}
     shapes = {name: (n, d) for name, n in rows.items()} | {
-        "attn_output": (d, heads * width), "ffn_gate": (inner, d), "ffn_up": (inner, d),
-        "ffn_down": (d, inner), "attn_norm": (d,), "ffn_norm": (d,),
-    }  # fmt: skip
+        "attn_output": (d, heads * width),
+        "ffn_gate": (inner, d),
+        "ffn_up": (inner, d),
+        "ffn_down": (d, inner),
+        "attn_norm": (d,),
+        "ffn_norm": (d,),
+    }
 
     def layer(i: int, name: str) -> np.ndarray:
         found = array(f"blk.{i}.{name}", *shapes[name])
@@ -224,12 +241,23 @@ def _model(file: _File, dequantize) -> Imported:
             " convert import reads Llama's architecture without biases and other additions"
         )
     fields = {
-        "kind": "lm", "d_model": d, "num_layers": layers, "num_heads": heads,
-        "num_kv_heads": kv_heads, "head_dim": width, "sharing": "q-k-v", "position": "rope",
-        "rotary_fraction": rotary / width, "rotary_base": float(file.get("rope.freq_base", 1e4)),
-        "qk_norm": False, "norm": "rmsnorm", "mlp": "swiglu", "mlp_ratio": inner / d,
-        "tie_embeddings": tied, "init": "normal",
-    }  # fmt: skip
+        "kind": "lm",
+        "d_model": d,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": width,
+        "sharing": "q-k-v",
+        "position": "rope",
+        "rotary_fraction": rotary / width,
+        "rotary_base": float(file.get("rope.freq_base", 1e4)),
+        "qk_norm": False,
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "mlp_ratio": inner / d,
+        "tie_embeddings": tied,
+        "init": "normal",
+    }
     context = file.whole("context_length")
     return Imported(fields, context, arrays, tokenizer, ", ".join(sorted(types)))
 
@@ -258,21 +286,31 @@ def _tokenizer(file: _File) -> dict:
     types = file.values.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     added = [
         {
-            "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": kind == _CONTROL,
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == _CONTROL,
         }
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED)
-    ]  # fmt: skip
+    ]
     model = {
-        "type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
+        "type": "BPE",
+        "vocab": {token: i for i, token in enumerate(tokens)},
         "merges": file.values["tokenizer.ggml.merges"],
-    }  # fmt: skip
+    }
     return {
-        "version": "1.0", "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[cut], "post_processor": None, "decoder": _BYTE_LEVEL,
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[cut],
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
         "model": model,
-    }  # fmt: skip
+    }
 
 
 def write_tokenizer(content: dict, path: Path) -> None:

@@ -24,9 +24,14 @@ def refusal(
     device = target()
     widest = 256 if device.here and device.major >= 9 else 128
     return limits.refusal(
-        q, v, range(8, widest + 1, 8), DTYPES, segment_ids=segment_ids, softcap=softcap,
+        q,
+        v,
+        range(8, widest + 1, 8),
+        DTYPES,
+        segment_ids=segment_ids,
+        softcap=softcap,
         second_part_of_the_scores=q_pe,
-    )  # fmt: skip
+    )
 
 
 def attention(
@@ -41,6 +46,11 @@ def attention(
     if why:
         raise UserError(f"cudnn takes no such attention: {why}; use impl='auto'")
     return jax.nn.dot_product_attention(
-        q, k, k if v is None else v, is_causal=causal, scale=scale, implementation=BACKEND,
+        q,
+        k,
+        k if v is None else v,
+        is_causal=causal,
+        scale=scale,
+        implementation=BACKEND,
         local_window_size=None if window is None else (window - 1, 0),
-    )  # fmt: skip
+    )

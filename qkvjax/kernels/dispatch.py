@@ -126,9 +126,17 @@ def attention(
     )
     skips = causal and not rules.shards_sequence()  # tiles of queries would cross devices
     return PLAIN[name](
-        q, k, v, mask=mask, causal=skips, window=window, scale=scale, softcap=softcap, q_pe=q_pe,
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=skips,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        q_pe=q_pe,
         k_pe=k_pe,
-    )  # fmt: skip
+    )
 
 
 def decode_attention(
@@ -169,9 +177,14 @@ def decode_attention(
         # A page that a sequence does not need is used nowhere, but may be fetched.
         there = None if table is None else jnp.minimum(table, k.shape[0] - 1)
         arrays = {
-            "k": k, "v": v, "positions": positions, "q_pe": q_pe, "k_pe": k_pe, "key": key,
+            "k": k,
+            "v": v,
+            "positions": positions,
+            "q_pe": q_pe,
+            "k_pe": k_pe,
+            "key": key,
             "table": there,
-        }  # fmt: skip
+        }
         run = functools.partial(choice.kernel(name, decodes=True).decode, **options)
         return local.on_each_device(run, q, arrays)
     k, v = (None if x is None else _read(x, table, q.dtype) for x in (k, v))

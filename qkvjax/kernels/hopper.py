@@ -29,19 +29,26 @@ DTYPES = ("bfloat16", "float16")
 # By (head width, whether the keys are the values): the fastest on an H200
 # (benchmarks/results/h200/tiles.jsonl). What is missing here goes by Triton, which is faster there.
 FORWARD = {
-    (64, False): Blocks(64, 128, 2), (64, True): Blocks(64, 128, 3),
-    (128, False): Blocks(64, 128, 2), (128, True): Blocks(64, 128, 2),
-    (256, False): Blocks(64, 64, 2), (256, True): Blocks(64, 128, 2),
-}  # fmt: skip
+    (64, False): Blocks(64, 128, 2),
+    (64, True): Blocks(64, 128, 3),
+    (128, False): Blocks(64, 128, 2),
+    (128, True): Blocks(64, 128, 2),
+    (256, False): Blocks(64, 64, 2),
+    (256, True): Blocks(64, 128, 2),
+}
 KEYS = {
-    (64, False): Blocks(128, 64, 3), (64, True): Blocks(128, 64, 2),
-    (128, False): Blocks(64, 64, 2), (128, True): Blocks(128, 64, 2),
+    (64, False): Blocks(128, 64, 3),
+    (64, True): Blocks(128, 64, 2),
+    (128, False): Blocks(64, 64, 2),
+    (128, True): Blocks(128, 64, 2),
     (256, True): Blocks(64, 64, 2),
-}  # fmt: skip
+}
 QUERIES = {
-    (64, False): Blocks(64, 128, 2), (64, True): Blocks(64, 128, 4),
-    (128, False): Blocks(64, 64, 4), (128, True): Blocks(64, 64, 2),
-}  # fmt: skip
+    (64, False): Blocks(64, 128, 2),
+    (64, True): Blocks(64, 128, 4),
+    (128, False): Blocks(64, 64, 4),
+    (128, True): Blocks(64, 64, 2),
+}
 
 
 def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
@@ -52,9 +59,20 @@ def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
 
 
 def attention(
-    q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None,
-    forward: Blocks | None = None, backward: Blocks | None = None, interpret: object = None,
-) -> jax.Array:  # fmt: skip
+    q,
+    k,
+    v=None,
+    *,
+    causal=True,
+    segment_ids=None,
+    window=None,
+    scale=None,
+    q_pe=None,
+    k_pe=None,
+    forward: Blocks | None = None,
+    backward: Blocks | None = None,
+    interpret: object = None,
+) -> jax.Array:
     """As `kernels.dispatch.attention`, whose arguments these are.
 
     Args:
@@ -138,10 +156,14 @@ def forward_pass(options: tile.Options, q, k, v, segments) -> tuple[jax.Array, j
     ]
     edges = options.edges(length, segments)
     return hopper_block.launch(
-        functools.partial(_kernel, options, edges, heads // k.shape[2]), "attention_hopper_forward",
-        (spans, q, k, v, segments), out, scratch,
-        {"head": heads, "sequence": batch, "tile": length // rows}, interpret,
-    )  # fmt: skip
+        functools.partial(_kernel, options, edges, heads // k.shape[2]),
+        "attention_hopper_forward",
+        (spans, q, k, v, segments),
+        out,
+        scratch,
+        {"head": heads, "sequence": batch, "tile": length // rows},
+        interpret,
+    )
 
 
 def _kernel(

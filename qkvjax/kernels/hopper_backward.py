@@ -45,10 +45,13 @@ def keys_pass(options: tile.Options, q, k, v, segments, slope, normaliser, delta
         functools.partial(
             _keys_kernel, options, options.edges(length, segments, turned=True), heads // kv_heads
         ),
-        "attention_hopper_keys", (spans, q, k, v, segments, slope, normaliser, delta),
-        [jax.ShapeDtypeStruct(k.shape, k.dtype)] * count, scratch,
-        {"head": kv_heads, "sequence": batch, "tile": length // places}, options.interpret,
-    )  # fmt: skip
+        "attention_hopper_keys",
+        (spans, q, k, v, segments, slope, normaliser, delta),
+        [jax.ShapeDtypeStruct(k.shape, k.dtype)] * count,
+        scratch,
+        {"head": kv_heads, "sequence": batch, "tile": length // places},
+        options.interpret,
+    )
     return found if count == 2 else (*found, None)
 
 
@@ -142,10 +145,13 @@ def queries_pass(options: tile.Options, q, k, v, segments, slope, normaliser, de
         functools.partial(
             _queries_kernel, options, options.edges(length, segments), heads // k.shape[2]
         ),
-        "attention_hopper_queries", (spans, q, k, v, segments, slope, normaliser, delta),
-        [jax.ShapeDtypeStruct(q.shape, q.dtype)], scratch,
-        {"head": heads, "sequence": batch, "tile": length // places}, options.interpret,
-    )  # fmt: skip
+        "attention_hopper_queries",
+        (spans, q, k, v, segments, slope, normaliser, delta),
+        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        scratch,
+        {"head": heads, "sequence": batch, "tile": length // places},
+        options.interpret,
+    )
     return found
 
 

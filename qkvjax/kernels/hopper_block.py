@@ -39,10 +39,16 @@ def launch(kernel, name: str, inputs, outputs, scratch, grid: dict, interpret) -
 
     body.__name__ = name
     return lowering.kernel(
-        body, out_type=outputs, scratch_types=scratch, grid=tuple(grid.values()),
-        grid_names=tuple(grid), num_threads=3, thread_name="warpgroup",
-        compiler_params=lowering.CompilerParams(approx_math=True), interpret=interpret,
-    )(*flat)  # fmt: skip
+        body,
+        out_type=outputs,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=lowering.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*flat)
 
 
 def tiles(count: int, rows: int, width: int, dtype):

@@ -47,9 +47,19 @@ def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
 
 
 def attention(
-    q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None,
-    blocks: Blocks | None = None, interpret: bool | lowering.InterpretParams = False,
-) -> jax.Array:  # fmt: skip
+    q,
+    k,
+    v=None,
+    *,
+    causal=True,
+    segment_ids=None,
+    window=None,
+    scale=None,
+    q_pe=None,
+    k_pe=None,
+    blocks: Blocks | None = None,
+    interpret: bool | lowering.InterpretParams = False,
+) -> jax.Array:
     """As `kernels.dispatch.attention`, whose arguments these are.
 
     Args:
@@ -76,11 +86,19 @@ def attention(
         return Blocks(min(chosen.queries, longest), min(chosen.keys, longest))
 
     options = Options(
-        causal, window, width**-0.5 if scale is None else float(scale), length,
-        fit(FORWARD), fit(BACKWARD), interpret,
-    )  # fmt: skip
-    sizes = (getattr(b, side) for b in (options.forward, options.backward)
-             for side in ("queries", "keys"))  # fmt: skip
+        causal,
+        window,
+        width**-0.5 if scale is None else float(scale),
+        length,
+        fit(FORWARD),
+        fit(BACKWARD),
+        interpret,
+    )
+    sizes = (
+        getattr(b, side)
+        for b in (options.forward, options.backward)
+        for side in ("queries", "keys")
+    )
     fill = -length % math.lcm(*sizes)
 
     def by_head(x):  # [B, T, N, H] -> [B, N, T, H] with whole tiles
@@ -110,7 +128,9 @@ def _forward(options, qs, ks, v, segments):
     normaliser = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
     rows, columns = queries_walk(blocks, group)
     call = pallas(
-        functools.partial(_forward_kernel, options), "attention_forward", options.interpret,
+        functools.partial(_forward_kernel, options),
+        "attention_forward",
+        options.interpret,
         options.ends(blocks, qs, segments),
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
         in_specs=tile.specs((qs, rows.tile), (ks, columns.tile), (v, columns.tile))
@@ -121,15 +141,26 @@ def _forward(options, qs, ks, v, segments):
             *(lowering.VMEM((blocks.queries, 1), jnp.float32) for _ in "ml"),
             lowering.VMEM((blocks.queries, value.shape[-1]), jnp.float32),
         ],
-    )  # fmt: skip
+    )
     out, normaliser = call(qs, ks, v, *_both_ways(segments))
     return out, (qs, ks, v, segments, out, normaliser)
 
 
 def _forward_kernel(
-    options, begins, ends, qs, ks, v, row_segments, column_segments, out, normaliser, top, total,
+    options,
+    begins,
+    ends,
+    qs,
+    ks,
+    v,
+    row_segments,
+    column_segments,
+    out,
+    normaliser,
+    top,
+    total,
     mixed,
-):  # fmt: skip
+):
     blocks = options.forward
     b, i, step = (pl.program_id(axis) for axis in (0, 2, 3))
     j = begins[b, i] + step
@@ -172,32 +203,47 @@ def _backward(options, residuals, slope):
 
     def read(rows, columns):
         return tile.specs(
-            (qs, rows.tile), (ks, columns.tile), (v, columns.tile), (slope, rows.tile),
-            (normaliser, rows.numbers), (delta, rows.numbers),
-        )  # fmt: skip
+            (qs, rows.tile),
+            (ks, columns.tile),
+            (v, columns.tile),
+            (slope, rows.tile),
+            (normaliser, rows.numbers),
+            (delta, rows.numbers),
+        )
 
     rows, columns = keys_walk(blocks, group)
     dks, dv = pallas(
-        functools.partial(_keys_kernel, options), "attention_keys", options.interpret,
+        functools.partial(_keys_kernel, options),
+        "attention_keys",
+        options.interpret,
         options.ends(blocks, qs, segments, turned=True),
-        grid=(batch, num_kv_heads, length // blocks.keys, group,
-              options.steps(blocks.keys, blocks.queries)),
+        grid=(
+            batch,
+            num_kv_heads,
+            length // blocks.keys,
+            group,
+            options.steps(blocks.keys, blocks.queries),
+        ),
         in_specs=read(rows, columns) + segment_specs(segments, columns, rows)[::-1],
-        out_specs=tile.specs((ks, columns.tile), (v, columns.tile)), out_shape=[same(ks), same(v)],
+        out_specs=tile.specs((ks, columns.tile), (v, columns.tile)),
+        out_shape=[same(ks), same(v)],
         scratch_shapes=[sums(ks, blocks.keys), sums(v, blocks.keys)],
-    )(*arrays[:6], *arrays[:5:-1])  # fmt: skip
+    )(*arrays[:6], *arrays[:5:-1])
     rows, columns = queries_walk(blocks, group)
     [dqs] = pallas(
-        functools.partial(_queries_kernel, options), "attention_queries", options.interpret,
+        functools.partial(_queries_kernel, options),
+        "attention_queries",
+        options.interpret,
         options.ends(blocks, qs, segments),
         grid=(batch, heads, length // blocks.queries, options.steps(blocks.queries, blocks.keys)),
         in_specs=read(rows, columns) + segment_specs(segments, rows, columns),
-        out_specs=tile.specs((qs, rows.tile)), out_shape=[same(qs)],
+        out_specs=tile.specs((qs, rows.tile)),
+        out_shape=[same(qs)],
         scratch_shapes=[
             sums(qs, blocks.queries),
             *(lowering.VMEM((blocks.queries, 1), jnp.float32) for _ in "ld"),
         ],
-    )(*arrays)  # fmt: skip
+    )(*arrays)
     return dqs, dks, dv, None
 
 
@@ -205,9 +251,22 @@ _attend.defvjp(_forward, _backward)
 
 
 def _keys_kernel(
-    options, begins, ends, qs, ks, v, slope, normaliser, delta, row_segments, column_segments, dks,
-    dv, of_keys, of_values,
-):  # fmt: skip
+    options,
+    begins,
+    ends,
+    qs,
+    ks,
+    v,
+    slope,
+    normaliser,
+    delta,
+    row_segments,
+    column_segments,
+    dks,
+    dv,
+    of_keys,
+    of_values,
+):
     """Gradients of one tile of keys (and values): all queries of its group of heads pass by."""
     blocks = options.backward
     b, j, head, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
@@ -226,9 +285,13 @@ def _keys_kernel(
         # A tile lies with its keys down: neither product below turns it.
         seen = _seen(options, i, j, blocks, row_segments, column_segments, keys_down=True)
         weights, slopes = tile.weights_and_slopes(
-            tile.products(k, q), seen, normaliser[...],
-            tile.dot(k[0] if v is None else v[...], do, (1, 1)), delta[...], options.scale,
-        )  # fmt: skip
+            tile.products(k, q),
+            seen,
+            normaliser[...],
+            tile.dot(k[0] if v is None else v[...], do, (1, 1)),
+            delta[...],
+            options.scale,
+        )
         slopes = slopes.astype(do.dtype)
         from_values = tile.dot(weights.astype(do.dtype), do)
         added = [tile.dot(slopes, part) for part in q]
@@ -246,9 +309,22 @@ def _keys_kernel(
 
 
 def _queries_kernel(
-    options, begins, ends, qs, ks, v, slope, normaliser, delta, row_segments, column_segments, dqs,
-    sums, of_row, delta_of_row,
-):  # fmt: skip
+    options,
+    begins,
+    ends,
+    qs,
+    ks,
+    v,
+    slope,
+    normaliser,
+    delta,
+    row_segments,
+    column_segments,
+    dqs,
+    sums,
+    of_row,
+    delta_of_row,
+):
     """Gradient of one tile of queries."""
     blocks = options.backward
     b, i, step = (pl.program_id(axis) for axis in (0, 2, 3))
@@ -265,10 +341,13 @@ def _queries_kernel(
         k, do = [ref[...] for ref in ks], slope[...]
         seen = _seen(options, i, j, blocks, row_segments, column_segments)
         _, slopes = tile.weights_and_slopes(
-            tile.products([ref[...] for ref in qs], k), seen, of_row[...],
-            tile.dot(do, k[0] if v is None else v[...], (1, 1)), delta_of_row[...],
+            tile.products([ref[...] for ref in qs], k),
+            seen,
+            of_row[...],
+            tile.dot(do, k[0] if v is None else v[...], (1, 1)),
+            delta_of_row[...],
             options.scale,
-        )  # fmt: skip
+        )
         slopes = slopes.astype(do.dtype)
         for ref, part in zip(sums, k):
             ref[...] += tile.dot(slopes, part)

@@ -60,10 +60,20 @@ class Options:
 
 
 def decode(
-    q, k, v=None, *, positions, window=None, scale=None, q_pe=None, k_pe=None,
-    key: KeyOfState | None = None, table=None, slots: int = SLOTS,
+    q,
+    k,
+    v=None,
+    *,
+    positions,
+    window=None,
+    scale=None,
+    q_pe=None,
+    k_pe=None,
+    key: KeyOfState | None = None,
+    table=None,
+    slots: int = SLOTS,
     interpret: bool | lowering.InterpretParams = False,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """As `kernels.dispatch.decode_attention`, whose arguments these are.
 
     Args:
@@ -88,9 +98,12 @@ def decode(
     # Scales along the lanes: a column of them would take 128 times its bytes.
     k, v = (x._replace(scales=x.scales[:, :, None]) if isinstance(x, Int8) else x for x in (k, v))
     options = Options(
-        window, width**-0.5 if scale is None else float(scale), slots, size,
+        window,
+        width**-0.5 if scale is None else float(scale),
+        slots,
+        size,
         0 if key is None else key.width,
-    )  # fmt: skip
+    )
 
     # Rows go by tiles as well: a prompt that enters a cache has many.
     tall = min(-(-length * group // FEWEST_ROWS) * FEWEST_ROWS, MOST_ROWS)
@@ -135,19 +148,27 @@ def decode(
         (batch, num_kv_heads, rows, width if v is None else v.shape[3]), q.dtype
     )
     found = pallas(
-        functools.partial(_kernel, options, len(scalars)), "attention_decode", interpret, scalars,
+        functools.partial(_kernel, options, len(scalars)),
+        "attention_decode",
+        interpret,
+        scalars,
         grid=(batch, num_kv_heads // taken, rows // tall, -(-slots // size)),
         in_specs=[
-            *(jax.tree.map(spec, x, is_leaf=lambda x: isinstance(x, Int8)) for spec, x in zip(
-                (of_rows, held, held, lambda x: slots_of(x, False), whole, whole), inputs)),
+            *(
+                jax.tree.map(spec, x, is_leaf=lambda x: isinstance(x, Int8))
+                for spec, x in zip(
+                    (of_rows, held, held, lambda x: slots_of(x, False), whole, whole), inputs
+                )
+            ),
             pl.BlockSpec((None, tall, 1), lambda b, n, i, *_: (b, i, 0)),
         ],
-        out_specs=of_rows(out), out_shape=out,
+        out_specs=of_rows(out),
+        out_shape=out,
         scratch_shapes=[
             *(lowering.VMEM((taken, tall, 1), jnp.float32) for _ in "ml"),
             lowering.VMEM((taken, tall, out.shape[3]), jnp.float32),
         ],
-    )(*inputs)  # fmt: skip
+    )(*inputs)
     return rows_of.unpacked(found, length, heads)
 
 

@@ -129,6 +129,12 @@ def pallas(kernel, name: str, interpret, scalars: tuple, *, out_shape, **grid):
     order = ("parallel",) * 3 + ("arbitrary",) * (len(grid["grid"]) - 3)
     params = lowering.CompilerParams(dimension_semantics=order)
     spec = lowering.PrefetchScalarGridSpec(num_scalar_prefetch=len(scalars), **grid)
-    call = pl.pallas_call(kernel, name=name, interpret=interpret, compiler_params=params,
-                          grid_spec=spec, out_shape=out_shape)  # fmt: skip
+    call = pl.pallas_call(
+        kernel,
+        name=name,
+        interpret=interpret,
+        compiler_params=params,
+        grid_spec=spec,
+        out_shape=out_shape,
+    )
     return functools.partial(call, *scalars)

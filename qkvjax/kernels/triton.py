@@ -40,20 +40,29 @@ class Blocks:
 # By (head width, whether the keys are the values): the fastest on an H200 of those that fit it
 # (benchmarks/results/h200/tiles.jsonl, by benchmarks/kernel_speed.py). Narrower heads take 64's.
 FORWARD = {
-    (64, False): Blocks(64, 64, 4, 3), (64, True): Blocks(64, 64, 4, 3),
-    (128, False): Blocks(128, 64, 4, 2), (128, True): Blocks(64, 64, 4, 2),
-    (256, False): Blocks(64, 64, 4, 3), (256, True): Blocks(128, 64, 8, 4),
-}  # fmt: skip
+    (64, False): Blocks(64, 64, 4, 3),
+    (64, True): Blocks(64, 64, 4, 3),
+    (128, False): Blocks(128, 64, 4, 2),
+    (128, True): Blocks(64, 64, 4, 2),
+    (256, False): Blocks(64, 64, 4, 3),
+    (256, True): Blocks(128, 64, 8, 4),
+}
 KEYS = {
-    (64, False): Blocks(64, 64, 4, 3), (64, True): Blocks(64, 128, 4, 3),
-    (128, False): Blocks(64, 64, 4, 2), (128, True): Blocks(64, 64, 4, 3),
-    (256, False): Blocks(64, 64, 8, 2), (256, True): Blocks(64, 128, 8, 2),
-}  # fmt: skip
+    (64, False): Blocks(64, 64, 4, 3),
+    (64, True): Blocks(64, 128, 4, 3),
+    (128, False): Blocks(64, 64, 4, 2),
+    (128, True): Blocks(64, 64, 4, 3),
+    (256, False): Blocks(64, 64, 8, 2),
+    (256, True): Blocks(64, 128, 8, 2),
+}
 QUERIES = {
-    (64, False): Blocks(64, 128, 4, 3), (64, True): Blocks(128, 64, 4, 3),
-    (128, False): Blocks(128, 64, 8, 3), (128, True): Blocks(64, 64, 4, 2),
-    (256, False): Blocks(128, 32, 8, 3), (256, True): Blocks(64, 64, 4, 3),
-}  # fmt: skip
+    (64, False): Blocks(64, 128, 4, 3),
+    (64, True): Blocks(128, 64, 4, 3),
+    (128, False): Blocks(128, 64, 8, 3),
+    (128, True): Blocks(64, 64, 4, 2),
+    (256, False): Blocks(128, 32, 8, 3),
+    (256, True): Blocks(64, 64, 4, 3),
+}
 
 
 def refusal(q, v=None, *, softcap=None, q_pe=None, **_) -> str | None:
@@ -77,9 +86,20 @@ class Options(tile.Options):
 
 
 def attention(
-    q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None,
-    forward: Blocks | None = None, backward: Blocks | None = None, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    q,
+    k,
+    v=None,
+    *,
+    causal=True,
+    segment_ids=None,
+    window=None,
+    scale=None,
+    q_pe=None,
+    k_pe=None,
+    forward: Blocks | None = None,
+    backward: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """As `kernels.dispatch.attention`, whose arguments these are.
 
     Args:
@@ -93,9 +113,15 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = filled(q), filled(k), None if v is None else filled(v)
     options = settings(
-        q, v, causal=causal, window=window, scale=scale, forward=forward, backward=backward,
+        q,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        forward=forward,
+        backward=backward,
         interpret=interpret,
-    )  # fmt: skip
+    )
     arrays = options.padded((_parts(q, q_pe), _parts(k, k_pe), v, segment_ids))
     return _attend(options, *arrays)[:, :length, :, :width]
 
@@ -120,9 +146,14 @@ def settings(q, v, *, causal, window, scale, forward, backward, interpret) -> Op
         return dataclasses.replace(blocks, queries=sizes[0], keys=sizes[1])
 
     return Options(
-        causal, window, width**-0.5 if scale is None else float(scale), length,
-        fit(forward, FORWARD), (fit(backward, KEYS), fit(backward, QUERIES)), interpret,
-    )  # fmt: skip
+        causal,
+        window,
+        width**-0.5 if scale is None else float(scale),
+        length,
+        fit(forward, FORWARD),
+        (fit(backward, KEYS), fit(backward, QUERIES)),
+        interpret,
+    )
 
 
 def _parts(x, second):
@@ -160,14 +191,16 @@ def forward_pass(options, qs, ks, v, segments):
     normaliser = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     call = pallas(
         functools.partial(_forward_kernel, options, options.edges(length, segments)),
-        "attention_forward", options.interpret, blocks,
+        "attention_forward",
+        options.interpret,
+        blocks,
         grid=(tiles, batch, heads),
         in_specs=tile.specs(
             (spans, of_tile(tiles)), (qs, rows), (ks, columns), (v, columns), (segments, all_places)
         ),
         out_specs=[rows(out), _numbers(blocks.queries, tiles)(normaliser)],
         out_shape=[out, normaliser],
-    )  # fmt: skip
+    )
     out, normaliser = call(spans, qs, ks, v, segments)
     return out, (qs, ks, v, segments, out, normaliser)
 
@@ -209,15 +242,24 @@ def keys_pass(options, qs, ks, v, segments, slope, normaliser, delta):
     spans = options.spans(blocks, qs[0], segments, turned=True)
     edges = options.edges(length, segments, turned=True)
     call = pallas(
-        functools.partial(_keys_kernel, options, edges, group), "attention_keys", options.interpret,
+        functools.partial(_keys_kernel, options, edges, group),
+        "attention_keys",
+        options.interpret,
         blocks,
         grid=(length // blocks.keys, batch, num_kv_heads),
         in_specs=tile.specs(
-            (spans, of_tile()), (qs, grouped), (ks, by_key), (v, by_key), (slope, grouped),
-            (normaliser, numbers), (delta, numbers), (segments, all_places),
+            (spans, of_tile()),
+            (qs, grouped),
+            (ks, by_key),
+            (v, by_key),
+            (slope, grouped),
+            (normaliser, numbers),
+            (delta, numbers),
+            (segments, all_places),
         ),
-        out_specs=jax.tree.map(by_key, (ks, v)), out_shape=jax.tree.map(like, (ks, v)),
-    )  # fmt: skip
+        out_specs=jax.tree.map(by_key, (ks, v)),
+        out_shape=jax.tree.map(like, (ks, v)),
+    )
     return call(spans, qs, ks, v, slope, normaliser, delta, segments)
 
 
@@ -231,14 +273,23 @@ def queries_pass(options, qs, ks, v, segments, slope, normaliser, delta):
     spans = options.spans(blocks, qs[0], segments)
     call = pallas(
         functools.partial(_queries_kernel, options, options.edges(length, segments)),
-        "attention_queries", options.interpret, blocks,
+        "attention_queries",
+        options.interpret,
+        blocks,
         grid=(tiles, batch, heads),
         in_specs=tile.specs(
-            (spans, of_tile(tiles)), (qs, by_query), (ks, whole), (v, whole), (slope, by_query),
-            (normaliser, numbers), (delta, numbers), (segments, all_places),
+            (spans, of_tile(tiles)),
+            (qs, by_query),
+            (ks, whole),
+            (v, whole),
+            (slope, by_query),
+            (normaliser, numbers),
+            (delta, numbers),
+            (segments, all_places),
         ),
-        out_specs=[jax.tree.map(by_query, qs)], out_shape=[jax.tree.map(like, qs)],
-    )  # fmt: skip
+        out_specs=[jax.tree.map(by_query, qs)],
+        out_shape=[jax.tree.map(like, qs)],
+    )
     return call(spans, qs, ks, v, slope, normaliser, delta, segments)[0]
 
 
@@ -266,10 +317,13 @@ def _keys_kernel(
                 rows = places_of(i * blocks.queries, blocks.queries, segments)
                 seen = pairs_seen(options, rows, columns, turned=True)
             weights, slopes = tile.weights_and_slopes(
-                tile.products(k, q), seen, normaliser[n, at][None, :],
-                tile.dot(value, do, (1, 1)), delta[n, at][None, :],
+                tile.products(k, q),
+                seen,
+                normaliser[n, at][None, :],
+                tile.dot(value, do, (1, 1)),
+                delta[n, at][None, :],
                 options.scale,
-            )  # fmt: skip
+            )
             of_keys, of_values = sums
             slopes = slopes.astype(q[0].dtype)
             of_keys = [add + tile.dot(slopes, part) for add, part in zip(of_keys, q)]

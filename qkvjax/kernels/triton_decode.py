@@ -80,10 +80,21 @@ class Options:
 
 
 def decode(
-    q, k, v=None, *, positions, window=None, scale=None, q_pe=None, k_pe=None,
-    key: KeyOfState | None = None, table=None, splits: int | None = None,
-    block: Blocks | None = None, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    q,
+    k,
+    v=None,
+    *,
+    positions,
+    window=None,
+    scale=None,
+    q_pe=None,
+    k_pe=None,
+    key: KeyOfState | None = None,
+    table=None,
+    splits: int | None = None,
+    block: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """As `kernels.dispatch.decode_attention`, whose arguments these are.
 
     Args:
@@ -116,9 +127,14 @@ def decode(
     per_split = -(-slots // splits // size) * size if slots // splits >= size else size
     splits = -(-slots // per_split)
     options = Options(
-        window, width**-0.5 if scale is None else float(scale), slots, per_split, size, k.shape[2],
+        window,
+        width**-0.5 if scale is None else float(scale),
+        slots,
+        per_split,
+        size,
+        k.shape[2],
         (width,) if key is None else pieces_of(key.width, width),
-    )  # fmt: skip
+    )
 
     # Rows go by tiles as well: a prompt that enters a cache has many.
     tall = min(max(NARROWEST, pl.next_power_of_2(length * group)), block.queries)
@@ -142,20 +158,26 @@ def decode(
     held = functools.partial(_slots, paged=table is not None)
     specs = (
         pl.BlockSpec((None, None, 4), lambda b, n, i: (b, i % splits, 0)),
-        _rows(inputs[1], tall, splits), *(jax.tree.map(held, x) for x in (k, v)),
+        _rows(inputs[1], tall, splits),
+        *(jax.tree.map(held, x) for x in (k, v)),
         None if table is None else _pages(table),
         None if second is None else (_rows(second[0], tall, splits), _slots(second[1])),
-        *(jax.tree.map(_table, x) for x in (turns, gains)), _places(tall, splits),
-    )  # fmt: skip
+        *(jax.tree.map(_table, x) for x in (turns, gains)),
+        _places(tall, splits),
+    )
     lead = batch, num_kv_heads, splits, rows
     state = functools.partial(_state, tall, splits)
     wanted = lambda *last: jax.ShapeDtypeStruct((*lead, *last), jnp.float32)  # noqa: E731
     top, total, mixed = pallas(
-        functools.partial(_kernel, options, splits), "attention_decode", interpret, block,
-        grid=(batch, num_kv_heads, rows // tall * splits), in_specs=list(specs),
+        functools.partial(_kernel, options, splits),
+        "attention_decode",
+        interpret,
+        block,
+        grid=(batch, num_kv_heads, rows // tall * splits),
+        in_specs=list(specs),
         out_specs=[state(), state(), [state(piece) for piece in value_pieces]],
         out_shape=[wanted(), wanted(), [wanted(piece) for piece in value_pieces]],
-    )(*inputs)  # fmt: skip
+    )(*inputs)
     out = tile.merge(top, total, jnp.concatenate(mixed, axis=-1), axis=2)
     return rows_of.unpacked(out, length, heads).astype(q.dtype)
 

@@ -38,9 +38,17 @@ class Encoder(nnx.Module):
         self.head = Linear(spec.d_model, spec.num_outputs, key=make("head"), **options)
 
     def __call__(
-        self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
-        impl: str = "auto", remat: str = "none", unroll: int = 1,
-    ) -> jax.Array:  # fmt: skip
+        self,
+        inputs,
+        positions=None,
+        segment_ids=None,
+        key=None,
+        *,
+        dtype=jnp.float32,
+        impl: str = "auto",
+        remat: str = "none",
+        unroll: int = 1,
+    ) -> jax.Array:
         """Logits of the labels.
 
         Args:

@@ -41,9 +41,15 @@ class LanguageModel(nnx.Module):
         self.head = head
 
     def __call__(
-        self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
+        self,
+        inputs,
+        positions=None,
+        segment_ids=None,
+        key=None,
+        *,
+        dtype=jnp.float32,
         impl: str = "auto",
-    ) -> jax.Array:  # fmt: skip
+    ) -> jax.Array:
         """Logits of the next token.
 
         Args:
@@ -65,9 +71,18 @@ class LanguageModel(nnx.Module):
         return self.logits(x)[..., : self.spec.num_ids]
 
     def hidden(
-        self, inputs, positions=None, segment_ids=None, key=None, *, dtype=jnp.float32,
-        impl: str = "auto", remat: str = "none", unroll: int = 1, table: jax.Array | None = None,
-    ):  # fmt: skip
+        self,
+        inputs,
+        positions=None,
+        segment_ids=None,
+        key=None,
+        *,
+        dtype=jnp.float32,
+        impl: str = "auto",
+        remat: str = "none",
+        unroll: int = 1,
+        table: jax.Array | None = None,
+    ):
         """(what the head reads, [B, T, D] in `dtype`; what routers tell, see `models.moe`, or
         None). Arguments as in `__call__`, those of `transformer.Stack`, and `table`: of
         `embedding_copies`."""

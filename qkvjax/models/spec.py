@@ -21,9 +21,18 @@ KINDS = ("lm", "encoder", "vit")
 OUTPUTS = ("tokens", "sequence", "choice")
 # Fields of the attention layer that `layer_overrides` may change.
 OVERRIDABLE = (
-    "sharing", "num_heads", "num_kv_heads", "head_dim", "position", "rotary_values",
-    "rotary_fraction", "rotary_base", "qk_norm", "window", "score",
-)  # fmt: skip
+    "sharing",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "position",
+    "rotary_values",
+    "rotary_fraction",
+    "rotary_base",
+    "qk_norm",
+    "window",
+    "score",
+)
 # Up to this depth the stack is unrolled and each layer keeps arrays of its own. On two cores a
 # scan costs a shallow model a quarter of its step, and slicing stacked weights 5 % of it; not to
 # scan costs a deep model minutes of compilation.
@@ -243,12 +252,17 @@ def model_spec(
     same = ("d_model", "position", "norm", "mlp", "dropout", "use_bias", "tie_embeddings", "kind")
     init, position_std = _parse_init(model["init"])
     return ModelSpec(
-        vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs, layers=layers,
-        max_length=max_length, d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
-        num_outputs=None if kind == "lm" else num_outputs or num_inputs, output=output, init=init,
-        position_std=position_std, num_ids=num_inputs if kind == "lm" else None,
+        vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs,
+        layers=layers,
+        max_length=max_length,
+        d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
+        num_outputs=None if kind == "lm" else num_outputs or num_inputs,
+        output=output,
+        init=init,
+        position_std=position_std,
+        num_ids=num_inputs if kind == "lm" else None,
         **{name: model[name] for name in same},
-    )  # fmt: skip
+    )
 
 
 def _parse_init(text: str) -> tuple[str, float | None]:

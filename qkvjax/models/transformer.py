@@ -105,9 +105,14 @@ class Block(nnx.Module):
     def decode(self, x, cache, start, *, table=None, turns=None, impl="auto"):
         """The same for new tokens that join `cache`; arguments as in `attention.cache.attend`."""
         y, cache = caches.attend(
-            self.attention, self.attention_norm(x), cache, start, table=table, turns=turns,
+            self.attention,
+            self.attention_norm(x),
+            cache,
+            start,
+            table=table,
+            turns=turns,
             impl=impl,
-        )  # fmt: skip
+        )
         x = x + y
         return x + self.mlp(self.mlp_norm(x))[0], cache
 
@@ -125,15 +130,23 @@ class Stack(nnx.Module):
         self.pattern = spec.pattern
         repeats = spec.num_layers // spec.period
         keys = jax.random.split(key, spec.num_layers).reshape(repeats, spec.period)
-        self.blocks = nnx.List([
-            jax.vmap(lambda k, layer=layer: Block(layer, spec, k))(keys[:, j])
-            for j, layer in enumerate(spec.layers[: spec.period])
-        ])  # fmt: skip
+        self.blocks = nnx.List(
+            [
+                jax.vmap(lambda k, layer=layer: Block(layer, spec, k))(keys[:, j])
+                for j, layer in enumerate(spec.layers[: spec.period])
+            ]
+        )
         self.group = spec.feed_forward.layers
-        self.shared = None if self.group == 1 else nnx.List([
-            jax.vmap(lambda k: feed_forward(spec, k))(keys[:, j])
-            for j in range(0, spec.period, self.group)
-        ])  # fmt: skip
+        self.shared = (
+            None
+            if self.group == 1
+            else nnx.List(
+                [
+                    jax.vmap(lambda k: feed_forward(spec, k))(keys[:, j])
+                    for j in range(0, spec.period, self.group)
+                ]
+            )
+        )
 
     def __call__(
         self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none", unroll=1

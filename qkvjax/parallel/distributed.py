@@ -180,11 +180,14 @@ def _start(values: flags.FlagValues) -> None:
             with contextlib.suppress(socket.gaierror):  # a name of IPv6, perhaps
                 socket.create_server((host.strip("[]"), int(port)), family=family).close()
         jax.distributed.initialize(
-            address, count, index, local_devices,
+            address,
+            count,
+            index,
+            local_devices,
             initialization_timeout=values.init_seconds + 60,
             heartbeat_timeout_seconds=values.heartbeat_seconds,
             coordinator_bind_address=listen,
-        )  # fmt: skip
+        )
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise UserError(f"{str(error).strip().splitlines()[0][:200]}; {late}") from None
     finally:
@@ -208,8 +211,9 @@ def _say_who_is_missing(address: str, count: int, index: int) -> None:
     print(
         f"{waits}{reason}. Start the others, by srun or by hand, or give --num_processes=1 if this"
         " process is the only one",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _leave(error: BaseException) -> None:
@@ -324,9 +328,11 @@ def program() -> dict[str, str]:
     for file in sorted(folder.rglob("*.py")):
         code.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return {
-        "python": ".".join(map(str, sys.version_info[:2])), **versions(),
-        "qkvjax's code": code.hexdigest()[:12], "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }  # fmt: skip
+        "python": ".".join(map(str, sys.version_info[:2])),
+        **versions(),
+        "qkvjax's code": code.hexdigest()[:12],
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
 
 
 def fetch(tree: T) -> T:

@@ -76,9 +76,7 @@ def on_experts(
         return y.reshape(shape)
 
     where = {name: jax.typeof(w).sharding.spec for name, w in weights.items()}
-    run = jax.shard_map(
-        local, in_specs=(tokens, tokens, where), out_specs=tokens, check_vma=False
-    )  # fmt: skip
+    run = jax.shard_map(local, in_specs=(tokens, tokens, where), out_specs=tokens, check_vma=False)
     return run(x, gates, weights)
 
 

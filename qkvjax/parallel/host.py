@@ -15,10 +15,15 @@ from qkvjax.parallel import xla_flags
 
 # Dense bfloat16 peak in FLOP/s by jax's device kind; a device that is not here has no MFU.
 PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-    "TPU v5": 459e12, "TPU v6 lite": 918e12,
-}  # fmt: skip
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
 def keep_freed_memory() -> None:
@@ -81,12 +86,18 @@ def environment() -> dict[str, object]:
 
     device = jax.devices()[0]
     return {
-        "date": now(), "python": platform.python_version(), **versions(), "qkvjax": version(),
-        "git": revision(), "platform": device.platform, "device": device_name(),
-        "num_devices": jax.device_count(), "num_processes": jax.process_count(),
+        "date": now(),
+        "python": platform.python_version(),
+        **versions(),
+        "qkvjax": version(),
+        "git": revision(),
+        "platform": device.platform,
+        "device": device_name(),
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }  # fmt: skip
+    }
 
 
 def versions() -> dict[str, str]:

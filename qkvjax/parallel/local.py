@@ -84,8 +84,10 @@ def on_each_device(f, x: jax.Array, arrays: dict[str, object]) -> jax.Array:
     where = lambda array: jax.typeof(array).sharding.spec  # noqa: E731
     run = jax.shard_map(
         lambda x, given: f(x, **given),
-        in_specs=(where(x), jax.tree.map(where, given)), out_specs=where(x), check_vma=False,
-    )  # fmt: skip
+        in_specs=(where(x), jax.tree.map(where, given)),
+        out_specs=where(x),
+        check_vma=False,
+    )
     return run(x, given)
 
 
@@ -107,9 +109,11 @@ def on_own_part(f, like, *args):
         return f(*jax.tree.unflatten(tree, leaves))
 
     return jax.shard_map(
-        local, in_specs=([where(leaf) for leaf in leaves],),
-        out_specs=jax.tree.map(where, like), check_vma=False,
-    )(leaves)  # fmt: skip
+        local,
+        in_specs=([where(leaf) for leaf in leaves],),
+        out_specs=jax.tree.map(where, like),
+        check_vma=False,
+    )(leaves)
 
 
 def merged(x: jax.Array) -> jax.Array:
@@ -118,9 +122,11 @@ def merged(x: jax.Array) -> jax.Array:
     both = (*names_of(rows), *names_of(heads))
     flat = PartitionSpec(tuple(axis for axis in both if axis), *rest)
     return jax.shard_map(
-        lambda x: x.reshape(-1, *x.shape[2:]), in_specs=jax.typeof(x).sharding.spec,
-        out_specs=flat, check_vma=False,
-    )(x)  # fmt: skip
+        lambda x: x.reshape(-1, *x.shape[2:]),
+        in_specs=jax.typeof(x).sharding.spec,
+        out_specs=flat,
+        check_vma=False,
+    )(x)
 
 
 def unmerged(x: jax.Array, like) -> jax.Array:
@@ -128,9 +134,11 @@ def unmerged(x: jax.Array, like) -> jax.Array:
     place = like.sharding
     whole = place.shard_shape(like.shape)
     return jax.shard_map(
-        lambda x: x.reshape(whole), in_specs=jax.typeof(x).sharding.spec, out_specs=place.spec,
+        lambda x: x.reshape(whole),
+        in_specs=jax.typeof(x).sharding.spec,
+        out_specs=place.spec,
         check_vma=False,
-    )(x)  # fmt: skip
+    )(x)
 
 
 def automatic(f, like, *args):

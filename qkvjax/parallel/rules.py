@@ -17,17 +17,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # Named dimension -> mesh axes. Parameters are sharded over "embed", never over "layers".
 RULES = {
-    "batch": ("replica", "fsdp", "expert"), "length": ("context",), "embed": ("fsdp",),
-    "heads": ("tensor",), "mlp": ("tensor",), "experts": ("expert",), "vocab": ("tensor",),
+    "batch": ("replica", "fsdp", "expert"),
+    "length": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "vocab": ("tensor",),
     "layers": (),
-}  # fmt: skip
+}
 # The two dimensions of a matrix by the name of what holds it. Heads and feed-forward are split by
 # columns and put together by rows, so that a block talks once for each of its branches.
 MATRICES = {
-    "projections": ("embed", "heads"), "output": ("heads", "embed"), "up": ("embed", "mlp"),
-    "gate": ("embed", "mlp"), "down": ("mlp", "embed"), "embedding": ("vocab", "embed"),
+    "projections": ("embed", "heads"),
+    "output": ("heads", "embed"),
+    "up": ("embed", "mlp"),
+    "gate": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
-}  # fmt: skip
+}
 
 
 def spec(*names: str | None, sizes: Mapping[str, int] | None = None) -> PartitionSpec:

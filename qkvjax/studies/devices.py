@@ -18,8 +18,10 @@ from qkvjax.errors import UserError
 
 # What tells a process which devices it sees.
 VISIBLE = {
-    "cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS",
-}  # fmt: skip
+    "cuda": "CUDA_VISIBLE_DEVICES",
+    "rocm": "HIP_VISIBLE_DEVICES",
+    "tpu": "TPU_VISIBLE_CHIPS",
+}
 FIRST_TPU_PORT = 8476  # libtpu's usual one
 # Chips, not devices: a TPU v3 shows each of its chips as two devices.
 _ASK = """
@@ -54,9 +56,11 @@ def find(environment: Mapping[str, str] = os.environ) -> Devices:
     if environment.get("JAX_PLATFORMS") == "cpu":
         return Devices("cpu", ("0",))
     done = subprocess.run(
-        [sys.executable, "-P", "-c", _ASK], capture_output=True, text=True,
+        [sys.executable, "-P", "-c", _ASK],
+        capture_output=True,
+        text=True,
         env={**environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    )  # fmt: skip
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(

@@ -329,14 +329,24 @@ class Study:
         environment = measured.get("environment") or old.get("environment") or self._environment()
         counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
         data = {name: getattr(self.dataset, name) for name in ("description", "digest", *counts)}
-        write_json(path, {
-            "title": self.title, "baseline": self.labels[0], "points": points,
-            "settings": [name for name in self.settings if name], "setting": self.setting,
-            "reference": self.reference,
-            "seeds": self.seeds, **self._tuned(), "config": self.base, "locations": self.locations,
-            "command": old["command"] if old and keep_command else command,
-            "environment": environment, "data": {"source": self.base["data"]["source"]} | data,
-        })  # fmt: skip
+        write_json(
+            path,
+            {
+                "title": self.title,
+                "baseline": self.labels[0],
+                "points": points,
+                "settings": [name for name in self.settings if name],
+                "setting": self.setting,
+                "reference": self.reference,
+                "seeds": self.seeds,
+                **self._tuned(),
+                "config": self.base,
+                "locations": self.locations,
+                "command": old["command"] if old and keep_command else command,
+                "environment": environment,
+                "data": {"source": self.base["data"]["source"]} | data,
+            },
+        )
 
 
 def _grid(name: str, points) -> tuple[list[dict], list[str]]:
@@ -351,10 +361,12 @@ def _grid(name: str, points) -> tuple[list[dict], list[str]]:
     if any("seed" in point for point in points):
         raise UserError("a point of the grid sets `seed`: study.seeds says how many there are")
     points = [
-        {field: canonical_sharing(value) if field == "model.sharing" else value
-         for field, value in point.items()}
+        {
+            field: canonical_sharing(value) if field == "model.sharing" else value
+            for field, value in point.items()
+        }
         for point in points
-    ]  # fmt: skip
+    ]
     labels = [sweep.label(point) for point in points]
     twins = {label for label in labels if labels.count(label) > 1}
     if twins:

@@ -14,8 +14,16 @@ from qkvjax.training.signals import Stopped
 
 SAMPLE_TOKENS = 240
 # What a line says of its last evaluation: of text, of labels, of both.
-_FACTS = ("perplexity", "num_bytes", "pad_fraction", "accuracy", "class_accuracy", "solved", "loss",
-          "num_labels")  # fmt: skip
+_FACTS = (
+    "perplexity",
+    "num_bytes",
+    "pad_fraction",
+    "accuracy",
+    "class_accuracy",
+    "solved",
+    "loss",
+    "num_labels",
+)
 
 
 def train_point(study: Study, number: int) -> int:
@@ -60,10 +68,14 @@ def _missing(study: Study, task: Task) -> str:
 def heading(study: Study, task: Task) -> dict:
     """What every line about a run says first."""
     line = {
-        "label": task.label, "setting": task.setting, "overrides": task.overrides,
-        "seed": task.seed, "identity": task.identity, "data_digest": study.digest(task) or "",
+        "label": task.label,
+        "setting": task.setting,
+        "overrides": task.overrides,
+        "seed": task.seed,
+        "identity": task.identity,
+        "data_digest": study.digest(task) or "",
         "workdir": task.folder,
-    }  # fmt: skip
+    }
     return line | {"phase": task.phase, "tuned": task.value} if task.phase else line
 
 
@@ -110,15 +122,21 @@ def _train(study: Study, task: Task) -> dict:
             code=DIVERGED,
         )
     return heading(study, task) | {
-        "status": "done", "error": None, "metric": metric, "score": score,
+        "status": "done",
+        "error": None,
+        "metric": metric,
+        "score": score,
         "train_score": summary.get(f"eval_train/{metric}"),
         **{name: summary[f"eval/{name}"] for name in _FACTS if f"eval/{name}" in summary},
         "tokenizer": task.config.data.tokenizer.partition(":")[0] if text else None,
-        "score_pads": task.config.data.score_pads, "steps": summary["step"],
+        "score_pads": task.config.data.score_pads,
+        "steps": summary["step"],
         "tokens": summary["step"] * task.config.data.batch_size * task.config.data.seq_len,
-        "seconds": summary["seconds"], "curve": curve, "costs": facts["costs"],
+        "seconds": summary["seconds"],
+        "curve": curve,
+        "costs": facts["costs"],
         **_look(study, task, folder, summary),
-    }  # fmt: skip
+    }
 
 
 def _look(study: Study, task: Task, folder, summary: dict) -> dict:
@@ -126,8 +144,11 @@ def _look(study: Study, task: Task, folder, summary: dict) -> dict:
     from qkvjax.evaluation.inside import spectra_of
     from qkvjax.training.restore import load_model
 
-    means = {name.removeprefix("inside/"): value for name, value in summary.items()
-             if name.startswith("inside/")}  # fmt: skip
+    means = {
+        name.removeprefix("inside/"): value
+        for name, value in summary.items()
+        if name.startswith("inside/")
+    }
     found = {"sample": None, "inside": means or None, "spectra": None}
     first = task.seed == study.seeds[0] and task.setting == next(iter(study.settings))
     if task.phase == TUNE or (study.metric != "bits_per_byte" and not first):
@@ -145,7 +166,12 @@ def _sample(study: Study, task: Task, model, tokenizer, config) -> str:
     prompt = prompt_ids(tokenizer, study.prompt)[: config.data.seq_len - 1]
     room = config.data.seq_len - len(prompt) if model.spec.bounded else SAMPLE_TOKENS
     made = generate(
-        model, prompt, num_ids=tokenizer.num_ids, max_tokens=min(SAMPLE_TOKENS, room),
-        temperature=0.8, seed=task.seed, dtype=config.train.compute_dtype,
-    )  # fmt: skip
+        model,
+        prompt,
+        num_ids=tokenizer.num_ids,
+        max_tokens=min(SAMPLE_TOKENS, room),
+        temperature=0.8,
+        seed=task.seed,
+        dtype=config.train.compute_dtype,
+    )
     return continuation(tokenizer, made.ids[0])

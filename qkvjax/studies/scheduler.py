@@ -120,8 +120,10 @@ def run_all(
     if not skipped and not failed and not blocked:
         shutil.rmtree(study.workdir / ".compiled", ignore_errors=True)
     if skipped:
-        print(f"--max_seconds={max_seconds:g} left no time for {skipped} runs;"
-              " the same command goes on with them")  # fmt: skip
+        print(
+            f"--max_seconds={max_seconds:g} left no time for {skipped} runs;"
+            " the same command goes on with them"
+        )
     if blocked:
         print(_why_blocked(study, blocked))
     return failed

@@ -86,10 +86,13 @@ def manifest(arrays: dict[str, jax.Array]) -> dict[str, dict]:
     # One array comes from the device: fetching one for each takes as long as half a step.
     prints = jax.device_get(_fingerprints(list(arrays.values())))
     return {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype),
-               "fingerprint": "{:08x}{:08x}".format(*words)}
+        name: {
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "fingerprint": "{:08x}{:08x}".format(*words),
+        }
         for (name, array), words in zip(arrays.items(), prints.tolist(), strict=True)
-    }  # fmt: skip
+    }
 
 
 class Checkpoints:
@@ -170,10 +173,12 @@ class Checkpoints:
         arrays = named_arrays(state)
         groups = stacks.groups(arrays)
         told = {"arrays": manifest(arrays), "surroundings": self._surroundings, "stacks": groups}
-        items = ocp.args.Composite(**{
-            _STATE: ocp.args.PyTreeSave(stacks.joined(arrays, groups)),
-            _MANIFEST: ocp.args.JsonSave(_signed(told)),
-        })  # fmt: skip
+        items = ocp.args.Composite(
+            **{
+                _STATE: ocp.args.PyTreeSave(stacks.joined(arrays, groups)),
+                _MANIFEST: ocp.args.JsonSave(_signed(told)),
+            }
+        )
         with self._writing():
             self._manager.save(step, args=items)
 

@@ -58,8 +58,13 @@ class Rollback(Exception):
     def line(self, to: int) -> dict:
         """For rollbacks.jsonl, once the state of step `to` is back."""
         skip = self.skip * (self.step - to)
-        return {"step": self.step, "to": to, "skip": skip, "reason": self.reason,
-                "date": host.now()}  # fmt: skip
+        return {
+            "step": self.step,
+            "to": to,
+            "skip": skip,
+            "reason": self.reason,
+            "date": host.now(),
+        }
 
 
 def told(line: Mapping) -> str:

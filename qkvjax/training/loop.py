@@ -183,8 +183,10 @@ class Loop:
         if self.profile and self.step == min(self.profile.stop - 1, self.steps):
             jax.block_until_ready(self.leaves)
             jax.profiler.stop_trace()
-            self.log(f"the trace of steps {self.profile.first} to {self.step} is in"
-                     f" {self.profile.folder}")  # fmt: skip
+            self.log(
+                f"the trace of steps {self.profile.first} to {self.step} is in"
+                f" {self.profile.folder}"
+            )
 
     def _what_is_due(self, request: int) -> Due:
         durations = self.run.durations

@@ -163,8 +163,9 @@ def _start_wandb(project: str, workdir: Path, config: Mapping):
         f"Weights & Biases does not answer ({reason[:200]}): the run goes on and keeps its record"
         f" in {workdir}/wandb, which `wandb sync` uploads later. WANDB_MODE=offline does so from"
         " the start; `wandb login` or WANDB_API_KEY gives the key",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
     os.environ["WANDB_MODE"] = "offline"  # also for what begins later in this process
     return wandb.init(**where, mode="offline")
 

@@ -21,20 +21,29 @@ def cost_table(run) -> str:
     shape = "x".join(str(n) for n in run.mesh.shape.values())
     rows = [
         ("sharing", ", ".join(sharing_name(sharing) for sharing in sharings)),
-        ("model", f"{spec.num_layers} layers, width {spec.d_model}, {first.num_heads} query heads,"
-                  f" {first.num_kv_heads} key-value heads of {first.head_dim}"),
+        (
+            "model",
+            f"{spec.num_layers} layers, width {spec.d_model}, {first.num_heads} query heads,"
+            f" {first.num_kv_heads} key-value heads of {first.head_dim}",
+        ),
         ("parameters", f"{spec.num_params:,}"),
         ("forward MACs a sequence", f"{spec.forward_macs(seq_len):,} at {seq_len} tokens"),
         ("training FLOPs a token", f"{flops:.4g}"),
-        ("cache bytes a token", f"{spec.cache_bytes_per_token('bfloat16'):,} in bfloat16,"
-                                f" {spec.cache_bytes_per_token('float32'):,} in float32"),
+        (
+            "cache bytes a token",
+            f"{spec.cache_bytes_per_token('bfloat16'):,} in bfloat16,"
+            f" {spec.cache_bytes_per_token('float32'):,} in float32",
+        ),
         ("state", f"{state / 2**20:,.1f} MiB of parameters and what the optimizer keeps"),
-        ("run", f"{steps:,} steps of {per_step:,} tokens: {steps * per_step:,} tokens,"
-                f" {steps * per_step * flops:.3g} FLOPs"),
+        (
+            "run",
+            f"{steps:,} steps of {per_step:,} tokens: {steps * per_step:,} tokens,"
+            f" {steps * per_step * flops:.3g} FLOPs",
+        ),
         ("attention", settle_attention(run)),
         ("device", f"{host.device_name()}; mesh {shape} ({', '.join(run.mesh.shape)})"),
         ("precision", f"{config.train.compute_dtype}, matrices {config.train.param_dtype}"),
-    ]  # fmt: skip
+    ]
     if flags := xla_flags.in_force():
         rows.append(("XLA flags", f"{flags} ({xla_flags.SWITCH}=off leaves out qkvjax's)"))
     width = max(len(name) for name, _ in rows)

@@ -187,20 +187,30 @@ def open_data(config, log: Callable[[str], None], alive: Callable[[], None]) -> 
 def check_mesh(mesh: jax.sharding.Mesh, spec: ModelSpec, seq_len: int, micro_batch: int) -> None:
     """Raises UserError where a mesh does not divide what it cuts, naming the numbers."""
     fields = {
-        "batch": "mesh.replica x mesh.fsdp x mesh.expert", "length": "mesh.context",
+        "batch": "mesh.replica x mesh.fsdp x mesh.expert",
+        "length": "mesh.context",
         "experts": "mesh.expert",
-    }  # fmt: skip
-    heads = [(f"the {n} query heads", n, "heads", "model.num_heads")
-             for n in sorted({layer.num_heads for layer in spec.layers})]  # fmt: skip
+    }
+    heads = [
+        (f"the {n} query heads", n, "heads", "model.num_heads")
+        for n in sorted({layer.num_heads for layer in spec.layers})
+    ]
     cut = [
-        (f"a micro-batch of {micro_batch} sequences", micro_batch, "batch",
-         "data.batch_size, train.accumulation"),
+        (
+            f"a micro-batch of {micro_batch} sequences",
+            micro_batch,
+            "batch",
+            "data.batch_size, train.accumulation",
+        ),
         (f"a sequence of {seq_len} tokens", seq_len, "length", "data.seq_len"),
         *heads,
         (f"the feed-forward width {spec.d_ff}", spec.d_ff, "mlp", "model.mlp_ratio"),
-        *((f"the {n} experts", n, "experts", "model.mlp")
-          for n in [spec.feed_forward.experts] if n > 1),
-    ]  # fmt: skip
+        *(
+            (f"the {n} experts", n, "experts", "model.mlp")
+            for n in [spec.feed_forward.experts]
+            if n > 1
+        ),
+    ]
     for what, size, name, remedy in cut:
         ways = rules.ways(name, sizes=mesh.shape)
         if size % ways:

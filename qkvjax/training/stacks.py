@@ -50,8 +50,12 @@ def abstract(wanted: Mapping[str, jax.ShapeDtypeStruct], groups: Groups) -> dict
 
 def parted(read: Mapping[str, jax.Array], groups: Groups, wanted: Mapping) -> dict[str, jax.Array]:
     """What is wanted, of what `abstract` said to read."""
-    places = {name: (stack, i) for stack, names in groups.items()
-              for i, name in enumerate(names) if name in wanted}  # fmt: skip
+    places = {
+        name: (stack, i)
+        for stack, names in groups.items()
+        for i, name in enumerate(names)
+        if name in wanted
+    }
     out = {name: wanted[name].sharding for name in places}
     cut = jax.jit(lambda held: {n: held[s][i] for n, (s, i) in places.items()}, out_shardings=out)
     stacks = {stack: read[stack] for stack, _ in places.values()}

@@ -66,8 +66,9 @@ def _give_up(seconds: float) -> None:
     print(
         f"stalled: no step, evaluation or save ended within {seconds:g} s; what this process was"
         " doing:",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
     faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
     sys.stdout.flush()
     time.sleep(GRACE)

@@ -13,10 +13,14 @@ from qkvjax.parallel import topology
 from qkvjax.plan import main
 
 SMALL = (
-    "--config=configs/lm.py:depth=2,sharing=q-k=v", "--config.model.d_model=32",
-    "--config.model.num_heads=4", "--config.model.num_kv_heads=1", "--config.data.seq_len=32",
-    "--config.data.batch_size=8", "--config.model.mlp_ratio=2.0",
-)  # fmt: skip
+    "--config=configs/lm.py:depth=2,sharing=q-k=v",
+    "--config.model.d_model=32",
+    "--config.model.num_heads=4",
+    "--config.model.num_kv_heads=1",
+    "--config.data.seq_len=32",
+    "--config.data.batch_size=8",
+    "--config.model.mlp_ratio=2.0",
+)
 
 
 def plan(*arguments, program=None):
@@ -29,16 +33,24 @@ def plan(*arguments, program=None):
 def test_eight_devices(tmp_path):
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=4")
     done = plan(
-        *SMALL, *mesh, "--topology=cpu:8", "--all_sharings", "--batches=2,4", "--config.seed=3",
+        *SMALL,
+        *mesh,
+        "--topology=cpu:8",
+        "--all_sharings",
+        "--batches=2,4",
+        "--config.seed=3",
         f"--workdir={tmp_path}",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "plan.json").read_text())
     assert record["fits"] and record["devices"] == 8
     assert record["mesh"] == {"replica": 1, "fsdp": 2, "context": 1, "tensor": 4, "expert": 1}
     # The golden table: a sharding that changes by accident changes this.
-    table = {row["name"].split("blocks.0.")[-1]: row["spec"] for row in record["sharding"]
-             if "blocks.1" not in row["name"]}  # fmt: skip
+    table = {
+        row["name"].split("blocks.0.")[-1]: row["spec"]
+        for row in record["sharding"]
+        if "blocks.1" not in row["name"]
+    }
     assert table == {
         "embedding": "('tensor', 'fsdp')",
         "norm.gain": "(None,)",
@@ -91,13 +103,16 @@ for change in CASES:
             {"mesh": {"fsdp": 2, "tensor": 2}, "train": {"accumulation": 2}},
             {"mesh": {"fsdp": 2, "context": 2}, "train": {"remat": "block"}},
         ],
-        pytest.param([
-            {"mesh": {"fsdp": 4}, "train": {"accumulation": 2, "remat": "block"}},
-            {"model": {"window": 100, "mlp": "gelu"}, "train": {"remat": "dots"}},
-        ], marks=pytest.mark.slow),
+        pytest.param(
+            [
+                {"mesh": {"fsdp": 4}, "train": {"accumulation": 2, "remat": "block"}},
+                {"model": {"window": 100, "mlp": "gelu"}, "train": {"remat": "dots"}},
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["some", "others"],
-)  # fmt: skip
+)
 def test_compiled_flops_are_the_analytic_ones(cases):
     """Where attention is much of the work, in tiles, and where layers are computed again."""
     done = plan(program=FLOPS.replace("CASES", repr(cases)))
@@ -165,8 +180,12 @@ def test_without_the_compiler(monkeypatch):
 )
 def test_hardware_that_is_not_here(tmp_path, compiler, topology, kind):
     pytest.importorskip(compiler, reason="its wheels compile for such hardware")
-    small = [*SMALL, "--config.model.d_model=256", "--config.model.num_kv_heads=4",
-             "--config.data.batch_size=16"]  # fmt: skip
+    small = [
+        *SMALL,
+        "--config.model.d_model=256",
+        "--config.model.num_kv_heads=4",
+        "--config.data.batch_size=16",
+    ]
     done = plan(*small, f"--topology={topology}", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "plan.json").read_text())

@@ -45,9 +45,15 @@ def test_window_leaves_a_band_of_pairs():
 def test_num_params_counts_the_leaves(sharing, num_kv_heads, use_bias, qk_norm):
     for head_dim in (None, 6):
         spec = AttentionSpec(
-            d_model=32, num_heads=4, num_kv_heads=num_kv_heads, sharing=sharing,
-            head_dim=head_dim, use_bias=use_bias, qk_norm=qk_norm, position="rope",
-        )  # fmt: skip
+            d_model=32,
+            num_heads=4,
+            num_kv_heads=num_kv_heads,
+            sharing=sharing,
+            head_dim=head_dim,
+            use_bias=use_bias,
+            qk_norm=qk_norm,
+            position="rope",
+        )
         layer = jax.eval_shape(lambda s=spec: Attention(s, key=jax.random.key(0)))
         assert sum(leaf.size for leaf in jax.tree.leaves(layer)) == spec.num_params
 
@@ -70,10 +76,16 @@ def test_allocated_cache_is_what_the_spec_says(sharing, num_kv_heads, dtype):
 @pytest.mark.parametrize(
     ("sharing", "num_kv_heads", "saved"),
     [
-        ("q-k-v", 16, 0), ("q=k-v", 16, 0), ("q-k=v", 16, 0.5), ("q=k=v", 16, 0.5),
-        ("q-k-v", 4, 0.75), ("q-k=v", 4, 0.875), ("q-k-v", 1, 0.9375), ("q-k=v", 1, 0.96875),
+        ("q-k-v", 16, 0),
+        ("q=k-v", 16, 0),
+        ("q-k=v", 16, 0.5),
+        ("q=k=v", 16, 0.5),
+        ("q-k-v", 4, 0.75),
+        ("q-k=v", 4, 0.875),
+        ("q-k-v", 1, 0.9375),
+        ("q-k=v", 1, 0.96875),
     ],
-)  # fmt: skip
+)
 def test_part_of_the_cache_saved(sharing, num_kv_heads, saved):
     """The paper's column, from allocated bytes: 1 - m g / (2 H) for m tensors of g of H heads."""
     full = AttentionSpec(d_model=64, num_heads=16)

@@ -43,10 +43,14 @@ def test_a_sharing_by_its_name_in_reports(sharing):
 @pytest.mark.parametrize(
     ("written", "usual"),
     [
-        ("k=v-q", "q-k=v"), ("q-v=k", "q-k=v"), ("v-k-q", "q-k-v"), ("k=q-v", "q=k-v"),
-        ("k-v=q", "q=v-k"), ("v=k=q", "q=k=v"),
+        ("k=v-q", "q-k=v"),
+        ("q-v=k", "q-k=v"),
+        ("v-k-q", "q-k-v"),
+        ("k=q-v", "q=k-v"),
+        ("k-v=q", "q=v-k"),
+        ("v=k=q", "q=k=v"),
     ],
-)  # fmt: skip
+)
 def test_unusual_order_names_the_usual_one(written, usual):
     with pytest.raises(UserError, match=f"'{re.escape(usual)}'"):
         parse_sharing(written)
@@ -90,12 +94,14 @@ def test_any_text_is_one_of_the_five_or_a_user_error(text):
         ({"sharing": "q-k=v", "rotary_values": "rotated"}, "position='none'", "'raw'"),
         (
             {"sharing": "q-k=v", "position": "learned", "rotary_values": "unrotated_output"},
-            "position='learned'", "'raw'",
+            "position='learned'",
+            "'raw'",
         ),
         ({"position": "rope", "rotary_values": "rotated"}, "sharing='q-k-v'", "'raw'"),
         (
             {"sharing": "q=k-v", "position": "rope", "rotary_values": "unrotated_output"},
-            "sharing='q=k-v'", "'raw'",
+            "sharing='q=k-v'",
+            "'raw'",
         ),
         ({"position": "rope", "head_dim": 7}, "head_dim=7", "even"),
         ({"position": "rope", "rotary_fraction": 0.4}, "rotary_fraction=0.4", "even"),
@@ -103,7 +109,7 @@ def test_any_text_is_one_of_the_five_or_a_user_error(text):
         ({"position": "rope", "rotary_fraction": 1.5}, "rotary_fraction=1.5", r"\(0, 1\]"),
         ({"position": "rope", "rotary_base": 1.0}, "rotary_base=1.0", "above 1"),
     ],
-)  # fmt: skip
+)
 def test_one_message_names_field_and_remedy(fields, named, remedy):
     with pytest.raises(UserError) as caught:
         AttentionSpec(**(BASE | fields))
@@ -147,7 +153,9 @@ def test_legal_neighbours_of_the_errors():
         ({"sharing": "q-k=v", "position": "rope", "rotary_values": "rotated"}, True),
         (
             {
-                "sharing": "q=k=v", "position": "rope", "rotary_values": "unrotated_output",
+                "sharing": "q=k=v",
+                "position": "rope",
+                "rotary_values": "unrotated_output",
                 "qk_norm": True,
             },
             True,
@@ -155,6 +163,6 @@ def test_legal_neighbours_of_the_errors():
         ({"sharing": "q=v-k", "position": "rope", "rotary_values": "rotated"}, False),
         ({"sharing": "q-k-v"}, False),
     ],
-)  # fmt: skip
+)
 def test_when_the_key_tile_is_the_value_tile(fields, one_tile):
     assert AttentionSpec(**BASE, **fields).values_are_keys == one_tile

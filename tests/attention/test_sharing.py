@@ -63,9 +63,13 @@ def untied(layer, **fields):
     spec = layer.spec
     fields = {"num_kv_heads": spec.num_kv_heads, "position": spec.position} | fields
     free = AttentionSpec(
-        spec.d_model, spec.num_heads, head_dim=spec.head_dim, qk_norm=spec.qk_norm,
-        use_bias=spec.use_bias, **fields,
-    )  # fmt: skip
+        spec.d_model,
+        spec.num_heads,
+        head_dim=spec.head_dim,
+        qk_norm=spec.qk_norm,
+        use_bias=spec.use_bias,
+        **fields,
+    )
     copy = jax.eval_shape(lambda: Attention(free, key=jax.random.key(0)))
     block = lambda role: "".join(spec.block(role))  # noqa: E731
     for role in "qkv":
@@ -79,16 +83,22 @@ def untied(layer, **fields):
 @pytest.mark.parametrize(
     ("sharing", "num_kv_heads", "position", "qk_norm"),
     [
-        ("q-k=v", 2, "rope", True), ("q-k=v", 1, "none", False), ("q=k-v", 2, "rope", True),
-        ("q=v-k", 2, "none", True), ("q=k=v", 2, "rope", True),
+        ("q-k=v", 2, "rope", True),
+        ("q-k=v", 1, "none", False),
+        ("q=k-v", 2, "rope", True),
+        ("q=v-k", 2, "none", True),
+        ("q=k=v", 2, "rope", True),
     ],
-)  # fmt: skip
+)
 def test_a_tie_is_equal_weights(make, x, positions, sharing, num_kv_heads, position, qk_norm):
     """Outputs are those of copied weights, and the tied gradient is the sum of the copies'."""
     tied = make(
-        sharing=sharing, num_kv_heads=num_kv_heads, position=position, qk_norm=qk_norm,
+        sharing=sharing,
+        num_kv_heads=num_kv_heads,
+        position=position,
+        qk_norm=qk_norm,
         use_bias=True,
-    )  # fmt: skip
+    )
     free = untied(tied)
     loss = lambda layer: jnp.sum(jnp.sin(3 * layer(x, positions)))  # noqa: E731
     np.testing.assert_allclose(tied(x, positions), free(x, positions), atol=1e-5)
@@ -109,8 +119,11 @@ def test_a_tie_is_equal_weights(make, x, positions, sharing, num_kv_heads, posit
 
 
 def leaves(module):
-    return {name: getattr(module, name)[...] for name in ("weight", "bias", "gain")
-            if hasattr(module, name)}  # fmt: skip
+    return {
+        name: getattr(module, name)[...]
+        for name in ("weight", "bias", "gain")
+        if hasattr(module, name)
+    }
 
 
 # ---- places ---------------------------------------------------------------------------------
@@ -165,10 +178,15 @@ def test_only_rotated_values_know_absolute_places(make, x, positions, sharing, v
 @pytest.mark.parametrize(
     ("causal", "window", "packed"),
     [
-        (True, None, False), (False, None, False), (True, 3, False), (False, 3, False),
-        (True, 1, False), (True, None, True), (False, 2, True),
+        (True, None, False),
+        (False, None, False),
+        (True, 3, False),
+        (False, 3, False),
+        (True, 1, False),
+        (True, None, True),
+        (False, 2, True),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("sharing", ["q-k-v", "q-k=v"])
 def test_influence_is_the_mask(make, x, positions, sharing, causal, window, packed):
     """Output i moves with input j exactly where i sees j."""

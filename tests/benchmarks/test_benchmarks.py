@@ -29,9 +29,14 @@ def lines(path):
 def test_decode_speed_counts_half_the_cache(tmp_path):
     output = tmp_path / "decode.jsonl"
     command = [
-        sys.executable, "benchmarks/decode_speed.py", "--size=tiny", "--batch=2", "--length=32",
-        "--sharings=q-k-v,q-k=v", f"--output={output}",
-    ]  # fmt: skip
+        sys.executable,
+        "benchmarks/decode_speed.py",
+        "--size=tiny",
+        "--batch=2",
+        "--length=32",
+        "--sharings=q-k-v,q-k=v",
+        f"--output={output}",
+    ]
     subprocess.run(command, cwd=ROOT, env=environment(tmp_path), check=True, timeout=300)
     records = lines(output)
     assert all(record.keys() >= FACTS for record in records)
@@ -42,8 +47,11 @@ def test_decode_speed_counts_half_the_cache(tmp_path):
 
 def test_torch_twin_without_torch_says_what_to_install(tmp_path):
     command = [
-        sys.executable, "benchmarks/torch_twin.py", "--size=tiny", "--torch_python=/bin/false",
-    ]  # fmt: skip
+        sys.executable,
+        "benchmarks/torch_twin.py",
+        "--size=tiny",
+        "--torch_python=/bin/false",
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
     )
@@ -62,8 +70,12 @@ def test_gpu_day_in_miniature_twice(tmp_path):
     found = {path.stem: lines(path) for path in results.glob("*.jsonl")}
     assert found.keys() >= {"environment", "correctness", "train_speed", "decode_speed", "ops"}
     assert {record["sharing"] for record in found["train_speed"]} == {
-        "q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v",
-    }  # fmt: skip
+        "q-k-v",
+        "q-k=v",
+        "q=k-v",
+        "q=v-k",
+        "q=k=v",
+    }
     assert all(record.keys() >= FACTS for record in found["correctness"])
     assert (results / "study/report.html").exists()
     again = subprocess.run(
@@ -80,10 +92,16 @@ def test_full_size_in_small(tmp_path):
     text.write_text("It was the best of times, it was the worst of times. " * 2000)
     output = tmp_path / "full.jsonl"
     command = [
-        sys.executable, "benchmarks/full_size.py", f"--text={text}", f"--output={output}",
-        "--config=configs/lm.py:depth=1", "--labels=512", "--steps=40", "--sharings=q-k=v",
+        sys.executable,
+        "benchmarks/full_size.py",
+        f"--text={text}",
+        f"--output={output}",
+        "--config=configs/lm.py:depth=1",
+        "--labels=512",
+        "--steps=40",
+        "--sharings=q-k=v",
         f"--workdir={tmp_path / 'work'}",
-    ]  # fmt: skip
+    ]
     subprocess.run(command, cwd=ROOT, env=environment(tmp_path), check=True, timeout=600)
     records = {record["part"]: record for record in lines(output)}
     parts = "plan", "prepare", "train until SIGTERM", "train and evaluate", "evaluate", "generate"

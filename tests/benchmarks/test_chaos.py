@@ -21,9 +21,13 @@ ROOT = Path(__file__).parents[2]
 )
 def test_the_end_is_that_of_an_undisturbed_run(flags):
     done = subprocess.run(
-        [sys.executable, "benchmarks/chaos.py", *flags], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1200,
-    )  # fmt: skip
+        [sys.executable, "benchmarks/chaos.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=1200,
+    )
     print(done.stdout)  # the seed
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same fingerprints: yes" in done.stdout and "times resumed" in done.stdout

@@ -210,9 +210,12 @@ def test_images_that_tfds_has_prepared(compressed, tmp_path, monkeypatch):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = tfds.features.FeaturesDict({
-                "image": feature, "label": tfds.features.ClassLabel(num_classes=3),
-            })  # fmt: skip
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": feature,
+                    "label": tfds.features.ClassLabel(num_classes=3),
+                }
+            )
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
         def _split_generators(self, dl_manager):

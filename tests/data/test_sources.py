@@ -25,9 +25,13 @@ def test_stdlib_is_sorted_and_leaves_tests_out():
 def test_text_takes_files_folders_and_globs(tmp_path):
     (tmp_path / "sub" / ".git").mkdir(parents=True)
     for name, content in {
-        "b.txt": "two", "a.md": "one", "sub/c.txt": "three", ".hidden": "x", "sub/.git/x": "x",
+        "b.txt": "two",
+        "a.md": "one",
+        "sub/c.txt": "three",
+        ".hidden": "x",
+        "sub/.git/x": "x",
         "empty.txt": "",
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).write_text(content)
     assert read(f"text:{tmp_path}/b.txt") == [b"two"]
     assert read(f"text:{tmp_path}") == [b"one", b"two", b"three"]

@@ -15,8 +15,10 @@ def test_two_runs(door, tied, untied, copy, lines):
         spectrum = next(r for r in records if r["metric"] == "singular_values")
         assert np.all(np.diff(spectrum["values"]) <= 0) and spectrum["num_tokens"] == 48
         assert {p.name for p in (place / "analysis").iterdir()} == {
-            "spectra.svg", "heads.svg", "attention.svg",
-        }  # fmt: skip
+            "spectra.svg",
+            "heads.svg",
+            "attention.svg",
+        }
 
 
 def test_projections_named_by_nothing_are_all(door, tied, copy, lines):

@@ -341,6 +341,10 @@ def test_output_that_nobody_can_take(process, tmp_path):
     full = subprocess.run(["bash", "-c", f"{shlex.join(plan)} >/dev/full"], capture_output=True)
     assert full.returncode == 2 and b"No space left" in full.stderr
     assert b"Traceback" not in full.stderr
-    told = process("-m", "qkvjax.plan", "--config=configs/lm.py",
-                   env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    told = process(
+        "-m",
+        "qkvjax.plan",
+        "--config=configs/lm.py",
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
     assert told.code == 0 and "KiB" in told.out

@@ -8,8 +8,12 @@ import pytest
 
 from qkvjax.data.dataset import Dataset
 
-FLAGS = ("--config.train.steps=40", "--config.train.log_every=1",
-         "--config.train.checkpoint_every=5", "--config.train.eval_every=0")  # fmt: skip
+FLAGS = (
+    "--config.train.steps=40",
+    "--config.train.log_every=1",
+    "--config.train.checkpoint_every=5",
+    "--config.train.eval_every=0",
+)
 
 
 @pytest.fixture
@@ -56,8 +60,13 @@ def test_who_asks_for_a_checkpoint_gets_it_among_bad_steps_too(
         return poisoned(self, seed, step, *rest)
 
     monkeypatch.setattr(Dataset, "batch", batch)
-    told = door("train", f"--config={recipe}", f"--workdir={tmp_path}", *FLAGS,
-                "--config.train.keep_checkpoints=20")  # fmt: skip
+    told = door(
+        "train",
+        f"--config={recipe}",
+        f"--workdir={tmp_path}",
+        *FLAGS,
+        "--config.train.keep_checkpoints=20",
+    )
     assert told.code == 0, told.err
     saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert 15 not in saved and saved & {13, 14, 16, 17}
@@ -72,8 +81,10 @@ def test_many_in_a_row_go_back_and_leave_their_data_out(door, recipe, tmp_path, 
     assert told.err.count("back to step") == 3 and "Traceback" not in told.err
     account = lines(tmp_path / "rollbacks.jsonl")
     assert [(line["step"], line["to"], line["skip"]) for line in account] == [
-        (20, 10, 10), (18, 10, 8), (18, 10, 8),
-    ]  # fmt: skip
+        (20, 10, 10),
+        (18, 10, 8),
+        (18, 10, 8),
+    ]
     assert max(read) < 60
     # The same command goes on, past what it was told to leave out.
     poison()

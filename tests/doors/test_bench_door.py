@@ -46,9 +46,14 @@ def test_what_was_compiled_is_told_by_its_size(measured, lines):
 
 def test_sharings_that_the_heads_forbid_are_told(door, recipe, tmp_path):
     told = door(
-        "bench", "memory", f"--config={recipe}", "--config.model.num_kv_heads=1", "--batches=4",
-        "--contexts=16", f"--workdir={tmp_path}",
-    )  # fmt: skip
+        "bench",
+        "memory",
+        f"--config={recipe}",
+        "--config.model.num_kv_heads=1",
+        "--batches=4",
+        "--contexts=16",
+        f"--workdir={tmp_path}",
+    )
     assert told.code == 0, told.err
     assert told.out.count("is left out: sharing") == 3 and "compiled Q-K=V" in told.out
 
@@ -63,10 +68,17 @@ def test_sharings_that_the_heads_forbid_are_told(door, recipe, tmp_path):
         (("memory",), "--workdir=DIR is missing"),
         (("decode", "--workdir=W", "--contexts=7"), "from 8 tokens on"),
         (("decode", "--workdir=W", "--contexts=2000000000"), "up to caches of what is free here"),
-        (("memory", "--workdir=W", "--config.model.kind=encoder",
-          "--config.model.tie_embeddings=False"), "memory is measured of kind lm"),
+        (
+            (
+                "memory",
+                "--workdir=W",
+                "--config.model.kind=encoder",
+                "--config.model.tie_embeddings=False",
+            ),
+            "memory is measured of kind lm",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(door, recipe, tmp_path, monkeypatch, flags, told):
     monkeypatch.chdir(tmp_path)
     result = door("bench", *flags[:1], f"--config={recipe}", *flags[1:])

@@ -124,10 +124,14 @@ def test_what_a_body_raises(capsys):
 def test_config_with_a_space_and_overrides(recipe):
     seen = []
     code = run(
-        lambda values: seen.append(values.config), "--config", f"{recipe}:sharing=q=k=v",
-        "--config.train.steps=2ep", "--config.model.qk_norm=false", "--config.model.window=5",
+        lambda values: seen.append(values.config),
+        "--config",
+        f"{recipe}:sharing=q=k=v",
+        "--config.train.steps=2ep",
+        "--config.model.qk_norm=false",
+        "--config.model.window=5",
         config="required",
-    )  # fmt: skip
+    )
     assert code == 0
     (config,) = seen
     assert config.model.sharing == "q=k=v" and config.train.steps == "2ep"
@@ -234,10 +238,13 @@ def test_a_sharing_by_its_name_in_reports(written, place):
 def test_what_has_no_value_is_unset():
     seen = []
     flags = (
-        "--config=configs/lm.py:size=70b,num_kv_heads=None", "--config.model.num_kv_heads=None",
-        "--config.train.wandb=None", "--config.train.eval_every=None",
-        "--config.evals.eval.max_labels=None", "--config.model.position=none",
-    )  # fmt: skip
+        "--config=configs/lm.py:size=70b,num_kv_heads=None",
+        "--config.model.num_kv_heads=None",
+        "--config.train.wandb=None",
+        "--config.train.eval_every=None",
+        "--config.evals.eval.max_labels=None",
+        "--config.model.position=none",
+    )
     assert run(lambda values: seen.append(values.config), *flags, config="required") == 0
     (config,) = seen
     assert config.model.num_kv_heads is None and config.train.wandb is None

@@ -184,7 +184,13 @@ sys.exit(cli.main(["qkvjax", *sys.argv[1:]]))
 
 def test_an_evaluation_longer_than_stall_seconds_is_no_stall(process, recipe, tmp_path):
     done = process(
-        "-c", SLOW, "train", f"--config={recipe}", "--config.train.steps=2",
-        f"--workdir={tmp_path}", "--stall_seconds=4", "--init_seconds=120",
-    )  # fmt: skip
+        "-c",
+        SLOW,
+        "train",
+        f"--config={recipe}",
+        "--config.train.steps=2",
+        f"--workdir={tmp_path}",
+        "--stall_seconds=4",
+        "--init_seconds=120",
+    )
     assert done.code == 0, done.err

@@ -112,7 +112,7 @@ def test_a_study_with_settings(door, task, tmp_path, lines):
     results = lines(tmp_path / "results.jsonl")
     assert {(r["label"], r["setting"], r["seed"]) for r in results} == {
         (label, setting, 0) for label in ("QKV", "Q=K-V") for setting in ("copy", "sub wide")
-    }  # fmt: skip
+    }
     assert {r["metric"] for r in results} == {"error"}
     assert all(r["status"] == "done" and r["inside"]["entropy"] > 0 for r in results)
     assert len({r["data_digest"] for r in results}) == 2
@@ -146,8 +146,9 @@ def test_bad_settings(door, task, tmp_path, study, message):
 
 
 def test_an_inside_evaluator_has_no_other_field(door, task, tmp_path):
-    told = door("train", f"--config={task}", f"--workdir={tmp_path}",
-                "--config.evals.inside.split=train")  # fmt: skip
+    told = door(
+        "train", f"--config={task}", f"--workdir={tmp_path}", "--config.evals.inside.split=train"
+    )
     assert told.code == 2 and told.err.count("error:") == 1
     config = configs.default()
     config.evals.inside = {"kind": "inside", "max_labels": 3}

@@ -88,9 +88,15 @@ def test_half_a_gigabyte(tmp_path):
         save_model(folder, config, {n: np.zeros(s.shape) for n, s in shapes.items()}, {})
         tokens = 2**30 // (2 * 8 * 128 * 4)
         command = [
-            sys.executable, "-m", "qkvjax.generate", f"--workdir={folder}", "--temperature=0",
-            f"--cache_length={tokens}", "--max_tokens=3", "--prompt=a",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "qkvjax.generate",
+            f"--workdir={folder}",
+            "--temperature=0",
+            f"--cache_length={tokens}",
+            "--max_tokens=3",
+            "--prompt=a",
+        ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         told = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)

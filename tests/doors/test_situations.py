@@ -34,8 +34,12 @@ def test_no_home(homeless, door, monkeypatch, tmp_path):
         store.data_folder()
     told = door("train", "--config=configs/lm.py:depth=2", f"--workdir={tmp_path / 'run'}")
     assert told.code == 2 and "set QKVJAX_DATA_DIR" in told.err
-    told = door("train", "--config=configs/paper/vision.py", "--config.data.source=tfds:mnist",
-                f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    told = door(
+        "train",
+        "--config=configs/paper/vision.py",
+        "--config.data.source=tfds:mnist",
+        f"--workdir={tmp_path / 'run'}",
+    )
     assert told.code == 2 and "set TFDS_DATA_DIR" in told.err
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path))
     assert store.data_folder() == tmp_path
@@ -69,9 +73,12 @@ def test_a_tokenizer_is_written_in_any_locale(process, tmp_path):
 def test_a_shell_of_slurm_says_for_whom_it_waits(process, recipe, tmp_path):
     """Its variables are those of a step of four tasks, and nobody started the others."""
     variables = {
-        "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4",
-        "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-    }  # fmt: skip
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
     command = ("-m", "qkvjax.train", f"--config={recipe}", f"--workdir={tmp_path}/run")
     told = process(*command, "--init_seconds=5", env=os.environ | variables)
     assert told.code == 2

@@ -95,8 +95,11 @@ def table(workdir):
 def test_what_a_study_leaves(by_points, lines):
     records = lines(by_points / "results.jsonl")
     assert [(r["label"], r["seed"]) for r in records] == [
-        ("QKV", 1), ("QKV", 0), ("Q-K=V", 1), ("Q-K=V", 0)
-    ]  # fmt: skip
+        ("QKV", 1),
+        ("QKV", 0),
+        ("Q-K=V", 1),
+        ("Q-K=V", 0),
+    ]
     for record in records:
         assert record["status"] == "done" and record["steps"] == 6
         assert record["score"] == record["curve"][-1]["bits_per_byte"]
@@ -125,8 +128,9 @@ def test_times_and_memory_are_measured(two_jobs):
     workdir, told = two_jobs
     progress = [line for line in told.out.splitlines() if line.startswith("  compiled ")]
     assert progress == [
-        "  compiled QKV, 1 of 2", "  compiled Q-K=V, 2 of 2; timing all of them side by side"
-    ]  # fmt: skip
+        "  compiled QKV, 1 of 2",
+        "  compiled Q-K=V, 2 of 2; timing all of them side by side",
+    ]
     measured = json.loads((workdir / "measurements.json").read_text())
     assert measured["labels"] == ["QKV", "Q-K=V"]
     rows = {row["label"]: row for row in measured["rows"]}
@@ -183,8 +187,11 @@ def test_list_says_what_is_done(study, by_points, tmp_path):
     told = study(tmp_path, "--list")
     rows = told.out.splitlines()[-4:]
     assert [row.split()[:3] for row in rows] == [
-        ["0", "-", "0"], ["1", "-", "0"], ["2", "-", "1"], ["3", "-", "1"]
-    ]  # fmt: skip
+        ["0", "-", "0"],
+        ["1", "-", "0"],
+        ["2", "-", "1"],
+        ["3", "-", "1"],
+    ]
     assert not list(tmp_path.iterdir())
 
 
@@ -209,8 +216,11 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(
     assert told.code == 0 and "2 runs failed" in told.out
     records = lines(tmp_path / "results.jsonl")
     assert sorted((r["label"], r["status"]) for r in records) == [
-        ("bad", "failed"), ("bad", "failed"), ("good", "done"), ("good", "done")
-    ]  # fmt: skip
+        ("bad", "failed"),
+        ("bad", "failed"),
+        ("good", "done"),
+        ("good", "done"),
+    ]
     failed = [r for r in records if r["status"] == "failed"]
     assert all("nothing is at /nowhere" in r["error"] for r in failed)
     assert "nothing is at /nowhere" in (tmp_path / "report.md").read_text()

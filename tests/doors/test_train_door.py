@@ -240,8 +240,10 @@ def test_a_signal_saves_and_the_next_start_goes_on(recipe, door, tmp_path, lines
     _, told = run.communicate(timeout=60)
     assert run.returncode == code, told
     step = lines(metrics)[-1]["step"]
-    assert told == f"stopped: saved after step {step} of 1000000: the same command goes on from" \
-        " there\n"  # fmt: skip
+    assert (
+        told == f"stopped: saved after step {step} of 1000000: the same command goes on from"
+        " there\n"
+    )
     again = door("train", *flags, f"--config.train.steps={step + 1}")
     assert again.code == 2  # fewer steps than before are another run
     restored = qkvjax.load(tmp_path)
@@ -319,10 +321,14 @@ def test_the_newest_recipes_train(door, corpus, tmp_path):
     """Both recipes of configs/lm.py, one step each."""
     for recipe in ("modern", "paper"):
         told = door(
-            "train", f"--config=configs/lm.py:depth=1,recipe={recipe}", "--config.train.steps=1",
-            f"--config.data.source=text:{corpus}", "--config.data.seq_len=16",
-            "--config.data.batch_size=2", f"--workdir={tmp_path / recipe}",
-        )  # fmt: skip
+            "train",
+            f"--config=configs/lm.py:depth=1,recipe={recipe}",
+            "--config.train.steps=1",
+            f"--config.data.source=text:{corpus}",
+            "--config.data.seq_len=16",
+            "--config.data.batch_size=2",
+            f"--workdir={tmp_path / recipe}",
+        )
         assert told.code == 0, told.err
 
 

@@ -41,8 +41,13 @@ def trained(door, recipe, folders):
     folder = folders / "bpe"
     folder.mkdir()
     path = make_tokenizer(folder / "mine.json")
-    told = door("train", f"--config={recipe}", f"--config.data.tokenizer=bpe:{path}",
-                f"--workdir={folder / 'run'}", *FLAGS)  # fmt: skip
+    told = door(
+        "train",
+        f"--config={recipe}",
+        f"--config.data.tokenizer=bpe:{path}",
+        f"--workdir={folder / 'run'}",
+        *FLAGS,
+    )
     assert told.code == 0, told.err
     return folder / "run", path
 

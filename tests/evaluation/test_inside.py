@@ -72,9 +72,11 @@ def test_whole_layers_and_heads(model, ids):
     assert whole == pytest.approx(np.linalg.norm(weights["q"] @ keys.T, 2))
     found = [r for r in records if r["metric"] == "principal_angles"]
     assert [(r["what"], r["head"]) for r in found] == [
-        *(("W_q, W_k", h) for h in range(4)), *(("W_q, W_v", h) for h in range(4)),
-        ("W_k, W_v", 0), ("W_k, W_v", 1),
-    ]  # fmt: skip
+        *(("W_q, W_k", h) for h in range(4)),
+        *(("W_q, W_v", h) for h in range(4)),
+        ("W_k, W_v", 0),
+        ("W_k, W_v", 1),
+    ]
     angles = spectra.principal_angles(weights["q"][:, 24:], weights["k"][:, 8:])
     np.testing.assert_allclose(found[3]["values"], angles)
     assert found[3]["value"] == pytest.approx(np.cos(angles).mean()) and angles.max() > 0.1
@@ -120,17 +122,22 @@ def test_the_means_of_a_model(model, ids):
     assert found["rank_q"] == pytest.approx(
         np.mean(values(records, head=None, what="W_q", metric="effective_rank"))
     )
-    scores = [r["value"] for r in records
-              if (r["what"], r["metric"]) == ("W_q W_k^T", "effective_rank")
-              and r["head"] is not None]  # fmt: skip
+    scores = [
+        r["value"]
+        for r in records
+        if (r["what"], r["metric"]) == ("W_q W_k^T", "effective_rank") and r["head"] is not None
+    ]
     assert found["rank_scores"] == pytest.approx(np.mean(scores))
     assert found["max_logit"] == max(values(records, metric="max_logit"))
-    assert found["cka_k_v"] == pytest.approx(np.mean(values(
-        records, what="k, v activations", metric="linear_cka")))  # fmt: skip
-    assert found["rank_k_activations"] == pytest.approx(np.mean(
-        values(records, head=None, what="k activations", metric="effective_rank")))  # fmt: skip
-    assert found["angles_k_v"] == pytest.approx(np.mean(values(
-        records, what="W_k, W_v", metric="principal_angles")))  # fmt: skip
+    assert found["cka_k_v"] == pytest.approx(
+        np.mean(values(records, what="k, v activations", metric="linear_cka"))
+    )
+    assert found["rank_k_activations"] == pytest.approx(
+        np.mean(values(records, head=None, what="k activations", metric="effective_rank"))
+    )
+    assert found["angles_k_v"] == pytest.approx(
+        np.mean(values(records, what="W_k, W_v", metric="principal_angles"))
+    )
     tied = inside.means(inside.analyze(model(sharing="q=k-v"), ids)[0])
     assert {"rank_qk", "rank_v", "rank_scores", "angles_qk_v"} <= tied.keys()
     assert "cka_k_v" not in tied
@@ -141,8 +148,9 @@ def test_spectra_are_means_over_layers(model):
     m = model(sharing="q-k=v", num_layers=2)
     found = inside.spectra_of(m)
     assert set(found) == {"q", "kv"} and found["q"][0] == 1
-    each = [spectra.singular_values(b.attention.projections["q"].weight[...])
-            for b in m.stack.layers()]  # fmt: skip
+    each = [
+        spectra.singular_values(b.attention.projections["q"].weight[...]) for b in m.stack.layers()
+    ]
     expected = np.mean([v / v[0] for v in each], 0)
     np.testing.assert_allclose(found["q"], expected, atol=1e-5)
 

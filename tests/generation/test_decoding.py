@@ -91,10 +91,14 @@ def test_cached_is_full(model, ids, fields):
 def test_cached_is_full_in_a_pattern_of_layers(model, ids):
     """Windows, a shared layer between others, biases and LayerNorm; half of each head rotated."""
     m = model(
-        num_layers=4, rotary_fraction=0.5, norm="layernorm", mlp="gelu", use_bias=True,
+        num_layers=4,
+        rotary_fraction=0.5,
+        norm="layernorm",
+        mlp="gelu",
+        use_bias=True,
         tie_embeddings=False,
         layer_overrides=({"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 1}),
-    )  # fmt: skip
+    )
     check(m, ids, m.logits(m.hidden(ids)[0]), (None, "kv"))
 
 
@@ -126,9 +130,11 @@ def test_sequences_of_different_lengths(model, ids, fields, page):
     if page:
         shape, table = (7, page), jnp.array([[5, 0, 2], [1, 6, 3]])
     cache = decoding.empty_caches(m, *shape, jnp.float32)
-    step = jax.jit(lambda cache, ids, at: decoding.decode(
-        m, blocks, cache, ids, at, table=table, dtype=jnp.float32
-    ))  # fmt: skip
+    step = jax.jit(
+        lambda cache, ids, at: decoding.decode(
+            m, blocks, cache, ids, at, table=table, dtype=jnp.float32
+        )
+    )
     # The prompts share a batch: what the shorter one reads too much is overwritten or hidden.
     _, cache = step(cache, ids[:, :6], jnp.array([0, 0]))
     for i in range(3):
@@ -259,9 +265,18 @@ def test_tokens_are_written_in_place(model):
         m = model(num_layers=2, position="rope", **fields)
         cache = decoding.empty_caches(m, 2, 2048, jnp.float32)
         lowered = decoding.sample_tokens.lower(
-            m, m.stack.layers(), cache, jnp.zeros((2, 64)), jnp.int32(9), jax.random.key(0),
-            jnp.float32(1), dtype=jnp.float32, max_tokens=8, num_ids=61, greedy=True,
-        )  # fmt: skip
+            m,
+            m.stack.layers(),
+            cache,
+            jnp.zeros((2, 64)),
+            jnp.int32(9),
+            jax.random.key(0),
+            jnp.float32(1),
+            dtype=jnp.float32,
+            max_tokens=8,
+            num_ids=61,
+            greedy=True,
+        )
         beside = lowered.compile().memory_analysis().temp_size_in_bytes
         assert beside < caches.num_bytes(cache) / 2, fields
 
@@ -280,9 +295,14 @@ def test_int8_is_near(model, ids, page):
         found = []
         for i in range(T):
             logits, cache = decoding.decode(
-                m, m.stack.layers(), cache, ids[:, i : i + 1], jnp.int32(i), table=table,
+                m,
+                m.stack.layers(),
+                cache,
+                ids[:, i : i + 1],
+                jnp.int32(i),
+                table=table,
                 dtype=jnp.float32,
-            )  # fmt: skip
+            )
             found.append(logits)
         error = np.abs(jnp.concatenate(found, 1) - full).max() / np.abs(full).max()
         assert 1e-6 < error < 0.02, fields

@@ -60,9 +60,18 @@ def test_rows_that_pad_the_vocabulary_are_never_sampled(small, greedy):
     logits = jnp.zeros((40, 64)).at[:, IDS:].set(100.0)
     cache = decoding.empty_caches(small, 40, 2, jnp.float32)
     ids, _ = decoding.sample_tokens(
-        small, small.stack.layers(), cache, logits, jnp.int32(0), jax.random.key(0),
-        jnp.float32(1), dtype=jnp.float32, max_tokens=1, num_ids=IDS, greedy=greedy,
-    )  # fmt: skip
+        small,
+        small.stack.layers(),
+        cache,
+        logits,
+        jnp.int32(0),
+        jax.random.key(0),
+        jnp.float32(1),
+        dtype=jnp.float32,
+        max_tokens=1,
+        num_ids=IDS,
+        greedy=greedy,
+    )
     assert ids.shape == (40, 1) and int(ids.max()) < IDS
     assert greedy or len(np.unique(ids)) > 15
 
@@ -85,13 +94,14 @@ def test_a_cache_too_short_says_how_many_bytes(sample):
     ("fields", "options", "message"),
     [
         (
-            {"position": "learned", "seq_len": 10}, {},
+            {"position": "learned", "seq_len": 10},
+            {},
             "11 tokens exceeds the 10 positions",
         ),
         ({}, {"layout": "shared"}, "'shared'.*'q-k-v'.*use layout 'kv'"),
         ({}, {"layout": "paged"}, "'paged' is unknown"),
     ],
-)  # fmt: skip
+)
 def test_what_a_model_cannot(model, fields, options, message):
     with pytest.raises(UserError, match=message):
         generate(model(**fields), PROMPT, num_ids=IDS, max_tokens=NEW, **options)

@@ -44,18 +44,34 @@ VARIANTS = {
     "GQA in pages": ({"num_kv_heads": 2, "qk_norm": True}, {"page_size": 4}, EVERY),
     "MQA in int8": ({"num_kv_heads": 1, "position": "learned"}, {"cache_dtype": "int8"}, BOTH),
     "Q-K=V, raw, modified scores": (
-        KV_SHARED | {"num_kv_heads": 2, "qk_norm": True, "rotary_values": "raw",
-                     "score": ("role_bias", "role_gain", "column_bias")}, {}, HEADS,
+        KV_SHARED
+        | {
+            "num_kv_heads": 2,
+            "qk_norm": True,
+            "rotary_values": "raw",
+            "score": ("role_bias", "role_gain", "column_bias"),
+        },
+        {},
+        HEADS,
     ),
     "Q-K=V, raw, in pages and int8": (
-        KV_SHARED | {"rotary_values": "raw"}, {"page_size": 4, "cache_dtype": "int8"}, BOTH,
+        KV_SHARED | {"rotary_values": "raw"},
+        {"page_size": 4, "cache_dtype": "int8"},
+        BOTH,
     ),
     "a pattern of layers and experts": (
-        {"num_layers": 2, "mlp": "swiglu(experts=4,top=2)", "layer_overrides": (
-            {"window": 3}, KV_SHARED | {"num_kv_heads": 1, "rotary_values": "unrotated_output"},
-        )}, {}, EVERY,
+        {
+            "num_layers": 2,
+            "mlp": "swiglu(experts=4,top=2)",
+            "layer_overrides": (
+                {"window": 3},
+                KV_SHARED | {"num_kv_heads": 1, "rotary_values": "unrotated_output"},
+            ),
+        },
+        {},
+        EVERY,
     ),
-}  # fmt: skip
+}
 
 
 def spec_of(fields, **sizes):
@@ -91,7 +107,7 @@ def tokens(fields, options, mesh):
             m, PROMPT, num_ids=IDS, max_tokens=NEW, batch=batch, dtype="float64", **options
         ).ids.tolist()
         for m in (model, over(model, make_mesh(sizes, devices)))
-    ]  # fmt: skip
+    ]
 
 
 def bytes_on_devices(tree):
@@ -113,9 +129,11 @@ def restored(workdir):
             cache = decoding.empty_caches(model, 8, 32, jnp.float32)
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), model, alone)
         found[name] = {
-            "mesh": dict(placed.mesh_of(model).shape), "model": bytes_on_devices(model),
-            "cache": bytes_on_devices(cache), "same": all(jax.tree.leaves(same)),
-        }  # fmt: skip
+            "mesh": dict(placed.mesh_of(model).shape),
+            "model": bytes_on_devices(model),
+            "cache": bytes_on_devices(cache),
+            "same": all(jax.tree.leaves(same)),
+        }
     return found
 
 

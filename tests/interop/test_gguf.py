@@ -34,9 +34,7 @@ def forward(arrays, ids):
     for i in range(LAYERS):
         w = {name: t[f"blk.{i}.{name}"] for name in SHAPES}
         h = norm(x, w["attn_norm"])
-        q, k, v = (
-            (h @ w[f"attn_{role}"].T).reshape(len(ids), -1, WIDTH) for role in "qkv"
-        )  # fmt: skip
+        q, k, v = ((h @ w[f"attn_{role}"].T).reshape(len(ids), -1, WIDTH) for role in "qkv")
         q, k = rotate(q), np.repeat(rotate(k), HEADS // KV_HEADS, axis=1)
         scores = np.einsum("tnh,snh->nts", q, k) / WIDTH**0.5
         scores = np.where(np.tri(len(ids), dtype=bool), scores, -np.inf)

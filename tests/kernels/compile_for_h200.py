@@ -92,8 +92,9 @@ def main(folder: pathlib.Path) -> int:
     device = {"device_kind": "NVIDIA H200", "num_cores": None}
     if "platform" in AbstractDevice.__dataclass_fields__:
         device["platform"] = "gpu"
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,),
-                        abstract_device=AbstractDevice(**device))  # fmt: skip
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
+    )
     for width in (64, 128, 256):
         for tied in (False, True):
             for name, function, shapes in (*training(width, tied), *decoding(width, tied)):

@@ -19,9 +19,12 @@ def test_kernels_for_an_h200(tmp_path):
         pytest.skip("needs jax[cuda12] or jax[cuda13]")
     flags = f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=.*"
     environment = os.environ | {
-        "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[2]),
-        "MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1",
-    }  # fmt: skip
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(SCRIPT.parents[2]),
+        "MOSAIC_GPU_DUMP_TO": str(tmp_path),
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+    }
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, env=environment
     )
@@ -30,8 +33,13 @@ def test_kernels_for_an_h200(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"].removeprefix("attention_") for line in lines} == {
-        "forward", "keys", "queries", "decode", "hopper_forward", "hopper_keys",
+        "forward",
+        "keys",
+        "queries",
+        "decode",
+        "hopper_forward",
+        "hopper_keys",
         "hopper_queries",
-    }  # fmt: skip
+    }
     # The fastest tiles on an H200 spill up to 136 bytes a thread; a wrong choice spills thousands.
     assert [line for line in lines if line["spilled"] > 200] == []

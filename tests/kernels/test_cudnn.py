@@ -15,8 +15,10 @@ from qkvjax.kernels import cudnn, reference
 def test_it_is_asked_for_the_references_attention(tied, causal, window, monkeypatch):
     monkeypatch.setattr(cudnn, "BACKEND", "xla")
     keys = jax.random.split(jax.random.key(0), 3)
-    arrays = [jax.random.normal(key, (2, 33, n, 64), jnp.bfloat16)
-              for key, n in zip(keys, (4, 2) if tied else (4, 2, 2))]  # fmt: skip
+    arrays = [
+        jax.random.normal(key, (2, 33, n, 64), jnp.bfloat16)
+        for key, n in zip(keys, (4, 2) if tied else (4, 2, 2))
+    ]
     places = jnp.arange(33)[None]
     mask = reference.visible(places, places, causal=causal, window=window)
     options = {"causal": causal, "window": window, "scale": 0.2}
@@ -26,8 +28,10 @@ def test_it_is_asked_for_the_references_attention(tied, causal, window, monkeypa
         return out, *back(jnp.cos(out))
 
     found = both(lambda *arrays: cudnn.attention(*arrays, **options), arrays)
-    truth = both(lambda *arrays: reference.attention(*arrays, mask=mask, scale=0.2),
-                 [x.astype(jnp.float32) for x in arrays])  # fmt: skip
+    truth = both(
+        lambda *arrays: reference.attention(*arrays, mask=mask, scale=0.2),
+        [x.astype(jnp.float32) for x in arrays],
+    )
     for a, b in zip(found, truth, strict=True):
         a = np.asarray(a, np.float32)
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)

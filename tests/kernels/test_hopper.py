@@ -43,9 +43,13 @@ def check(switches):
     places = jnp.arange(T)[None]
     mask = reference.visible(places, places, q_segments=segments, k_segments=segments, **options)
     run = functools.partial(
-        hopper.attention, **options, segment_ids=segments, forward=BLOCKS, backward=BLOCKS,
+        hopper.attention,
+        **options,
+        segment_ids=segments,
+        forward=BLOCKS,
+        backward=BLOCKS,
         interpret=mosaic_gpu.InterpretGPUParams(detect_races=True),
-    )  # fmt: skip
+    )
     slope = jax.random.normal(keys[3], (B, T, N, H), jnp.bfloat16)
 
     def ours(arrays):  # no jit: the interpreter cannot run two kernels side by side
@@ -68,9 +72,13 @@ def check(switches):
 @needs_interpreter
 @pytest.mark.parametrize(
     "switches",
-    [(True, False, False, True, True), (True, True, True, False, False),
-     (False, False, True, True, False), (False, True, False, False, True)],
-)  # fmt: skip
+    [
+        (True, False, False, True, True),
+        (True, True, True, False, False),
+        (False, False, True, True, False),
+        (False, True, False, False, True),
+    ],
+)
 def test_forward_and_gradient_are_the_references(switches):
     check(switches)
 
@@ -98,8 +106,9 @@ def test_lowers_for_cuda(width, one_tile):
     device = {"device_kind": "NVIDIA H200", "num_cores": None}
     if "platform" in AbstractDevice.__dataclass_fields__:
         device["platform"] = "gpu"
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,),
-                        abstract_device=AbstractDevice(**device))  # fmt: skip
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
+    )
     names = ("mosaic_gpu", "mosaic_gpu_v2", "__gpu$xla.gpu.triton", "triton_kernel_call")
     unchecked = [export.DisabledSafetyCheck.custom_call(name) for name in names]
     with use_abstract_mesh(mesh):

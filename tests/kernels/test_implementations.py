@@ -85,13 +85,30 @@ def test_long_sequences_are_tiled_as_they_are(length):
 def test_against_loops(impl, causal, num_kv_heads):
     q, k, v, q_pe, k_pe = inputs(num_kv_heads)
     expected = looped(
-        q, k, v, q_pe, k_pe, causal=causal, window=4, segments=SEGMENTS.tolist(), scale=0.3,
+        q,
+        k,
+        v,
+        q_pe,
+        k_pe,
+        causal=causal,
+        window=4,
+        segments=SEGMENTS.tolist(),
+        scale=0.3,
         softcap=5.0,
-    )  # fmt: skip
+    )
     got = dispatch.attention(
-        q, k, v, causal=causal, window=4, segment_ids=SEGMENTS, scale=0.3, softcap=5.0,
-        q_pe=q_pe, k_pe=k_pe, impl=impl,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        causal=causal,
+        window=4,
+        segment_ids=SEGMENTS,
+        scale=0.3,
+        softcap=5.0,
+        q_pe=q_pe,
+        k_pe=k_pe,
+        impl=impl,
+    )
     np.testing.assert_allclose(got, expected, atol=3e-6)
 
 
@@ -107,12 +124,13 @@ def relative(a, b):
 @pytest.mark.parametrize(
     ("num_kv_heads", "dtype"),
     [
-        (2, jnp.float32), (1, jnp.bfloat16),
+        (2, jnp.float32),
+        (1, jnp.bfloat16),
         pytest.param(1, jnp.float32, marks=pytest.mark.slow),
         pytest.param(4, jnp.float32, marks=pytest.mark.slow),
         pytest.param(2, jnp.bfloat16, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("impl", OTHERS)
 def test_forward_and_gradient_are_the_references(impl, num_kv_heads, dtype):
     """Masks, softcap, K = V and a second part of the scores, at an odd length.
@@ -127,9 +145,11 @@ def test_forward_and_gradient_are_the_references(impl, num_kv_heads, dtype):
         capped, one_tile, pe = causal ^ banded, banded ^ packed, causal ^ packed
 
         options = {
-            "causal": causal, "window": 4 if banded else None,
-            "segment_ids": SEGMENTS if packed else None, "softcap": 5.0 if capped else None,
-        }  # fmt: skip
+            "causal": causal,
+            "window": 4 if banded else None,
+            "segment_ids": SEGMENTS if packed else None,
+            "softcap": 5.0 if capped else None,
+        }
         operands = {"q": q, "k": k}
         operands |= {} if one_tile else {"v": v}
         operands |= {"q_pe": q_pe, "k_pe": k_pe} if pe else {}
@@ -176,9 +196,7 @@ def test_decoding_reads_nothing_behind_the_query(impl, window):
     whole = dispatch.attention(q, k, v, window=window, impl=impl)
     k, v = (jnp.pad(a, [(0, 0), (0, 6), (0, 0), (0, 0)], constant_values=1e4) for a in (k, v))
     positions = jnp.tile(jnp.arange(9, T), (B, 1))
-    got = dispatch.decode_attention(
-        q[:, 9:], k, v, positions=positions, window=window, impl=impl
-    )  # fmt: skip
+    got = dispatch.decode_attention(q[:, 9:], k, v, positions=positions, window=window, impl=impl)
     np.testing.assert_allclose(got, whole[:, 9:], atol=1e-6)
 
 

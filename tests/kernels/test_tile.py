@@ -14,9 +14,14 @@ SIZES = st.sampled_from([8, 16, 32])
 
 @settings(max_examples=25)
 @given(
-    st.booleans(), st.none() | st.integers(1, 70), st.integers(1, 64), SIZES, SIZES,
-    st.none() | st.integers(0, 2**31), st.booleans(),
-)  # fmt: skip
+    st.booleans(),
+    st.none() | st.integers(1, 70),
+    st.integers(1, 64),
+    SIZES,
+    SIZES,
+    st.none() | st.integers(0, 2**31),
+    st.booleans(),
+)
 def test_spans_leave_out_no_pair_and_mask_every_edge(
     causal, window, length, queries, keys, seed, turned
 ):
@@ -47,8 +52,11 @@ def test_spans_leave_out_no_pair_and_mask_every_edge(
         assert 0 <= begin <= whole <= rest <= end <= some.shape[2]
         assert every[b, i, whole:rest].all()
         walked = np.zeros(some.shape[2], bool)
-        for first, last, there in ((begin, whole, edges[0]), (whole, rest, True),
-                                   (rest, end, edges[1])):  # fmt: skip
+        for first, last, there in (
+            (begin, whole, edges[0]),
+            (whole, rest, True),
+            (rest, end, edges[1]),
+        ):
             walked[first:last] |= there
         assert walked[some[b, i]].all(), "a tile that is seen was left out"
 

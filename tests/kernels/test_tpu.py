@@ -281,8 +281,12 @@ shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E
 def training(one_tile, width, dtype=jnp.bfloat16, **options):
     """(a loss's gradient, its arguments) of packed sequences with a second part of scores."""
     size = functools.partial(shape, dtype=dtype)
-    arrays = {"q": size(2, 4096, 8, width), "k": size(2, 4096, 2, width),
-              "q_pe": size(2, 4096, 8, 64), "k_pe": size(2, 4096, 2, 64)}  # fmt: skip
+    arrays = {
+        "q": size(2, 4096, 8, width),
+        "k": size(2, 4096, 2, width),
+        "q_pe": size(2, 4096, 8, 64),
+        "k_pe": size(2, 4096, 2, 64),
+    }
     if not one_tile:
         arrays["v"] = arrays["k"]
 
@@ -316,8 +320,9 @@ def abstract(kind="TPU v5 lite", cores=1):
     device = {"device_kind": kind, "num_cores": cores}
     if "platform" in AbstractDevice.__dataclass_fields__:
         device["platform"] = "tpu"
-    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,),
-                        abstract_device=AbstractDevice(**device))  # fmt: skip
+    return AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
+    )
 
 
 def lowered(function, arguments):
@@ -414,7 +419,12 @@ def test_a_model_takes_them_where_it_is_told_to(model, monkeypatch):
     cache = decoding.empty_caches(small, 1, 12, jnp.float32)
     for i in range(6):
         logits, cache = decoding.decode(
-            small, small.stack.layers(), cache, ids[:, i : i + 1], jnp.int32(i),
-            dtype=jnp.float32, impl="tpu",
-        )  # fmt: skip
+            small,
+            small.stack.layers(),
+            cache,
+            ids[:, i : i + 1],
+            jnp.int32(i),
+            dtype=jnp.float32,
+            impl="tpu",
+        )
         np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=2e-4)

@@ -115,15 +115,14 @@ def lowered(function, *arguments):
     device = {"device_kind": "NVIDIA H200", "num_cores": None}
     if "platform" in AbstractDevice.__dataclass_fields__:
         device["platform"] = "gpu"
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,),
-                        abstract_device=AbstractDevice(**device))  # fmt: skip
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
+    )
     names = {"__gpu$xla.gpu.triton", getattr(triton.lowering, "CUSTOM_CALL_TARGET_NAME", "")}
     unchecked = [export.DisabledSafetyCheck.custom_call(name) for name in names if name]
     with use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        exported = export.export(
-            jax.jit(function), platforms=["cuda"], disabled_checks=unchecked
-        )  # fmt: skip
+        exported = export.export(jax.jit(function), platforms=["cuda"], disabled_checks=unchecked)
         return exported(*arguments).mlir_module()
 
 
@@ -131,8 +130,12 @@ def lowered(function, *arguments):
 @pytest.mark.parametrize("one_tile", [False, True])
 def test_lowers_for_cuda(width, one_tile):
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
-    arrays = {"q": shape(2, 512, 4, width), "k": shape(2, 512, 2, width),
-              "q_pe": shape(2, 512, 4, 1), "k_pe": shape(2, 512, 2, 1)}  # fmt: skip
+    arrays = {
+        "q": shape(2, 512, 4, width),
+        "k": shape(2, 512, 2, width),
+        "q_pe": shape(2, 512, 4, 1),
+        "k_pe": shape(2, 512, 2, 1),
+    }
     if not one_tile:
         arrays["v"] = shape(2, 512, 2, width)
 

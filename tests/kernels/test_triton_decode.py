@@ -119,9 +119,16 @@ def interpreted(monkeypatch):
 def test_a_model_decodes_as_its_forward_pass(model, interpreted, values):
     """Prompt and tokens one by one; the shared state is the only tensor that the kernel reads."""
     model = model(
-        num_layers=1, d_model=64, num_heads=2, num_kv_heads=1, head_dim=32, sharing="q-k=v",
-        position="rope", rotary_values=values, qk_norm=True,
-    )  # fmt: skip
+        num_layers=1,
+        d_model=64,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        sharing="q-k=v",
+        position="rope",
+        rotary_values=values,
+        qk_norm=True,
+    )
     ids = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
     full = model.logits(model.hidden(ids)[0])
     cache = decoding.empty_caches(model, 2, 20, jnp.float32)
@@ -129,9 +136,14 @@ def test_a_model_decodes_as_its_forward_pass(model, interpreted, values):
     start, found = 0, []
     for size in (6, 1, 1, 1):
         logits, cache = decoding.decode(
-            model, model.stack.layers(), cache, ids[:, start : start + size], jnp.int32(start),
-            dtype=jnp.float32, impl="triton",
-        )  # fmt: skip
+            model,
+            model.stack.layers(),
+            cache,
+            ids[:, start : start + size],
+            jnp.int32(start),
+            dtype=jnp.float32,
+            impl="triton",
+        )
         found.append(logits)
         start += size
     np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=1e-5 * abs(full).max())
@@ -193,9 +205,16 @@ def test_what_it_does_not_take():
 def test_the_cache_is_not_copied(model, interpreted, values):
     """Compiled, the arguments of the kernel need no second array as large as a layer's cache."""
     model = model(
-        num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, sharing="q-k=v",
-        position="rope", rotary_values=values, qk_norm=False,
-    )  # fmt: skip
+        num_layers=1,
+        d_model=32,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        sharing="q-k=v",
+        position="rope",
+        rotary_values=values,
+        qk_norm=False,
+    )
     cache = decoding.empty_caches(model, 2, 4096, jnp.float32)
     run = jax.jit(
         lambda cache, ids: decoding.decode(

@@ -36,10 +36,15 @@ def made_first(x, key):
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "kv_heads", "width", "turned"),
     [
-        (2, 1, 4, 4, 16, 16), (2, 1, 4, 2, 16, 8), (1, 1, 2, 1, 12, 6), (1, 1, 1, 1, 8, 8),
-        (2, 3, 4, 2, 8, 8), (2, 5, 4, 2, 8, 4), (2, 1, 4, 4, 8, 0),
+        (2, 1, 4, 4, 16, 16),
+        (2, 1, 4, 2, 16, 8),
+        (1, 1, 2, 1, 12, 6),
+        (1, 1, 1, 1, 8, 8),
+        (2, 3, 4, 2, 8, 8),
+        (2, 5, 4, 2, 8, 4),
+        (2, 1, 4, 4, 8, 0),
     ],
-)  # fmt: skip
+)
 def test_keys_of_states(batch, tokens, heads, kv_heads, width, turned, normed):
     q, x, gain = states(batch, tokens, heads, kv_heads, width)
     key = KeyOfState(1e4, turned, gain if normed else None)

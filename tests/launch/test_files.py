@@ -33,20 +33,37 @@ JOBSET = strict(
         ),
         failurePolicy=strict(
             maxRestarts={"type": "integer", "minimum": 0},
-            rules={"type": "array", "items": strict(
-                name=NAME,
-                action={"enum": ["FailJobSet", "RestartJobSet",
-                                 "RestartJobSetAndIgnoreMaxRestarts"]},
-                onJobFailureReasons={"type": "array", "items": {"enum": [
-                    "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes",
-                    "MaxFailedIndexesExceeded", "PodFailurePolicy"]}},
-            )},
+            rules={
+                "type": "array",
+                "items": strict(
+                    name=NAME,
+                    action={
+                        "enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
+                    },
+                    onJobFailureReasons={
+                        "type": "array",
+                        "items": {
+                            "enum": [
+                                "BackoffLimitExceeded",
+                                "DeadlineExceeded",
+                                "FailedIndexes",
+                                "MaxFailedIndexesExceeded",
+                                "PodFailurePolicy",
+                            ]
+                        },
+                    },
+                ),
+            },
         ),
-        replicatedJobs={"type": "array", "minItems": 1, "items": strict(
-            name=NAME, replicas={"type": "integer", "minimum": 1}, template={"type": "object"}
-        )},
+        replicatedJobs={
+            "type": "array",
+            "minItems": 1,
+            "items": strict(
+                name=NAME, replicas={"type": "integer", "minimum": 1}, template={"type": "object"}
+            ),
+        },
     ),
-)  # fmt: skip
+)
 
 
 def tool(name):
@@ -96,8 +113,11 @@ def test_jobset():
     flags = dict(arg[2:].split("=", 1) for arg in container["args"] if arg.startswith("--"))
     assert spec["parallelism"] == spec["completions"] == int(flags["num_processes"])
     assert flags["coordinator"].startswith(f"{name}-{job['name']}-0-0.{name}:")
-    codes = {code: rule["action"] for rule in spec["podFailurePolicy"]["rules"]
-             for code in rule["onExitCodes"]["values"]}  # fmt: skip
+    codes = {
+        code: rule["action"]
+        for rule in spec["podFailurePolicy"]["rules"]
+        for code in rule["onExitCodes"]["values"]
+    }
     assert codes == {42: "Ignore", 2: "FailJob", 44: "FailJob", 45: "FailJob"}
 
 

@@ -36,18 +36,27 @@ def job(checkout, tmp_path):
     workdir = tmp_path / "run"
     (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     common = (
-        "--config=configs/lm.py:depth=1", "--config.model.d_model=16", f"--workdir={workdir}",
-        f"--config.data.source=text:{tmp_path}/corpus.txt", "--config.data.seq_len=16",
-        "--config.data.batch_size=4", "--config.train.steps=100000", "--config.train.log_every=1",
-        "--config.model.num_heads=2", "--config.mesh.fsdp=-1",
-    )  # fmt: skip
+        "--config=configs/lm.py:depth=1",
+        "--config.model.d_model=16",
+        f"--workdir={workdir}",
+        f"--config.data.source=text:{tmp_path}/corpus.txt",
+        "--config.data.seq_len=16",
+        "--config.data.batch_size=4",
+        "--config.train.steps=100000",
+        "--config.train.log_every=1",
+        "--config.model.num_heads=2",
+        "--config.mesh.fsdp=-1",
+    )
     environment = os.environ | {"QKVJAX_DATA_DIR": str(tmp_path / "data"), "JAX_PLATFORMS": "cpu"}
 
     def call(act, *flags):
         process = subprocess.Popen(
-            ["bash", str(checkout), "2", *common, *flags], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            ["bash", str(checkout), "2", *common, *flags],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         try:
             until = time.monotonic() + 120
             while not read_lines(workdir / "metrics.jsonl"):
@@ -75,9 +84,10 @@ def test_a_frozen_process_is_killed_once_the_other_has_ended(job):
     def freeze(process):
         of_job = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         frozen.extend(
-            int(pid) for pid in of_job
+            int(pid)
+            for pid in of_job
             if "--process_id=1" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        )  # fmt: skip
+        )
         os.kill(*frozen, signal.SIGSTOP)
 
     code, _, err = job(freeze, "--stall_seconds=6")

@@ -56,12 +56,18 @@ PartitionName=main Nodes={host} Default=YES PriorityTier=1 PreemptMode=REQUEUE G
 PartitionName=high Nodes={host} PriorityTier=10
 """
 TRAIN = (
-    "train", "--config=configs/lm.py:depth=1", "--config.model.d_model=16",
-    "--config.model.num_heads=2", "--config.data.seq_len=16", "--config.data.batch_size=4",
-    "--config.train.steps=500", "--config.train.log_every=10",
-    "--config.train.checkpoint_every=250", "--config.train.eval_every=100%",
+    "train",
+    "--config=configs/lm.py:depth=1",
+    "--config.model.d_model=16",
+    "--config.model.num_heads=2",
+    "--config.data.seq_len=16",
+    "--config.data.batch_size=4",
+    "--config.train.steps=500",
+    "--config.train.log_every=10",
+    "--config.train.checkpoint_every=250",
+    "--config.train.eval_every=100%",
     "--config.mesh.fsdp=-1",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +82,11 @@ def cluster():
     conf = folder / "slurm.conf"
     conf.write_text(CONFIG.format(host=host, port=port, node_port=port + 1, folder=folder))
     environment = os.environ | {
-        "SLURM_CONF": str(conf), "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu",
+        "SLURM_CONF": str(conf),
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
         "QKVJAX_DATA_DIR": str(folder / "data"),
-    }  # fmt: skip
+    }
 
     def call(*command):
         done = subprocess.run(
@@ -91,12 +99,21 @@ def cluster():
         subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
         for log in [open(folder / "daemons.log", "a")]
         for command in (
-            ("munged", "--foreground", "--force", f"--key-file={key}", "--num-threads=2",
-             f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid",
-             f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"),
-            ("slurmctld", "-D", "-f", str(conf)), ("slurmd", "-D", "-f", str(conf), "-N", host),
+            (
+                "munged",
+                "--foreground",
+                "--force",
+                f"--key-file={key}",
+                "--num-threads=2",
+                f"--socket={folder}/munge.socket",
+                f"--pid-file={folder}/munge.pid",
+                f"--log-file={folder}/munge.log",
+                f"--seed-file={folder}/munge.seed",
+            ),
+            ("slurmctld", "-D", "-f", str(conf)),
+            ("slurmd", "-D", "-f", str(conf), "-N", host),
         )
-    ]  # fmt: skip
+    ]
     try:
         until = time.monotonic() + 30
         while (
@@ -175,10 +192,18 @@ def test_bad_input_is_not_requeued(cluster, tmp_path):
 def test_the_points_of_a_study_are_an_array(cluster, tmp_path):
     (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     log, workdir = tmp_path / "log", tmp_path / "study"
-    flags = ("study", "--config=configs/quickstart.py", f"--workdir={workdir}",
-             f"--config.data.source=text:{tmp_path}/corpus.txt", "--config.train.steps=5",
-             "--config.data.seq_len=16", "--config.data.batch_size=4", "--config.model.d_model=16",
-             "--config.model.num_heads=2", "--config.model.num_layers=1")  # fmt: skip
+    flags = (
+        "study",
+        "--config=configs/quickstart.py",
+        f"--workdir={workdir}",
+        f"--config.data.source=text:{tmp_path}/corpus.txt",
+        "--config.train.steps=5",
+        "--config.data.seq_len=16",
+        "--config.data.batch_size=4",
+        "--config.model.d_model=16",
+        "--config.model.num_heads=2",
+        "--config.model.num_layers=1",
+    )
     job = submit(cluster, "--array=0-1", "--ntasks-per-node=1", *flags, log=log)
     wait(log.read_text, lambda: len(read_lines(workdir / "results.jsonl")) == 2)
     done = read_lines(workdir / "results.jsonl")

@@ -12,10 +12,17 @@ from qkvjax.models.moe import Experts
 from qkvjax.models.transformer import feed_forward
 
 VARIANTS = (
-    "gelu", "relu2", "swiglu", "gelu(up=down)", "relu2(up=down)", "swiglu(up=down)",
-    "swiglu(layers=2)", "gelu(up=down,layers=4)", "swiglu(experts=4,top=2)",
+    "gelu",
+    "relu2",
+    "swiglu",
+    "gelu(up=down)",
+    "relu2(up=down)",
+    "swiglu(up=down)",
+    "swiglu(layers=2)",
+    "gelu(up=down,layers=4)",
+    "swiglu(experts=4,top=2)",
     "relu2(experts=3,top=1)",
-)  # fmt: skip
+)
 
 
 def sizes(tree):
@@ -92,8 +99,9 @@ def dense(layer, x):
     }
 
 
-@pytest.mark.parametrize("mlp", ["swiglu(experts=4,top=2)", "relu2(experts=3,top=1)",
-                                 "swiglu(experts=5,top=5)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "mlp", ["swiglu(experts=4,top=2)", "relu2(experts=3,top=1)", "swiglu(experts=5,top=5)"]
+)
 def test_experts_are_a_dense_loop(tiny, filled, mlp):
     """Forward, the router's losses, and the gradient of all."""
     spec = tiny(mlp=mlp)

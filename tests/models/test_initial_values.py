@@ -67,8 +67,11 @@ def test_scales(tiny, models):
     ):
         block = model.stack.blocks[0]
         matrices = (
-            model.embedding, block.attention.projections["q"].weight, block.mlp.up.weight,
-            block.attention.output.weight, block.mlp.down.weight,
-        )  # fmt: skip
+            model.embedding,
+            block.attention.projections["q"].weight,
+            block.mlp.up.weight,
+            block.attention.output.weight,
+            block.mlp.down.weight,
+        )
         spread = [float(np.std(matrix[...])) for matrix in matrices]
         np.testing.assert_allclose(spread, expected, rtol=0.06)

@@ -75,7 +75,10 @@ def test_a_light_import():
     """`import qkvjax` alone brings neither jax nor numpy."""
     program = "import qkvjax, sys; print(sorted({'jax', 'flax', 'numpy'} & set(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == "[]"

@@ -23,20 +23,22 @@ RECIPES = sorted(
     path.name for path in Path(cli.find_config("configs/lm.py")).parent.glob("[!_]*.py")
 )
 
-fields = st.fixed_dictionaries({
-    "sharing": st.sampled_from(SHARINGS),
-    "num_kv_heads": st.sampled_from([None, 2, 1]),
-    "head_dim": st.sampled_from([None, 6]),
-    "use_bias": st.booleans(),
-    "norm": st.sampled_from(["rmsnorm", "layernorm"]),
-    "position": st.sampled_from(["none", "learned", "sincos", "rope"]),
-    "mlp": st.sampled_from(["gelu", "swiglu"]),
-    "tie_embeddings": st.booleans(),
-    "qk_norm": st.booleans(),
-    "init": st.sampled_from(["normal", "fan_in"]),
-    "num_layers": st.integers(1, 4),
-    "layer_overrides": st.sampled_from([(), ({"window": 4}, {"sharing": "q-k=v"})]),
-})  # fmt: skip
+fields = st.fixed_dictionaries(
+    {
+        "sharing": st.sampled_from(SHARINGS),
+        "num_kv_heads": st.sampled_from([None, 2, 1]),
+        "head_dim": st.sampled_from([None, 6]),
+        "use_bias": st.booleans(),
+        "norm": st.sampled_from(["rmsnorm", "layernorm"]),
+        "position": st.sampled_from(["none", "learned", "sincos", "rope"]),
+        "mlp": st.sampled_from(["gelu", "swiglu"]),
+        "tie_embeddings": st.booleans(),
+        "qk_norm": st.booleans(),
+        "init": st.sampled_from(["normal", "fan_in"]),
+        "num_layers": st.integers(1, 4),
+        "layer_overrides": st.sampled_from([(), ({"window": 4}, {"sharing": "q-k=v"})]),
+    }
+)
 
 
 def abstract(spec):
@@ -75,10 +77,12 @@ def test_one_step_adds_no_leaf_and_parts_no_tie(tiny):
     state = init_state(spec, tx, jax.random.key(0), config)
     ids = jax.random.randint(jax.random.key(1), (1, 2, 9), 0, 61)
     batch = {
-        "inputs": ids[..., :-1], "targets": ids[..., 1:], "weights": jnp.ones((1, 2, 8)),
+        "inputs": ids[..., :-1],
+        "targets": ids[..., 1:],
+        "weights": jnp.ones((1, 2, 8)),
         "positions": jnp.tile(jnp.arange(8), (1, 2, 1)),
         "segment_ids": jnp.zeros((1, 2, 8), jnp.int32),
-    }  # fmt: skip
+    }
     after, _ = jax.jit(make_train_step(config, tx, lambda step: 0.1))(state, batch)
     assert isinstance(after, TrainState)
     assert jax.tree.structure(after) == jax.tree.structure(state)

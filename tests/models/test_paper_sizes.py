@@ -74,9 +74,13 @@ def test_smallest_cache_is_a_64th(paper):
 
 @pytest.mark.parametrize(
     ("sharing", "at_2048", "at_128"),
-    [("q-k-v", 792.69, 39.48), ("q-k=v", 749.74, 36.79), ("q=k-v", 749.74, 36.79),
-     ("q=k=v", 706.79, 34.11)],
-)  # fmt: skip
+    [
+        ("q-k-v", 792.69, 39.48),
+        ("q-k=v", 749.74, 36.79),
+        ("q=k-v", 749.74, 36.79),
+        ("q=k=v", 706.79, 34.11),
+    ],
+)
 def test_forward_gigamacs_of_300m(paper, sharing, at_2048, at_128):
     spec = paper("300m", sharing)
     assert round(spec.forward_macs(2048) / 1e9, 2) == at_2048
@@ -89,9 +93,16 @@ def encoder_params(d_model, sharing, max_length):
         d_model=d_model, num_heads=2, sharing=sharing, causal=False, use_bias=True
     )
     body = ModelSpec(
-        vocab_size=0, d_model=d_model, layers=(layer,) * 2, max_length=max_length,
-        position="learned", norm="layernorm", mlp="gelu", d_ff=4 * d_model, use_bias=True,
-    )  # fmt: skip
+        vocab_size=0,
+        d_model=d_model,
+        layers=(layer,) * 2,
+        max_length=max_length,
+        position="learned",
+        norm="layernorm",
+        mlp="gelu",
+        d_ff=4 * d_model,
+        use_bias=True,
+    )
     return body.num_params
 
 
@@ -99,11 +110,15 @@ def encoder_params(d_model, sharing, max_length):
     ("d_model", "sharing", "expected"),
     [
         (32, "q-k-v", 30_250),
-        (64, "q-k-v", 109_642), (64, "q-k=v", 101_322), (64, "q=k-v", 101_322),
+        (64, "q-k-v", 109_642),
+        (64, "q-k=v", 101_322),
+        (64, "q=k-v", 101_322),
         (64, "q=k=v", 93_002),
-        (256, "q-k-v", 1_618_186), (256, "q-k=v", 1_486_602), (256, "q=k=v", 1_355_018),
+        (256, "q-k-v", 1_618_186),
+        (256, "q-k=v", 1_486_602),
+        (256, "q=k=v", 1_355_018),
     ],
-)  # fmt: skip
+)
 def test_synthetic_encoder(d_model, sharing, expected):
     """One-hot digits of 10 through a linear map, 128 positions, a head over 10 digits."""
     linear_in, head = 10 * d_model + d_model, d_model * 10 + 10

@@ -91,11 +91,18 @@ LOCAL, GLOBAL = {"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 2}
 @pytest.mark.parametrize(
     ("num_layers", "pattern", "period"),
     [
-        (1, (), 1), (6, (), 1), (6, (LOCAL,), 1), (6, (LOCAL, GLOBAL), 2),
-        (6, (LOCAL, LOCAL, GLOBAL), 3), (4, (LOCAL, GLOBAL) * 2, 2), (3, (LOCAL, GLOBAL), 3),
-        (6, (LOCAL, LOCAL, LOCAL, GLOBAL), 6), (7, ({},), 1), (2, (LOCAL, GLOBAL), 2),
+        (1, (), 1),
+        (6, (), 1),
+        (6, (LOCAL,), 1),
+        (6, (LOCAL, GLOBAL), 2),
+        (6, (LOCAL, LOCAL, GLOBAL), 3),
+        (4, (LOCAL, GLOBAL) * 2, 2),
+        (3, (LOCAL, GLOBAL), 3),
+        (6, (LOCAL, LOCAL, LOCAL, GLOBAL), 6),
+        (7, ({},), 1),
+        (2, (LOCAL, GLOBAL), 2),
     ],
-)  # fmt: skip
+)
 def test_period(tiny, monkeypatch, num_layers, pattern, period):
     spec = tiny(num_layers=num_layers, layer_overrides=pattern)
     assert spec.period == num_layers  # shallow
@@ -254,9 +261,13 @@ def test_every_branch_of_every_layer_draws_its_own_mask(tiny):
 def test_bfloat16_sums_gradients_over_tokens_in_float32(model):
     """Tables, biases and score modifiers get their gradients from every token: near float32's."""
     m = model(
-        position="learned", use_bias=True, seq_len=64, tie_embeddings=False, num_layers=1,
+        position="learned",
+        use_bias=True,
+        seq_len=64,
+        tie_embeddings=False,
+        num_layers=1,
         score=("score_scale", "role_bias", "column_bias"),
-    )  # fmt: skip
+    )
     ids = jnp.asarray(np.random.default_rng(2).integers(0, 3, (16, 64)))  # few ids, often
 
     def loss(m, dtype):

@@ -13,11 +13,17 @@ from qkvjax.training.metrics import read_lines
 
 ROOT = Path(__file__).parents[2]
 TINY = (
-    "--config=configs/lm.py:depth=1", "--config.model.d_model=16",
-    "--config.model.num_heads=2", "--config.data.seq_len=16", "--config.data.batch_size=4",
-    "--config.train.steps=20", "--config.train.log_every=5", "--config.train.checkpoint_every=10",
-    "--config.train.eval_every=100%", "--config.mesh.fsdp=-1",
-)  # fmt: skip
+    "--config=configs/lm.py:depth=1",
+    "--config.model.d_model=16",
+    "--config.model.num_heads=2",
+    "--config.data.seq_len=16",
+    "--config.data.batch_size=4",
+    "--config.train.steps=20",
+    "--config.train.log_every=5",
+    "--config.train.checkpoint_every=10",
+    "--config.train.eval_every=100%",
+    "--config.mesh.fsdp=-1",
+)
 
 
 def environment(folder, devices, **more):
@@ -27,8 +33,9 @@ def environment(folder, devices, **more):
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
         "JAX_PLATFORMS": "cpu",
         "QKVJAX_DATA_DIR": str(folder / "prepared"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), **more,
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        **more,
+    }
 
 
 def free_port():
@@ -41,12 +48,21 @@ def start(folder, count, devices, *args, odd=(), of=None, **more):
     `odd` are more flags of the last one."""
     port, started = free_port(), []
     for i in range(count):
-        flags = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={of or count}",
-                 f"--process_id={i}", *(odd if i == count - 1 else ()))  # fmt: skip
-        started.append(subprocess.Popen(
-            [sys.executable, *args, *flags], env=environment(folder, devices, **more),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        ))  # fmt: skip
+        flags = (
+            f"--coordinator=127.0.0.1:{port}",
+            f"--num_processes={of or count}",
+            f"--process_id={i}",
+            *(odd if i == count - 1 else ()),
+        )
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *args, *flags],
+                env=environment(folder, devices, **more),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     return started
 
 

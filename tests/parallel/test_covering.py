@@ -33,14 +33,17 @@ DESIGN = [
     ({"sharing": "q=k=v", "use_bias": True, "norm": "layernorm"}, {"tensor": 4, "fsdp": 2}, 2),
     ({"sharing": "q=k=v", "window": 5}, {"replica": 2, "context": 4}, 1),
     ({"score": ("role_bias", "column_bias", "score2d(3)")}, {"tensor": 2, "fsdp": 2}, 1),
-    ({"layer_overrides": ({"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 2})},
-     {"tensor": 4, "context": 2}, 1),
+    (
+        {"layer_overrides": ({"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 2})},
+        {"tensor": 4, "context": 2},
+        1,
+    ),
     ({"sharing": "q-k=v", "mlp": "swiglu(experts=4,top=2)"}, {"expert": 4, "fsdp": 2}, 1),
     ({"sharing": "q=k-v", "mlp": "relu2(experts=2)"}, {"expert": 2, "tensor": 2, "context": 2}, 1),
     ({"tie_embeddings": False, "position": "learned"}, {"tensor": 4, "fsdp": 2}, 1),
     ({"optimizer.name": "muon"}, {"tensor": 2, "fsdp": 4}, 1),
     ({"mlp": "gelu(up=down,layers=2)"}, {"fsdp": 2, "tensor": 2, "replica": 2}, 2),
-]  # fmt: skip
+]
 SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
 
 
@@ -89,9 +92,7 @@ def train(folder, model, mesh, accumulation):
             losses.append(float(metrics["loss"]))
         batches = [digest(run.batch(i)) for i in (0, STEPS - 1)]
     gathered = Program(step.as_text()).collectives().get("all-gather", {"bytes": 0})
-    return {
-        "losses": losses, "gathered": gathered["bytes"], "initial": initial, "batches": batches
-    }  # fmt: skip
+    return {"losses": losses, "gathered": gathered["bytes"], "initial": initial, "batches": batches}
 
 
 def main(folder, points):

@@ -26,8 +26,19 @@ def train(tmp_path_factory):
 
     def call(workdir, count, devices, mesh):
         axes = [f"--config.mesh.{axis}" for axis in mesh.split(",")]
-        told = finish(start(folder, count, devices, "-m", "qkvjax.train", *TINY, source, *axes,
-                            f"--workdir={workdir}"))  # fmt: skip
+        told = finish(
+            start(
+                folder,
+                count,
+                devices,
+                "-m",
+                "qkvjax.train",
+                *TINY,
+                source,
+                *axes,
+                f"--workdir={workdir}",
+            )
+        )
         assert [code for code, *_ in told] == [0] * count, told[0][2][-2000:]
         return told[0][1]
 

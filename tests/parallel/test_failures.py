@@ -10,8 +10,12 @@ from processes import TINY, fingerprints, finish, once_it_trains, start
 from qkvjax.training.metrics import read_lines
 
 STALL = 6  # seconds
-ENDLESS = ("--config.train.steps=1000000", "--config.optimizer.schedule=constant",
-           "--config.train.log_every=1", f"--stall_seconds={STALL}")  # fmt: skip
+ENDLESS = (
+    "--config.train.steps=1000000",
+    "--config.optimizer.schedule=constant",
+    "--config.train.log_every=1",
+    f"--stall_seconds={STALL}",
+)
 # One process of two, disturbed by what is put between: step 7 of the second.
 PROGRAM = """
 import sys, time

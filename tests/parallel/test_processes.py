@@ -111,8 +111,11 @@ def listening(port):
 
 def test_a_signal_to_one_process_saves_and_stops_all_after_the_same_step(train, tmp_path):
     workdir = tmp_path / "workdir"
-    long = ("--config.train.steps=1000000", "--config.optimizer.schedule=constant",
-            "--config.train.log_every=1")  # fmt: skip
+    long = (
+        "--config.train.steps=1000000",
+        "--config.optimizer.schedule=constant",
+        "--config.train.log_every=1",
+    )
 
     def act(started):
         found = listening(coordinator(started[0]))
@@ -212,14 +215,20 @@ def test_open_mpi_announces_the_others(trained, tmp_path):
     for i in range(2):
         mpi = {
             "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
-            "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(i),
-            "OMPI_COMM_WORLD_LOCAL_RANK": str(i), "JAX_COORDINATOR_PORT": str(PORT),
-        }  # fmt: skip
-        started.append(subprocess.Popen(
-            [sys.executable, *FLAGS, f"--config.data.source={corpus}", f"--workdir={workdir}"],
-            env=environment(folder, 1, **mpi), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
-        ))  # fmt: skip
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(i),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+            "JAX_COORDINATOR_PORT": str(PORT),
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *FLAGS, f"--config.data.source={corpus}", f"--workdir={workdir}"],
+                env=environment(folder, 1, **mpi),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     told = finish(started)
     assert codes(told) == [0, 0], told[0][2][-2000:]
     assert fingerprints(workdir) == fingerprints(trained[1])
@@ -241,9 +250,18 @@ def test_open_mpi_announces_the_others(trained, tmp_path):
 )
 def test_flags_that_do_not_fit(tmp_path, flags, message):
     done = subprocess.run(
-        [sys.executable, *FLAGS, f"--workdir={tmp_path}/w", "--config.data.source=text:README.md",
-         *flags], capture_output=True, text=True, env=environment(tmp_path, 2), cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            *FLAGS,
+            f"--workdir={tmp_path}/w",
+            "--config.data.source=text:README.md",
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path, 2),
+        cwd=ROOT,
+    )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -269,12 +287,29 @@ def certificates(folder):
     openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca")
     openssl("req", *key, "-keyout", "own.key", "-out", "own.csr", "-subj", "/CN=own")
     (folder / "names").write_text("subjectAltName=URI:spiffe://qkvjax/own")
-    openssl("x509", "-req", "-in", "own.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
-            "-CAcreateserial", "-out", "own.pem", "-extfile", "names")  # fmt: skip
+    openssl(
+        "x509",
+        "-req",
+        "-in",
+        "own.csr",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-days",
+        "2",
+        "-CAcreateserial",
+        "-out",
+        "own.pem",
+        "-extfile",
+        "names",
+    )
     return {
-        "JAX_MTLS_CERT_FILE": f"{folder}/own.pem", "JAX_MTLS_KEY_FILE": f"{folder}/own.key",
-        "JAX_MTLS_CA_FILE": f"{folder}/ca.pem", "JAX_MTLS_PEER_URI_PREFIX": "spiffe://qkvjax/",
-    }  # fmt: skip
+        "JAX_MTLS_CERT_FILE": f"{folder}/own.pem",
+        "JAX_MTLS_KEY_FILE": f"{folder}/own.key",
+        "JAX_MTLS_CA_FILE": f"{folder}/ca.pem",
+        "JAX_MTLS_PEER_URI_PREFIX": "spiffe://qkvjax/",
+    }
 
 
 has_tls = hasattr(jax.config, "jax_mtls_cert_file")

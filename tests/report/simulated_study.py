@@ -23,8 +23,14 @@ def name(sharing: str) -> str:
     return "QKV" if sharing == "q-k-v" else sharing.upper()
 
 
-def result(label: str, overrides: dict, seed: int, loss: float = 0.0, facts=_FACTS["q-k-v"],
-           noise: float = 0.004) -> dict:  # fmt: skip
+def result(
+    label: str,
+    overrides: dict,
+    seed: int,
+    loss: float = 0.0,
+    facts=_FACTS["q-k-v"],
+    noise: float = 0.004,
+) -> dict:
     """One line of results.jsonl; `loss` is the variant's relative loss at the end."""
     shared = np.random.default_rng(seed).normal(0, 0.02)
     own = np.random.default_rng([seed, sum(map(ord, label))]).normal(0, noise)
@@ -33,26 +39,58 @@ def result(label: str, overrides: dict, seed: int, loss: float = 0.0, facts=_FAC
         gap = loss * (1 + 2.5 * np.exp(-step / 300)) * (step > 0)
         base = 1.93 + 6.07 * np.exp(-step / 90) + 0.55 * np.exp(-step / 420) + shared
         score = base * (1 + gap) + own * (step > 0)
-        curve.append({"step": step, "tokens": step * 4096, "seconds": 0.21 * step * facts[4],
-                      "bits_per_byte": float(score)})  # fmt: skip
+        curve.append(
+            {
+                "step": step,
+                "tokens": step * 4096,
+                "seconds": 0.21 * step * facts[4],
+                "bits_per_byte": float(score),
+            }
+        )
     score = curve[-1]["bits_per_byte"]
     return {
-        "label": label, "overrides": overrides, "seed": seed, "identity": f"{label}-{seed}",
-        "data_digest": "5f1d", "status": "done", "error": None, "workdir": f"runs/{label}-{seed}",
-        "score": score, "metric": "bits_per_byte", "train_score": score - 0.06,
-        "perplexity": float(2**score), "tokenizer": "bytes", "num_labels": 200_000,
-        "num_bytes": 200_000, "pad_fraction": 0.0, "score_pads": False, "steps": 1000,
-        "tokens": 4_096_000, "seconds": curve[-1]["seconds"], "curve": curve,
-        "costs": {"num_params": facts[1], "forward_macs": facts[2], "seq_len": 256,
-                  "cache_bytes_per_token": facts[3]},
+        "label": label,
+        "overrides": overrides,
+        "seed": seed,
+        "identity": f"{label}-{seed}",
+        "data_digest": "5f1d",
+        "status": "done",
+        "error": None,
+        "workdir": f"runs/{label}-{seed}",
+        "score": score,
+        "metric": "bits_per_byte",
+        "train_score": score - 0.06,
+        "perplexity": float(2**score),
+        "tokenizer": "bytes",
+        "num_labels": 200_000,
+        "num_bytes": 200_000,
+        "pad_fraction": 0.0,
+        "score_pads": False,
+        "steps": 1000,
+        "tokens": 4_096_000,
+        "seconds": curve[-1]["seconds"],
+        "curve": curve,
+        "costs": {
+            "num_params": facts[1],
+            "forward_macs": facts[2],
+            "seq_len": 256,
+            "cache_bytes_per_token": facts[3],
+        },
         "sample": {"prompt": "def main(", "text": f"self, x):\n    return x < {seed} & {label!r}"},
-    }  # fmt: skip
+    }
 
 
 def failed(label: str, overrides: dict, seed: int, error: str) -> dict:
     """A line for a run that failed."""
-    return {"label": label, "overrides": overrides, "seed": seed, "status": "failed",
-            "error": error, "score": None, "curve": []}  # fmt: skip
+    return {
+        "label": label,
+        "overrides": overrides,
+        "seed": seed,
+        "status": "failed",
+        "error": error,
+        "score": None,
+        "curve": [],
+    }
 
 
 def study(labels: dict[str, dict], baseline: str, seeds: list[int]) -> dict:
@@ -62,29 +100,60 @@ def study(labels: dict[str, dict], baseline: str, seeds: list[int]) -> dict:
         "baseline": baseline,
         "points": [{"label": label, "overrides": o} for label, o in labels.items()],
         "seeds": seeds,
-        "config": {"seed": 0, "model": {"d_model": 256, "num_layers": 4, "num_heads": 8,
-                   "num_kv_heads": None, "sharing": "q-k-v", "layer_overrides": []},
-                   "data": {"source": "stdlib", "seq_len": 256}, "train": {"steps": 1000}},
+        "config": {
+            "seed": 0,
+            "model": {
+                "d_model": 256,
+                "num_layers": 4,
+                "num_heads": 8,
+                "num_kv_heads": None,
+                "sharing": "q-k-v",
+                "layer_overrides": [],
+            },
+            "data": {"source": "stdlib", "seq_len": 256},
+            "train": {"steps": 1000},
+        },
         "command": "qkvjax study --config=configs/study.py --workdir=simulated",
-        "environment": {"python": "3.11.9", "jax": "0.10.2", "device": "simulated cpu",
-                        "num_devices": 1, "cpu_count": 2, "platform": "linux",
-                        "date": "2026-01-01", "qkvjax": "0.1.0", "git": "0000000"},
-        "data": {"source": "stdlib", "description": "simulated; no data was read",
-                 "digest": "5f1d", "num_documents": 1520, "num_train_tokens": 21_000_000,
-                 "num_validation_tokens": 2_300_000},
-    }  # fmt: skip
+        "environment": {
+            "python": "3.11.9",
+            "jax": "0.10.2",
+            "device": "simulated cpu",
+            "num_devices": 1,
+            "cpu_count": 2,
+            "platform": "linux",
+            "date": "2026-01-01",
+            "qkvjax": "0.1.0",
+            "git": "0000000",
+        },
+        "data": {
+            "source": "stdlib",
+            "description": "simulated; no data was read",
+            "digest": "5f1d",
+            "num_documents": 1520,
+            "num_train_tokens": 21_000_000,
+            "num_validation_tokens": 2_300_000,
+        },
+    }
 
 
 def measurements() -> dict:
     """measurements.json."""
     rows = []
     for sharing, (_, params, _, _, step, decode) in _FACTS.items():
-        rows.append({
-            "label": name(sharing), "step_seconds": 0.206 * step, "peak_bytes": 48 * params,
-            "step_ratio": [step, step - 0.012 * (step < 1), step + 0.012 * (step < 1)],
-            "decode_seconds": 0.0031 * decode,
-            "decode_ratio": [decode, decode - 0.03 * (decode != 1), decode + 0.03 * (decode != 1)],
-        })  # fmt: skip
+        rows.append(
+            {
+                "label": name(sharing),
+                "step_seconds": 0.206 * step,
+                "peak_bytes": 48 * params,
+                "step_ratio": [step, step - 0.012 * (step < 1), step + 0.012 * (step < 1)],
+                "decode_seconds": 0.0031 * decode,
+                "decode_ratio": [
+                    decode,
+                    decode - 0.03 * (decode != 1),
+                    decode + 0.03 * (decode != 1),
+                ],
+            }
+        )
     return {
         "date": "2026-01-01",
         "device": "simulated cpu",
@@ -95,8 +164,13 @@ def measurements() -> dict:
     }
 
 
-def write(workdir: Path, study: dict, results: list[dict], measurements: dict | None = None,
-          tail: str = "") -> Path:  # fmt: skip
+def write(
+    workdir: Path,
+    study: dict,
+    results: list[dict],
+    measurements: dict | None = None,
+    tail: str = "",
+) -> Path:
     """Writes the files of a study; `tail` is appended to results.jsonl as it is."""
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "study.json").write_text(json.dumps(study))
@@ -142,14 +216,24 @@ def accuracy_study(workdir: Path, settings=("sort d32", "sort d64", "copy d32"),
                 line = result(label, overrides, seed)
                 for name in ("perplexity", "num_bytes", "pad_fraction", "sample"):
                     del line[name]
-                curve = [{"step": s, "tokens": 64 * s, "seconds": s, "error": error + 0.1 / (1 + s)}
-                         for s in (0, 50, 100)]  # fmt: skip
-                results.append(line | {
-                    "metric": "error", "score": error, "accuracy": 1 - error,
-                    "solved": float(error <= 0.05), "setting": setting, "curve": curve,
-                    "overrides": overrides | {"data.source": f"synthetic:{task}"},
-                    "data_digest": task, "train_score": None,
-                })  # fmt: skip
+                curve = [
+                    {"step": s, "tokens": 64 * s, "seconds": s, "error": error + 0.1 / (1 + s)}
+                    for s in (0, 50, 100)
+                ]
+                results.append(
+                    line
+                    | {
+                        "metric": "error",
+                        "score": error,
+                        "accuracy": 1 - error,
+                        "solved": float(error <= 0.05),
+                        "setting": setting,
+                        "curve": curve,
+                        "overrides": overrides | {"data.source": f"synthetic:{task}"},
+                        "data_digest": task,
+                        "train_score": None,
+                    }
+                )
     body = study(labels, "QKV", [0, 1, 2]) | {"settings": [s for s in settings if s]} | fields
     body["config"]["data"]["source"] = "synthetic:sort"
     return write(workdir, body, results)

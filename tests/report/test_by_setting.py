@@ -101,11 +101,17 @@ def test_perplexities_beside_a_reference(tmp_path, pads, told):
     """Of a single run each: within one percent they are the same; padding must be scored alike."""
     labels = {"QKV": {"model.sharing": "q-k-v"}, "Q-K=V": {"model.sharing": "q-k=v"}}
     found = {"QKV": 5.15, "Q-K=V": 5.40}
-    results = [simulated.result(label, labels[label], 0)
-               | {"perplexity": found[label], "score_pads": pads, "pad_fraction": 0.0}
-               for label in labels]  # fmt: skip
-    reference = {"source": "a paper", "metric": "perplexity", "score_pads": True,
-                 "values": {"all": {"QKV": [5.11], "Q-K=V": [5.27]}}}  # fmt: skip
+    results = [
+        simulated.result(label, labels[label], 0)
+        | {"perplexity": found[label], "score_pads": pads, "pad_fraction": 0.0}
+        for label in labels
+    ]
+    reference = {
+        "source": "a paper",
+        "metric": "perplexity",
+        "score_pads": True,
+        "values": {"all": {"QKV": [5.11], "Q-K=V": [5.27]}},
+    }
     study = simulated.study(labels, "QKV", [0]) | {"reference": reference}
     parts = by_setting(summary_of(simulated.write(tmp_path, study, results)))
     assert told in parts["agreement"]

@@ -153,12 +153,15 @@ def test_absent_measurements_say_so(tmp_path):
     assert row.count("not measured") == 3
 
 
-@pytest.mark.parametrize("seeds,sharings,fail", [
-    (1, ("q-k-v", "q-k=v"), ()),
-    (2, ("q-k-v",), ()),
-    (2, ("q-k-v", "q-k=v"), {("q-k-v", 0), ("q-k-v", 1)}),
-    (1, ("q-k-v", "q-k=v"), {("q-k-v", 0), ("q-k=v", 0)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "seeds,sharings,fail",
+    [
+        (1, ("q-k-v", "q-k=v"), ()),
+        (2, ("q-k-v",), ()),
+        (2, ("q-k-v", "q-k=v"), {("q-k-v", 0), ("q-k-v", 1)}),
+        (1, ("q-k-v", "q-k=v"), {("q-k-v", 0), ("q-k=v", 0)}),
+    ],
+)
 def test_thin_studies_still_have_a_report(tmp_path, seeds, sharings, fail):
     simulated.sharing_study(tmp_path, seeds, sharings=sharings, fail=fail)
     Page(page.write_report(tmp_path).read_text(encoding="utf-8"))
@@ -185,14 +188,23 @@ def test_labels_are_spread_without_changing_order():
     assert drawing.spread([2.0, 1.0], 0.1) == [2.0, 1.0]
 
 
-@pytest.mark.parametrize("text,expected", [
-    (formats.num_bytes(81_920), "80 KiB"), (formats.num_bytes(2560), "2.5 KiB"),
-    (formats.num_bytes(768), "768 B"), (formats.count(2_134_000), "2.13M"),
-    (formats.count(950), "950"), (formats.duration(200), "3 min 20 s"),
-    (formats.duration(0.0031), "3.10 ms"), (formats.percent(-0.0131), "−1.3 %"),
-    (formats.percent(0.0), "0 %"), (formats.saved(0.96875), "96.9 %"),
-    (formats.difference(0.0213), "+0.0213"), (formats.listed(["a", "b", "c"]), "a, b and c"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        (formats.num_bytes(81_920), "80 KiB"),
+        (formats.num_bytes(2560), "2.5 KiB"),
+        (formats.num_bytes(768), "768 B"),
+        (formats.count(2_134_000), "2.13M"),
+        (formats.count(950), "950"),
+        (formats.duration(200), "3 min 20 s"),
+        (formats.duration(0.0031), "3.10 ms"),
+        (formats.percent(-0.0131), "−1.3 %"),
+        (formats.percent(0.0), "0 %"),
+        (formats.saved(0.96875), "96.9 %"),
+        (formats.difference(0.0213), "+0.0213"),
+        (formats.listed(["a", "b", "c"]), "a, b and c"),
+    ],
+)
 def test_numbers_read_well(text, expected):
     assert text.replace(formats.NBSP, " ") == expected
 

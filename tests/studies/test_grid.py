@@ -42,9 +42,13 @@ SHARED = axis("model.sharing", ("q-k-v", "q-k=v", "q=k=v"))
 def test_tasks_go_seed_by_seed(study):
     tasks = study(SHARED, seeds=2, seed=5).tasks
     assert [(t.number, t.label, t.seed) for t in tasks] == [
-        (0, "QKV", 5), (1, "Q-K=V", 5), (2, "Q=K=V", 5),
-        (3, "QKV", 6), (4, "Q-K=V", 6), (5, "Q=K=V", 6),
-    ]  # fmt: skip
+        (0, "QKV", 5),
+        (1, "Q-K=V", 5),
+        (2, "Q=K=V", 5),
+        (3, "QKV", 6),
+        (4, "Q-K=V", 6),
+        (5, "Q=K=V", 6),
+    ]
     assert len({t.identity for t in tasks}) == len({t.folder for t in tasks}) == 6
     assert tasks[4].config.model.sharing == "q-k=v" and tasks[4].config.seed == 6
     assert "study" not in tasks[0].config

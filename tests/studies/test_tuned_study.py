@@ -131,9 +131,11 @@ def test_both_phases_in_one_command_and_after_a_kill_between_them(study, tmp_pat
     assert records[:8] == tuning
     compared = records[8:]
     assert [(r["label"], r["seed"], r["phase"]) for r in compared] == [
-        ("QKV", 0, "compare"), ("Q-K=V", 0, "compare"),
-        ("QKV", 1, "compare"), ("Q-K=V", 1, "compare"),
-    ]  # fmt: skip
+        ("QKV", 0, "compare"),
+        ("Q-K=V", 0, "compare"),
+        ("QKV", 1, "compare"),
+        ("Q-K=V", 1, "compare"),
+    ]
     chosen = {label: best(records, label) for label in ("QKV", "Q-K=V")}
     for line in compared:
         rate = chosen[line["label"]]

@@ -109,9 +109,11 @@ def test_each_setting_has_its_own_best(study):
     finish(made, made.tasks[:12], lambda task: abs(task.value - best[task.setting]))
     compared = [(task.setting, task.label, task.value) for task in made.tasks[12:]]
     assert compared == [
-        ("short", "QKV", 1e-3), ("short", "Q-K=V", 1e-3),
-        ("long", "QKV", 2e-3), ("long", "Q-K=V", 2e-3),
-    ]  # fmt: skip
+        ("short", "QKV", 1e-3),
+        ("short", "Q-K=V", 1e-3),
+        ("long", "QKV", 2e-3),
+        ("long", "Q-K=V", 2e-3),
+    ]
     assert made.remarks()[0] == (
         "the best learning_rate of QKV in short is the smallest that was tried: try smaller ones"
     )
@@ -169,8 +171,14 @@ def test_a_tuned_study_goes_on_where_another_base_seed_tuned(study):
 def test_the_lines_of_an_ordinary_study_stay(study):
     made = study(None)
     assert heading(made, made.tasks[0]).keys() == {
-        "label", "setting", "overrides", "seed", "identity", "data_digest", "workdir"
-    }  # fmt: skip
+        "label",
+        "setting",
+        "overrides",
+        "seed",
+        "identity",
+        "data_digest",
+        "workdir",
+    }
     made.claim("typed")
     assert "tuned" not in json.loads((made.workdir / "study.json").read_text())
     assert made.remarks() == [] and made.listing().startswith("point  state    seed  identity")

@@ -112,16 +112,20 @@ for sizes in ({"fsdp": 8}, {"replica": 2, "fsdp": 4}, {"replica": 8}):
 def test_fingerprints_do_not_depend_on_the_mesh():
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", MESHES], capture_output=True, text=True,
+        [sys.executable, "-c", MESHES],
+        capture_output=True,
+        text=True,
         env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == ["8"] * 6
-    here = manifest({
-        "f": jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)),
-        "b": jnp.arange(64, dtype=jnp.int8).reshape(8, 8),
-    })  # fmt: skip
+    here = manifest(
+        {
+            "f": jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)),
+            "b": jnp.arange(64, dtype=jnp.int8).reshape(8, 8),
+        }
+    )
     expected = [here[name]["fingerprint"] for name in ("f", "b")]
     assert all(row[1:] == expected for row in rows)
 

@@ -79,10 +79,12 @@ def batch(seed, accumulation=1, weight=1.0):
     weights = np.ones(shape, np.float32)
     weights[-1, 0, 0] = weight  # of one token in one micro-batch
     return {
-        "inputs": ids[..., :-1], "targets": ids[..., 1:], "weights": weights,
+        "inputs": ids[..., :-1],
+        "targets": ids[..., 1:],
+        "weights": weights,
         "positions": np.broadcast_to(np.arange(12, dtype=np.int32), shape),
         "segment_ids": np.ones(shape, np.int32),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -108,10 +110,13 @@ def test_a_bad_step_changes_the_count_of_steps_alone(tiny, options):
 def test_means_leave_bad_steps_out_and_count_them():
     window = Window()
     for loss in (1.0, np.nan, 3.0, np.nan, np.nan):
-        window.add({
-            "loss": jnp.float32(loss), "learning_rate": jnp.float32(0.1),
-            "bad": jnp.isnan(jnp.float32(loss)),
-        })  # fmt: skip
+        window.add(
+            {
+                "loss": jnp.float32(loss),
+                "learning_rate": jnp.float32(0.1),
+                "bad": jnp.isnan(jnp.float32(loss)),
+            }
+        )
     found = window.mean()
     assert found["train/loss"] == 2 and found["train/bad_steps"] == 3
     assert window.in_a_row == 2 == window.most_in_a_row
@@ -149,8 +154,10 @@ def test_of_ten_thousand_healthy_steps_none_is_left_out(tiny):
         words = rng.integers(0, 61, (12, 5))
         for _ in range(400):
             text = words[rng.integers(0, 12, (1, 4, 3))].reshape(1, 4, 15)[..., :13]
-            rows = batch(0) | {"inputs": text[..., :-1].astype(np.int32),
-                               "targets": text[..., 1:].astype(np.int32)}  # fmt: skip
+            rows = batch(0) | {
+                "inputs": text[..., :-1].astype(np.int32),
+                "targets": text[..., 1:].astype(np.int32),
+            }
             state, metrics = step(state, rows)
             left_out += bool(metrics["bad"])
             steps += 1

@@ -39,8 +39,10 @@ def test_memory_files_threads_and_steps_stay(tmp_path, monkeypatch):
     (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "corpus.txt"), str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     samples = np.array(json.loads(done.stdout.partition("found:")[2]))
     assert len(samples) == 80

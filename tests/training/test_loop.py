@@ -10,8 +10,10 @@ from qkvjax.training.window import Window
 
 
 def step(i):
-    return {name: jnp.float32(i * k) for name, k in
-            (("loss", 1.0), ("grad_norm", 2.0), ("learning_rate", 3.0), ("bad", 0.0))}  # fmt: skip
+    return {
+        name: jnp.float32(i * k)
+        for name, k in (("loss", 1.0), ("grad_norm", 2.0), ("learning_rate", 3.0), ("bad", 0.0))
+    }
 
 
 def test_a_window_keeps_few_values_and_means_all_of_them():
@@ -21,9 +23,11 @@ def test_a_window_keeps_few_values_and_means_all_of_them():
         assert len(window._waiting) < Window.MANY
     found = window.mean()
     assert found == {
-        "train/loss": np.mean(range(2500)), "train/grad_norm": 2 * np.mean(range(2500)),
-        "train/learning_rate": 3 * 2499, "train/bad_steps": 0,
-    }  # fmt: skip
+        "train/loss": np.mean(range(2500)),
+        "train/grad_norm": 2 * np.mean(range(2500)),
+        "train/learning_rate": 3 * 2499,
+        "train/bad_steps": 0,
+    }
     window.add(step(7))
     assert window.mean()["train/loss"] == 7  # of the new window alone
 

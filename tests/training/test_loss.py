@@ -46,8 +46,9 @@ def test_chunks_change_nothing(monkeypatch, chunk, z_loss):
 def test_bfloat16_sums_in_float32(monkeypatch):
     monkeypatch.setitem(loss.CHUNK, "cpu", 64 * V)
     ours = differentiated(linear_cross_entropy, *arguments(jnp.bfloat16), 0.1)
-    exact = differentiated(whole, *(a.astype(jnp.float32) for a in arguments(jnp.bfloat16)[:2]),
-                           *arguments()[2:], 0.1)  # fmt: skip
+    exact = differentiated(
+        whole, *(a.astype(jnp.float32) for a in arguments(jnp.bfloat16)[:2]), *arguments()[2:], 0.1
+    )
     assert ours[1][0].dtype == ours[1][1].dtype == jnp.bfloat16
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact)):
         a, b = (np.asarray(x, np.float64) for x in (a, b))

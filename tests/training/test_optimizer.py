@@ -114,8 +114,10 @@ def test_muon_by_hand(model):
     options = configs.default().optimizer
     options.weight_decay = 0.3
     rng = np.random.default_rng(0)
-    grads = [jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), model)
-             for _ in range(2)]  # fmt: skip
+    grads = [
+        jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), model)
+        for _ in range(2)
+    ]
     rate, found = (lambda step: 0.01), {}
     for name, make in (("muon", muon), ("adamw", adamw)):
         tx = make(options, rate)

@@ -58,10 +58,12 @@ def batch(seed, accumulation, size=8, length=12):
     # Rows have different numbers of labels, so that a mean of means is another number.
     weights = np.arange(length) < rng.integers(1, length + 1, (size, 1))
     arrays = {
-        "inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": weights.astype(np.float32),
+        "inputs": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": weights.astype(np.float32),
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (size, length)),
         "segment_ids": np.ones((size, length), np.int32),
-    }  # fmt: skip
+    }
     return {k: a.reshape(accumulation, -1, length) for k, a in arrays.items()}
 
 
