@@ -51,7 +51,8 @@ class Run:
         self.command = [
             sys.executable,
             "-m",
-            "qkvjax.train",
+            "qkvjax",
+            "train",
             *FLAGS,
             f"--config.data.source=text:{corpus}",
             f"--workdir={workdir}",

@@ -16,9 +16,9 @@ from ours import arguments, config_of, record
 from sizes import SIZES
 
 from qkvjax import config as configs
-from qkvjax.analysis.measure import interleaved, ratio, repeat
 from qkvjax.attention import cache as caches
 from qkvjax.attention.spec import SHARINGS
+from qkvjax.costs.measure import interleaved, ratio, repeat
 from qkvjax.generation.decode import empty_caches, sample_tokens
 from qkvjax.models.build import build
 from qkvjax.models.spec import model_spec

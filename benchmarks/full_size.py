@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/full_size")
     parser.add_argument("--output", help="a JSONL file to append to")
     given = parser.parse_args()
-    base = measured([sys.executable, "-c", "import jax, qkvjax.train; jax.devices()"])
+    base = measured([sys.executable, "-c", "import jax, qkvjax.commands.train; jax.devices()"])
     for sharing in given.sharings.split(","):
         for line in parts(given, sharing):
             record(
@@ -137,7 +137,7 @@ def command(name: str, *flags: str) -> list[str]:
     return [sys.executable, "-c", PROGRAM, name, *flags]
 
 
-PROGRAM = "import sys; from qkvjax import cli; sys.exit(cli.main(['qkvjax', *sys.argv[1:]]))"
+PROGRAM = "from qkvjax.commands.cli import entry; entry()"
 
 
 def measured(command: list[str], until: Path | None = None, expected=(0,)) -> dict:

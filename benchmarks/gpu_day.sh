@@ -119,7 +119,7 @@ for length in $lengths; do
 done
 for width in $widths; do
     for what in decode kernels; do
-        stage "${what}_$width" "$python" -m qkvjax.bench $what "${bench[@]}" \
+        stage "${what}_$width" "$python" -m qkvjax bench $what "${bench[@]}" \
             --config.model.head_dim="$width" --workdir="$results/bench_$width"
     done
 done
@@ -135,6 +135,6 @@ if [ -n "${TEXT:-}" ]; then
     fi
     stage full_size "$python" benchmarks/full_size.py "${full[@]}"
 fi
-stage study "$python" -m qkvjax.study "${study[@]}" --workdir="$results/study"
+stage study "$python" -m qkvjax study "${study[@]}" --workdir="$results/study"
 echo "results in $results"
 exit $failed

@@ -10,15 +10,13 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from qkvjax.kernels import (
-    dispatch,
-    hopper,
-    hopper_backward,
-    hopper_block,
-    triton,
-    triton_decode,
-)
+from qkvjax.kernels import dispatch
+from qkvjax.kernels.hopper import attention as hopper
+from qkvjax.kernels.hopper import backward as hopper_backward
+from qkvjax.kernels.hopper import block as hopper_block
 from qkvjax.kernels.stored import KeyOfState
+from qkvjax.kernels.triton import attention as triton
+from qkvjax.kernels.triton import decode as triton_decode
 
 HEADS = {32: 12, 64: 32, 128: 16, 256: 8}
 # Causal attention does 2 B N T^2 H operations forward; the kernels' passes, so many times that.

@@ -48,7 +48,7 @@ def train_call(size: Size, sharing: str, dtype: str):
     import jax
     import numpy as np
 
-    from qkvjax.analysis.measure import peak_bytes
+    from qkvjax.costs.measure import peak_bytes
     from qkvjax.parallel.mesh import make_mesh
     from qkvjax.parallel.rules import place
     from qkvjax.training.step import init_state, make_optimizer, make_train_step, on_leaves

@@ -89,7 +89,7 @@ def main() -> int:
     from ours import arguments, record
     from sizes import SIZES
 
-    from qkvjax.analysis.measure import ratio
+    from qkvjax.costs.measure import ratio
 
     given = arguments(
         __doc__, size="shakespeare", dtype="float32", compile=0, torch_python=sys.executable

@@ -15,8 +15,8 @@ from ours import arguments, record, spec_of, train_call
 from sizes import SIZES
 
 from qkvjax import kernels
-from qkvjax.analysis.measure import interleaved, ratio, repeat
 from qkvjax.attention.spec import SHARINGS
+from qkvjax.costs.measure import interleaved, ratio, repeat
 from qkvjax.parallel import host
 
 

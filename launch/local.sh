@@ -29,7 +29,7 @@ set -m # each process in a group of its own: Ctrl-C comes once, from here
 pids=()
 for ((i = 0; i < count; i++)); do
     if [ -n "$extras" ]; then export JAX_LOCAL_DEVICE_IDS=$i; fi
-    "$python" -m qkvjax.train --coordinator="127.0.0.1:$port" --num_processes="$count" \
+    "$python" -m qkvjax train --coordinator="127.0.0.1:$port" --num_processes="$count" \
         --process_id="$i" "$@" &
     pids+=("$!")
 done

@@ -19,4 +19,4 @@ else
     echo "qkvjax quickstart on the CPU ($cores cores): about 5 minutes on 2 CPU cores, installation included"
 fi
 make_environment .venv "$extras"
-exec "$python" -m qkvjax.study --config=configs/quickstart.py --workdir=runs/quickstart "$@"
+exec "$python" -m qkvjax study --config=configs/quickstart.py --workdir=runs/quickstart "$@"

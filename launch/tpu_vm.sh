@@ -34,4 +34,4 @@ git archive --format=tar.gz -o "$archive" HEAD
 set -e; mkdir -p qkvjax; tar -xzf qkvjax.tar.gz -C qkvjax; cd qkvjax
 [ -d .venv ] || python3 -m venv .venv
 .venv/bin/pip install --quiet '.[tpu]'
-.venv/bin/python -m qkvjax.train$flags"
+.venv/bin/python -m qkvjax train$flags"

@@ -1,6 +1,6 @@
 """`python -m qkvjax COMMAND`, the same as `qkvjax COMMAND`."""
 
-from qkvjax.cli import entry
+from qkvjax.commands.cli import entry
 
 if __name__ == "__main__":
     entry()

@@ -17,8 +17,9 @@ import ml_collections
 from ml_collections import config_dict
 
 from qkvjax.attention.spec import canonical_sharing
-from qkvjax.errors import UserError, among, did_you_mean, read_object
+from qkvjax.errors import UserError, among, did_you_mean
 from qkvjax.fields import ALIASES, DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
+from qkvjax.files import read_object
 
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (

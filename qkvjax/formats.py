@@ -1,12 +1,16 @@
-"""Numbers as people read them: 2.13M, 80 KiB, +1.3 %, 3 min 20 s."""
+"""Numbers as people read them (2.13M, 80 KiB, +1.3 %, 3 min 20 s) and tables of plain text."""
 
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Sequence
 
 NONE = "–"
 NBSP = "\u00a0"  # keeps a number and its unit on one line
 NOT_MEASURED = "not measured"
+WIDTH = 110  # columns of a table or a note
+_GAP = "  "
 
 
 def signed(text: str) -> str:
@@ -113,6 +117,41 @@ def seeds(n: int) -> str:
 def listed(words: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def table(header: Sequence[tuple[str, ...]], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; the first two columns to the left, numbers to the right.
+
+    Args:
+      header: for each column its words, one a header line.
+      rows: cells, as many as columns.
+    """
+    lines = [*zip(*header), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return [
+        _GAP.join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def aligned(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines "label   text", the texts below each other."""
+    width = max(len(label) for label, _ in pairs) + len(_GAP)
+    return [
+        line for label, text in pairs for line in _wrapped(text, label.ljust(width), " " * width)
+    ]
+
+
+def notes(texts: Sequence[str]) -> list[str]:
+    """Each text as a point, wrapped."""
+    return [line for text in texts for line in _wrapped(text, "- ", "  ")]
+
+
+def _wrapped(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest)
 
 
 def _figures(value: float) -> str:

@@ -18,8 +18,8 @@ from hypothesis import settings
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
-from qkvjax import cli
 from qkvjax import config as configs
+from qkvjax.commands import cli
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec
 
@@ -42,16 +42,16 @@ QUICKLY_COMPILED = {
     "kernels",
     "models",
     "notebooks",
-    "test_analyze_door.py",
+    "test_analyze_command.py",
     "test_bad_input.py",
     "test_bad_steps.py",
-    "test_bench_door.py",
+    "test_bench_command.py",
     "test_compiled_plan.py",
     "test_covering.py",
-    "test_evaluate_door.py",
+    "test_evaluate_command.py",
     "test_examples.py",
     "test_failures.py",
-    "test_generate_door.py",
+    "test_generate_command.py",
     "test_hostile.py",
     "test_loss.py",
     "test_mesh_invariance.py",
@@ -59,7 +59,7 @@ QUICKLY_COMPILED = {
     "test_program.py",
     "test_readme.py",
     "test_situations.py",
-    "test_study_door.py",
+    "test_study_command.py",
     "test_tuned_study.py",
     "test_workdir.py",
 }
@@ -173,7 +173,7 @@ def programs_kept_in():
 @pytest.fixture
 def in_process(monkeypatch):
     """Lets the scheduler of a study train its runs in this process, and measure nothing."""
-    from qkvjax import study as door
+    from qkvjax.commands import study as door
     from qkvjax.studies import scheduler
 
     class Finished:

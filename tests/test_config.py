@@ -247,8 +247,8 @@ def test_differing_lines():
 def test_steps_may_grow_under_schedules_that_do_not_know_the_end(
     tmp_path, schedule, old, new, allowed
 ):
-    from qkvjax.training.metrics import write_json
-    from qkvjax.training.run import check_workdir
+    from qkvjax.files import write_json
+    from qkvjax.training.identity import check_workdir
 
     config = configs.default()
     config.optimizer.schedule, config.train.steps = schedule, old

@@ -3,7 +3,8 @@
 import pytest
 
 from qkvjax.data.tokenizers import load_tokenizer
-from qkvjax.errors import UserError, read_object
+from qkvjax.errors import UserError
+from qkvjax.files import read_object
 
 
 def test_a_missing_file_is_to_be_looked_for(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf_file
 import pytest
 
-from qkvjax import cli
+from qkvjax.commands import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_the_commands_in_order(tmp_path, monkeypatch, capfd):
         argv += [] if as_it_is else SMALL[argv[1]]
         if "--topology" in command:  # more devices than this process has
             argv += ["--config.model.d_model=32", "--config.data.seq_len=16"]
-            code = subprocess.run([sys.executable, "-m", "qkvjax.cli", *argv[1:]]).returncode
+            code = subprocess.run([sys.executable, "-m", "qkvjax", *argv[1:]]).returncode
         else:
             code = cli.main(argv)
         assert code == 0, (command, capfd.readouterr().err)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from qkvjax.attention.layers import Linear, RMSNorm, named_key, wide_times
 from qkvjax.attention.position import by_row, rotate
-from qkvjax.attention.projection import Linear, RMSNorm, named_key, wide_times
 from qkvjax.attention.score import Score
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError

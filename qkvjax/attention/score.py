@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkvjax.attention.layers import named_key, wide_add, wide_times
 from qkvjax.attention.position import sincos
-from qkvjax.attention.projection import named_key, wide_add, wide_times
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.parallel import rules
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from qkvjax.data import words
 from qkvjax.data.sources import expanded
-from qkvjax.errors import UserError, did_you_mean, read_object
+from qkvjax.errors import UserError, did_you_mean
+from qkvjax.files import read_object
 
 KINDS = ("bytes", "bpe", "gpt2")
 GPT2_SEPARATOR, GPT2_IDS = 50256, 50257

@@ -15,8 +15,8 @@ from qkvjax.errors import UserError
 from qkvjax.evaluation import SOLVED, scoring
 from qkvjax.evaluation.items import Items
 from qkvjax.models.lm import LanguageModel
+from qkvjax.models.loss import cross_entropy, label_scores
 from qkvjax.parallel import rules
-from qkvjax.training.loss import cross_entropy, label_scores
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

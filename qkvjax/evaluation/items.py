@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qkvjax.training.metrics import write_bytes
+from qkvjax.files import write_bytes
 
 
 class Items:

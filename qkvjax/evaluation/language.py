@@ -13,8 +13,8 @@ import numpy as np
 from qkvjax.errors import UserError
 from qkvjax.evaluation import scoring
 from qkvjax.evaluation.items import Items
+from qkvjax.models.loss import label_scores
 from qkvjax.parallel import rules
-from qkvjax.training.loss import label_scores
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

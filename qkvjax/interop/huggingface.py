@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from qkvjax.errors import UserError, read_object
+from qkvjax.errors import UserError
+from qkvjax.files import read_object
 from qkvjax.interop import blocks, quantization, recognise
 from qkvjax.interop.families import Family
 from qkvjax.interop.family_table import FAMILIES, NESTED_DEFAULTS, SAME

@@ -28,11 +28,11 @@ from qkvjax.parallel.target import Target, target
 
 # Kernels: the modules of whole sequences, and of a cache.
 KERNELS = {
-    "hopper": ("hopper", "triton_decode"),
-    "triton": ("triton", "triton_decode"),
-    "cudnn": ("cudnn", "triton_decode"),
-    "splash": ("splash", "tpu_decode"),
-    "tpu": ("tpu", "tpu_decode"),
+    "hopper": ("hopper.attention", "triton.decode"),
+    "triton": ("triton.attention", "triton.decode"),
+    "cudnn": ("cudnn", "triton.decode"),
+    "splash": ("tpu.splash", "tpu.decode"),
+    "tpu": ("tpu.attention", "tpu.decode"),
 }
 NO_CACHE = ("hopper", "cudnn", "splash")  # another kernel reads it for them
 

@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import IMPLEMENTATIONS, choice, reference, xla, xla_decode
+from qkvjax.kernels import IMPLEMENTATIONS, choice, reference
 from qkvjax.kernels.choice import KERNELS, NO_CACHE, candidates, choose, missing, settle
 from qkvjax.kernels.stored import KeyOfState, Stored, in_order, widen
 from qkvjax.kernels.trial import Problem, tried
+from qkvjax.kernels.xla import attention as xla
+from qkvjax.kernels.xla import decode as xla_decode
 from qkvjax.parallel import local, rules
 
 __all__ = [

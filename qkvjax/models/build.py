@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from qkvjax.models.encoder import Encoder
+from qkvjax.models.encoder import Encoder, VisionTransformer
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import ModelSpec
-from qkvjax.models.vit import VisionTransformer
 
 MODELS = {"lm": LanguageModel, "encoder": Encoder, "vit": VisionTransformer}
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkvjax.attention.layers import Linear, named_key, wide_add
 from qkvjax.attention.position import by_row
-from qkvjax.attention.projection import Linear, named_key, wide_add
 from qkvjax.models.spec import ModelSpec
 from qkvjax.models.transformer import STD, Stack, add_positions, dropout, norm, position_table
 from qkvjax.parallel import rules
@@ -93,3 +93,23 @@ class Encoder(nnx.Module):
             return y
         y = rules.gather_sequence(y)  # one label: nothing to shard
         return y.swapaxes(1, 2) if self.spec.output == "choice" else y
+
+
+class VisionTransformer(Encoder):
+    """Patches of an image, float [B, P, numbers of a patch], to classes [B, 1, classes].
+
+    The stack's T = P + 1 tokens start with a learned class token, zero at first, which the head
+    reads.
+    """
+
+    POSITION_STD = 0.02
+
+    def __init__(self, spec: ModelSpec, *, key):
+        super().__init__(spec, key=key)
+        self.class_token = nnx.Param(jnp.zeros(spec.d_model))
+
+    def tokens(self, inputs, dtype) -> jax.Array:
+        patches = super().tokens(inputs, dtype)
+        room = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
+        is_class = (jnp.arange(room.shape[1]) == 0)[:, None]
+        return jnp.where(is_class, self.class_token[...].astype(dtype), room)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkvjax.attention.layers import Linear, named_key
 from qkvjax.attention.position import by_row
-from qkvjax.attention.projection import Linear, named_key
 from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec
 from qkvjax.models.transformer import Stack, add_positions, dropout, norm, position_table

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkvjax.attention.projection import Linear, named_key, wide_add
+from qkvjax.attention.layers import Linear, named_key, wide_add
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel.products import matmul
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkvjax.attention.projection import Linear, named_key
+from qkvjax.attention.layers import Linear, named_key
 from qkvjax.models.feedforward import FeedForwardSpec
 from qkvjax.models.mlp import ACTIVATION
 from qkvjax.models.spec import ModelSpec

@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qkvjax.attention import cache as caches
 from qkvjax.attention.layer import LAYERS
+from qkvjax.attention.layers import LayerNorm, RMSNorm, named_key
 from qkvjax.attention.position import sincos
-from qkvjax.attention.projection import LayerNorm, RMSNorm, named_key
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.models.mlp import MLP
 from qkvjax.models.moe import Experts

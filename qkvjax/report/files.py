@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qkvjax import sweep
-from qkvjax.errors import UserError, parse_object, read_object
+from qkvjax.errors import UserError
+from qkvjax.files import parse_object, read_object
 
 
 class StudyFiles(NamedTuple):

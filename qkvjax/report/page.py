@@ -14,7 +14,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from qkvjax import columns, formats
+from qkvjax import formats
 from qkvjax.config import flatten
 from qkvjax.report import drawing, literature, plots, tables
 from qkvjax.report import files as study_files
@@ -61,7 +61,7 @@ def closing_lines(workdir: Path) -> list[str]:
         rows.append([label, difference, summary.metric.text(row["score"]), word])
     metric = summary.metric
     header = [("", "variant"), ("difference", metric.of), ("", metric.name), ("", "verdict")]
-    return columns.table(header, rows)
+    return formats.table(header, rows)
 
 
 def render(template: str, words: dict) -> str:

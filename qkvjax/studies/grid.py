@@ -9,10 +9,10 @@ from qkvjax import config as configs
 from qkvjax import sweep
 from qkvjax.attention.spec import canonical_sharing
 from qkvjax.errors import UserError
+from qkvjax.files import read_json, read_lines, require_keys, write_json
 from qkvjax.studies.task import Part, Task, make_task
 from qkvjax.studies.tuning import COMPARE, TUNE, read_tuning
-from qkvjax.training.metrics import read_json, read_lines, require_keys, write_json
-from qkvjax.training.workdir import LOCATIONS
+from qkvjax.training.identity import LOCATIONS
 
 MOST_SEEDS = 10_000
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
+from qkvjax.files import read_lines
 from qkvjax.progress import duration
 from qkvjax.studies.grid import Study
 from qkvjax.studies.task import Task
-from qkvjax.training.metrics import read_lines
 
 
 class Live:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from qkvjax.errors import UserError
+from qkvjax.files import append_line, read_json, read_lines
 from qkvjax.studies.grid import Study
 from qkvjax.studies.task import Task
 from qkvjax.studies.tuning import TUNE
 from qkvjax.training.guard import DIVERGED
-from qkvjax.training.metrics import append_line, read_json, read_lines
 from qkvjax.training.signals import Stopped
 
 SAMPLE_TOKENS = 240
@@ -101,7 +101,7 @@ def failure(study: Study, task: Task, error: str) -> dict:
 
 
 def _train(study: Study, task: Task) -> dict:
-    from qkvjax.train import train
+    from qkvjax.training.train import train
 
     folder = study.workdir / task.folder
     folder.mkdir(parents=True, exist_ok=True)

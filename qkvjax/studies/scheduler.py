@@ -20,6 +20,7 @@ from pathlib import Path
 
 from qkvjax import sweep
 from qkvjax.errors import UserError
+from qkvjax.files import append_line, read_json, write_json
 from qkvjax.parallel.mesh import idle_devices
 from qkvjax.progress import duration
 from qkvjax.studies import devices
@@ -28,7 +29,6 @@ from qkvjax.studies.live import Live
 from qkvjax.studies.point import failure, take_over
 from qkvjax.studies.task import Task
 from qkvjax.studies.tuning import TUNE
-from qkvjax.training.metrics import append_line, read_json, write_json
 
 OVERHEAD_SECONDS = 16.0  # of a run's process: imports, compilation, evaluations, saving
 POLL_SECONDS = 0.5
@@ -37,7 +37,7 @@ TERMINATED = 143  # what the shell says of a program that SIGTERM ended
 
 def measure_here(study: Study) -> int:
     """Writes measurements.json: what each point costs on this machine."""
-    from qkvjax.analysis.measure import measure
+    from qkvjax.costs.measure import measure
 
     found = measure(study.configs(), log=lambda line: print(line, flush=True))
     write_json(study.workdir / "measurements.json", found | {"labels": study.labels})
@@ -263,7 +263,7 @@ def _door(
     """
     here = str(Path(__file__).parents[2])
     paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-m", "qkvjax.study", *arguments, flag]
+    command = [sys.executable, "-P", "-m", "qkvjax", "study", *arguments, flag]
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(_compiled(study)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

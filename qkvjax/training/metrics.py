@@ -2,136 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import json
 import math
 import os
 import sys
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from qkvjax.errors import UserError, parse_object, read_object
+from qkvjax.errors import UserError
+from qkvjax.files import append_line, read_lines, unwritable, write_lines
 from qkvjax.training.tensorboard import Events
 
 WANDB_SECONDS = 10  # how long its service may take to answer; it retries for about as long again
-
-
-def append_line(path: Path, record: Mapping) -> None:
-    """Appends one JSON object as one line; a lock keeps the lines of several processes apart.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    line = json.dumps(record, default=float, allow_nan=False) + "\n"
-    try:
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _end_last_line(file)
-            file.write(line.encode())
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _end_last_line(file) -> None:
-    """Cuts off a line that a crash left torn, on which the next one would be lost."""
-    if not file.seek(0, os.SEEK_END):
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read() == b"\n":
-        return
-    file.seek(0)
-    whole, newline, last = file.read().rpartition(b"\n")
-    if parse_object(last) is None:
-        file.truncate(len(whole + newline))
-    else:
-        file.write(b"\n")
-
-
-def read_lines(path: Path, **needed: type) -> list[dict]:
-    """The objects of a JSONL file; a torn last line, from a crash in mid-write, is left out.
-
-    Args:
-      needed: keys that each object has, with their types.
-
-    Raises:
-      UserError: a line that is no such object.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    records = []
-    for number, line in enumerate(lines, 1):
-        record = parse_object(line)
-        if record is None and line.strip() and number < len(lines):
-            raise UserError(f"{path}, line {number}, is no JSON object: repair or delete it")
-        if record is not None:
-            require_keys(f"{path}, line {number},", record, **needed)
-            records.append(record)
-    return records
-
-
-def require_keys(where: str, record: object, **needed: type) -> None:
-    """Raises UserError unless `record`, read from `where`, is an object with these keys."""
-    for key, kind in needed.items():
-        if not isinstance(record, Mapping) or not isinstance(record.get(key), kind):
-            raise UserError(
-                f"{where} has no {key!r} of type {kind.__name__}: restore it from a copy, or"
-                " delete it"
-            )
-
-
-def write_json(path: Path, value) -> None:
-    """Writes a JSON file whole or not at all.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    _write(path, json.dumps(value, indent=1, default=float) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    # A name of its own: on a network folder two machines may have equal process numbers.
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise _unwritable(path, error) from None
-
-
-def write_lines(path: Path, records: Iterable[Mapping]) -> None:
-    """Writes a JSONL file whole or not at all.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    _write(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file that `write_json` wrote and that can be made again; {} without it.
-
-    Raises:
-      UserError: it holds something else.
-    """
-    return read_object(path, "restore it from a copy, or delete it") if path.exists() else {}
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written ({error.strerror}): make room or check its folder")
 
 
 def check_wandb(project: str | None) -> None:
@@ -188,7 +70,7 @@ class Metrics:
         try:
             self._events = Events(workdir / "tensorboard", start)
         except OSError as error:
-            raise _unwritable(workdir / "tensorboard", error) from None
+            raise unwritable(workdir / "tensorboard", error) from None
         self._wandb, project = None, config and config["train"]["wandb"]
         if project:
             self._wandb = _start_wandb(project, workdir, config)
@@ -216,7 +98,7 @@ class Metrics:
         try:
             self._events.scalars(step, {k: v for k, v in plain.items() if v is not None})
         except OSError as error:
-            raise _unwritable(self.path.with_name("tensorboard"), error) from None
+            raise unwritable(self.path.with_name("tensorboard"), error) from None
         if self._wandb:
             self._wandb.log(plain, step=step)
 

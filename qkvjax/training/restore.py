@@ -13,17 +13,18 @@ from qkvjax import config as configs
 from qkvjax.data.open import open_dataset, reads_text
 from qkvjax.data.tokenizers import load_tokenizer, tokenizer_size
 from qkvjax.errors import UserError
+from qkvjax.files import write_json
 from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel import placed
 from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints, named_arrays
 from qkvjax.training.fits import check_arrays
-from qkvjax.training.metrics import write_json
+from qkvjax.training.identity import keep_tokenizer, workdir_tokenizer
 from qkvjax.training.optimizer import narrow
-from qkvjax.training.run import open_workdir, spec_of
+from qkvjax.training.run import spec_of
 from qkvjax.training.step import state_shardings
-from qkvjax.training.workdir import keep_tokenizer, workdir_tokenizer
+from qkvjax.workdir import open_workdir
 
 
 def load_model(workdir: str | Path, step: int | None = None, *, mesh=None, log=print):

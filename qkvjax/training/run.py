@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -258,77 +254,3 @@ def spec_of(config, dataset: Dataset | Examples) -> ModelSpec:
     """The model of a config for its data."""
     shape = dataset.num_inputs, config.data.seq_len, dataset.num_outputs, dataset.output
     return model_spec(configs.plain(config.model), *shape)
-
-
-def open_workdir(workdir: str | None) -> Path:
-    """The workdir as a folder that can be written to; made when absent."""
-    if not workdir:
-        raise UserError("--workdir=DIR is missing: where should the run be kept?")
-    path = Path(workdir)
-    if not workdir.isprintable():  # Orbax and TensorBoard take UTF-8 only
-        raise UserError(f"--workdir={workdir!r} holds characters that cannot be printed: rename it")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # a name of its own: others may be probing too
-            pass
-    except OSError as error:
-        raise UserError(
-            f"the workdir {workdir} cannot be written ({error.strerror}): choose another with"
-            " --workdir"
-        ) from None
-    return path
-
-
-@contextlib.contextmanager
-def only_one(workdir: Path):
-    """Holds a workdir for this process; the system frees it when the process ends, however.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    with open(workdir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is at work in {workdir}: wait for it, stop it, or choose another"
-                " --workdir"
-            ) from None
-        yield
-
-
-def check_workdir(workdir: Path, config, digest: str) -> None:
-    """Raises UserError when a workdir holds another run.
-
-    Where the data are the same by their digest, how their paths are written does not count.
-    """
-    from qkvjax.training.workdir import LOCATIONS, check_tokenizer, trained_digest
-
-    saved = workdir / "config.json"
-    if not saved.exists():
-        return
-    old, new = configs.identity(configs.load(saved)), configs.identity(config)
-    trained = trained_digest(workdir)
-    if trained == digest:
-        old |= {name: new[name] for name in LOCATIONS}
-    if _only_longer(old, new):
-        old["train.steps"] = new["train.steps"]
-    if lines := configs.differing(old, new):
-        raise UserError(
-            f"{workdir} holds a run with another configuration; choose another --workdir, or"
-            " go on with its own values (train.steps may grow under the schedules wsd and"
-            " constant):\n  " + "\n  ".join(lines)
-        )
-    check_tokenizer(workdir, config.data.tokenizer)
-    if trained not in (None, digest):
-        raise UserError(
-            f"{workdir} was trained on other data (digest {trained[:12]}, now {digest[:12]}):"
-            " restore the data or choose another --workdir"
-        )
-
-
-def _only_longer(old: dict, new: dict) -> bool:
-    """Whether the new run is the old one with more steps, under a schedule that allows it."""
-    steps = old["train.steps"], new["train.steps"]
-    counted = all(isinstance(value, int) for value in steps)
-    return counted and steps[1] >= steps[0] and new["optimizer.schedule"] in ("constant", "wsd")

@@ -12,10 +12,10 @@ from flax import nnx
 
 from qkvjax.models.build import make
 from qkvjax.models.lm import LanguageModel
+from qkvjax.models.loss import cross_entropy, linear_cross_entropy
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules
 from qkvjax.training import guard
-from qkvjax.training.loss import cross_entropy, linear_cross_entropy
 from qkvjax.training.optimizer import (
     OPTIMIZERS,
     is_matrix,

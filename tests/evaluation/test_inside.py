@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkvjax.analysis import inside_plots
 from qkvjax.errors import UserError
 from qkvjax.evaluation import inside, spectra
+from qkvjax.report import inside_plots
 
 B, T = 2, 9
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from qkvjax import config as configs
-from qkvjax.analysis.measure import peak_bytes
-from qkvjax.analysis.program import Program
+from qkvjax.costs.measure import peak_bytes
+from qkvjax.costs.program import Program
 from qkvjax.generation import decode as decoding
 from qkvjax.generation.decode import generate
 from qkvjax.generation.serving import compile_generation, serve

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from qkvjax import cli
-from qkvjax.analysis.measure import peak_bytes
+from qkvjax.commands import cli
+from qkvjax.costs.measure import peak_bytes
 from qkvjax.evaluation.evaluators import compile_scoring
 from qkvjax.generation.serving import abstract, compile_generation
 from qkvjax.parallel.mesh import for_generation, for_scoring

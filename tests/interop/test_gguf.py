@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf_file import BASE, EPSILON, HEADS, KV_HEADS, LAYERS, SHAPES, WIDTH, tokens, write
 
-from qkvjax.convert import main
+from qkvjax.commands.convert import main
 from qkvjax.data.tokenizers import load_tokenizer
 from qkvjax.errors import UserError
 from qkvjax.interop.gguf import read
@@ -167,7 +167,7 @@ def test_another_format_is_named(tmp_path):
 
 def test_tied_copies(tmp_path, capsys):
     """K = V by average, decoded through a cache of one tensor."""
-    from qkvjax.cli import main as doors
+    from qkvjax.commands.cli import main as doors
 
     write(tmp_path / "a.gguf")
     run, tied = tmp_path / "run", tmp_path / "tied"

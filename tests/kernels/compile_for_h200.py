@@ -27,8 +27,10 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from qkvjax.kernels import hopper, triton, triton_decode
+from qkvjax.kernels.hopper import attention as hopper
 from qkvjax.kernels.stored import Int8, KeyOfState
+from qkvjax.kernels.triton import attention as triton
+from qkvjax.kernels.triton import decode as triton_decode
 from qkvjax.parallel.topology import H200
 
 B, T, N, K, S, PAGE = 2, 1024, 8, 2, 4096, 64

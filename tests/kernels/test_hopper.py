@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import choice, dispatch, hopper, reference
+from qkvjax.kernels import choice, dispatch, reference
+from qkvjax.kernels.hopper import attention as hopper
 
 B, T, N, H = 2, 150, 2, 64
 BLOCKS = hopper.Blocks(64, 64, 2)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import choice, cudnn, dispatch, xla
+from qkvjax.kernels import choice, cudnn, dispatch
 from qkvjax.kernels.stored import KeyOfState
 from qkvjax.kernels.trial import Problem
+from qkvjax.kernels.xla import attention as xla
 from qkvjax.parallel.target import Target
 
 B, T, N, H, P = 2, 13, 4, 6, 3

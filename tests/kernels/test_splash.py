@@ -8,7 +8,8 @@ import pytest
 from test_triton import relative
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import reference, splash
+from qkvjax.kernels import reference
+from qkvjax.kernels.tpu import splash
 
 B, T, N, H = 2, 150, 4, 16
 SEGMENTS = jnp.array([[0] * 70 + [1] * 80, [0] * 150])

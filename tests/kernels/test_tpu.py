@@ -30,8 +30,10 @@ from test_triton import SWITCHES, covering, relative
 
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
-from qkvjax.kernels import choice, reference, tpu, tpu_decode
+from qkvjax.kernels import choice, reference
 from qkvjax.kernels.stored import Int8, KeyOfState, quantize, widen
+from qkvjax.kernels.tpu import attention as tpu
+from qkvjax.kernels.tpu import decode as tpu_decode
 
 B, T, N, H, P = 2, 300, 4, 16, 8
 BLOCKS = tpu.Blocks(128, 256)

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkvjax.kernels import choice, dispatch, reference, splash, trial, triton, triton_decode
+from qkvjax.kernels import choice, dispatch, reference, trial
+from qkvjax.kernels.tpu import splash
 from qkvjax.kernels.trial import Problem
+from qkvjax.kernels.triton import attention as triton
+from qkvjax.kernels.triton import decode as triton_decode
 from qkvjax.parallel.mesh import make_mesh
 from qkvjax.parallel.target import Target
 

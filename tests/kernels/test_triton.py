@@ -12,7 +12,8 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from qkvjax.errors import UserError
-from qkvjax.kernels import choice, dispatch, reference, triton
+from qkvjax.kernels import choice, dispatch, reference
+from qkvjax.kernels.triton import attention as triton
 from qkvjax.parallel.mesh import make_mesh
 
 B, T, N, H, P = 2, 77, 4, 16, 3

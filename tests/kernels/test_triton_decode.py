@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_triton import lowered, relative
 
+from qkvjax.attention.layers import RMSNorm
 from qkvjax.attention.position import rotate
-from qkvjax.attention.projection import RMSNorm
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
-from qkvjax.kernels import choice, reference, triton_decode
+from qkvjax.kernels import choice, reference
 from qkvjax.kernels.stored import KeyOfState, quantize, widen
+from qkvjax.kernels.triton import decode as triton_decode
 
 B, S, N, H = 3, 150, 4, 64
 PLACES = jnp.array([[10, 11], [100, 101], [148, 149]])  # of the new tokens, rubbish behind them

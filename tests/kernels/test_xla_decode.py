@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qkvjax.attention.layers import RMSNorm
 from qkvjax.attention.position import rotate
-from qkvjax.attention.projection import RMSNorm
-from qkvjax.kernels import reference, xla_decode
+from qkvjax.kernels import reference
 from qkvjax.kernels.stored import KeyOfState, turns
+from qkvjax.kernels.xla import decode as xla_decode
 
 SLOTS = 19
 

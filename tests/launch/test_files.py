@@ -168,7 +168,7 @@ def test_tpu_vm_dry_run():
         r"gcloud compute tpus tpu-vm scp \S+ slice:qkvjax.tar.gz --zone=zone --worker=all", copy
     )
     assert rest[0].startswith("gcloud compute tpus tpu-vm ssh slice --zone=zone --worker=all")
-    assert rest[-1] == r".venv/bin/python -m qkvjax.train --config=a\ b --x=1"
+    assert rest[-1] == r".venv/bin/python -m qkvjax train --config=a\ b --x=1"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_usage(command, message):
         ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS=1 SLURM_GPUS_ON_NODE=8", 2, "--gpus-per-node=1"),
         ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS=8 SLURM_GPUS_ON_NODE=8", 2, "--ntasks-per-node=1"),
         ("SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS_PER_NODE=8", 2, "this job has 8"),
-        ("SLURM_NTASKS=1 SLURM_GPUS_ON_NODE=8", 0, "qkvjax.study --jobs=2"),
+        ("SLURM_NTASKS=1 SLURM_GPUS_ON_NODE=8", 0, "qkvjax study --jobs=2"),
     ],
 )
 def test_a_point_of_an_array_takes_one_device(tmp_path, variables, code, message):
@@ -207,7 +207,7 @@ def test_a_point_of_an_array_takes_one_device(tmp_path, variables, code, message
     command = ("bash", "launch/slurm.sbatch", "study", "--jobs=2")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == code and message in done.stdout + done.stderr, done.stderr
-    assert ("qkvjax.study" in done.stdout) == (code == 0)
+    assert ("qkvjax study" in done.stdout) == (code == 0)
 
 
 def test_the_array_of_the_example_asks_for_one_device():

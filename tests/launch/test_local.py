@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qkvjax.training.metrics import read_lines
+from qkvjax.files import read_lines
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qkvjax.training.metrics import read_lines
+from qkvjax.files import read_lines
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")

@@ -9,7 +9,7 @@ from qkvjax.attention.layer import Attention
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError
 from qkvjax.models.encoder import Encoder
-from qkvjax.training.loss import cross_entropy, linear_cross_entropy
+from qkvjax.models.loss import cross_entropy, linear_cross_entropy
 
 SPEC = AttentionSpec(d_model=16, num_heads=2, position="rope", sharing="q-k=v")
 

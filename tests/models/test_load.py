@@ -12,10 +12,10 @@ import pytest
 import qkvjax
 from qkvjax import config as configs
 from qkvjax.errors import UserError
+from qkvjax.files import write_json
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec
 from qkvjax.training.checkpoint import Checkpoints
-from qkvjax.training.metrics import write_json
 
 
 @pytest.fixture(scope="module")

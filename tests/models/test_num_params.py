@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qkvjax import cli
 from qkvjax import config as configs
 from qkvjax.attention.spec import SHARINGS
+from qkvjax.commands import cli
 from qkvjax.models.build import count
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec, padded_vocab

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qkvjax import config as configs
-from qkvjax.train import train
+from qkvjax.training.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from qkvjax.training.metrics import read_lines
+from qkvjax.files import read_lines
 
 ROOT = Path(__file__).parents[2]
 TINY = (

@@ -13,9 +13,9 @@ import pytest
 from absl import flags
 from processes import found
 
-from qkvjax import cli
 from qkvjax import config as configs
-from qkvjax.analysis.program import Program
+from qkvjax.commands import cli
+from qkvjax.costs.program import Program
 from qkvjax.parallel import distributed
 from qkvjax.training.checkpoint import digest
 from qkvjax.training.run import prepare_run

@@ -9,7 +9,7 @@ import processes
 import pytest
 
 from qkvjax import config as configs
-from qkvjax.analysis.program import Program
+from qkvjax.costs.program import Program
 from qkvjax.models.moe import Experts
 from qkvjax.models.spec import model_spec
 from qkvjax.parallel import experts

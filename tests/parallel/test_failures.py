@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from processes import TINY, fingerprints, finish, once_it_trains, start
 
-from qkvjax.training.metrics import read_lines
+from qkvjax.files import read_lines
 
 STALL = 6  # seconds
 ENDLESS = (
@@ -20,7 +20,7 @@ ENDLESS = (
 PROGRAM = """
 import sys, time
 import jax, numpy as np
-from qkvjax import train
+from qkvjax.commands import train
 from qkvjax.data.dataset import Dataset
 from qkvjax.parallel import distributed
 from qkvjax.training import run

@@ -7,7 +7,7 @@ from processes import finish, start
 
 PROGRAM = """
 import json, os, pathlib, sys, time
-from qkvjax import cli
+from qkvjax.commands import cli
 from qkvjax.errors import UserError
 from qkvjax.parallel import distributed, folders
 

@@ -24,9 +24,9 @@ from processes import (
     start,
 )
 
-from qkvjax.training.metrics import read_lines
+from qkvjax.files import read_lines
 
-FLAGS = ("-m", "qkvjax.train", *TINY)
+FLAGS = ("-m", "qkvjax", "train", *TINY)
 PORT = free_port()
 
 
@@ -161,7 +161,7 @@ def test_a_kernel_that_fails_on_one_process_is_taken_by_none(tmp_path):
 AGREE = """
 import dataclasses, sys
 from absl import flags
-from qkvjax import cli
+from qkvjax.commands import cli
 from qkvjax.kernels import choice
 from qkvjax.kernels.trial import Problem
 from qkvjax.parallel import distributed

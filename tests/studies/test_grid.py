@@ -8,10 +8,10 @@ import pytest
 
 from qkvjax import config as configs
 from qkvjax.errors import UserError
+from qkvjax.files import append_line
 from qkvjax.studies import task
 from qkvjax.studies.grid import Study
 from qkvjax.sweep import axis, label
-from qkvjax.training.metrics import append_line
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/synthetic"
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from qkvjax import study as door
+from qkvjax.commands import study as door
 from qkvjax.errors import UserError
 from qkvjax.report import page
 from qkvjax.studies import point, scheduler

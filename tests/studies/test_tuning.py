@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from qkvjax import config as configs
 from qkvjax import sweep
 from qkvjax.errors import UserError
+from qkvjax.files import append_line
 from qkvjax.report import files
 from qkvjax.studies.grid import Study
 from qkvjax.studies.point import heading, take_over
 from qkvjax.studies.tuning import Tuning, read_tuning
-from qkvjax.training.metrics import append_line
 
 RATES = (1e-3, 2e-3, 4e-3)
 SHARED = sweep.axis("model.sharing", ("q-k-v", "q-k=v"))

@@ -11,7 +11,7 @@ PROGRAM = """
 import json, os, sys
 from pathlib import Path
 from qkvjax import config as configs
-from qkvjax.train import train
+from qkvjax.training.train import train
 
 config = configs.default()
 config.model.update(d_model=16, num_layers=1, num_heads=2, mlp_ratio=1.0)

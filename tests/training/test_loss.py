@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkvjax.training import loss
-from qkvjax.training.loss import cross_entropy, linear_cross_entropy
+from qkvjax.models import loss
+from qkvjax.models.loss import cross_entropy, linear_cross_entropy
 
 B, T, D, V = 3, 50, 16, 41
 

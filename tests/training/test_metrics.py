@@ -6,7 +6,8 @@ import types
 import pytest
 
 from qkvjax import config as configs
-from qkvjax.training.metrics import Metrics, read_lines
+from qkvjax.files import read_lines
+from qkvjax.training.metrics import Metrics
 
 
 class Error(Exception):

@@ -10,7 +10,7 @@ import pytest
 
 import qkvjax
 from qkvjax import config as configs
-from qkvjax.evaluate import verify
+from qkvjax.commands.evaluate import verify
 from qkvjax.models.spec import model_spec
 from qkvjax.parallel.mesh import make_mesh
 from qkvjax.training.checkpoint import Checkpoints, named_arrays

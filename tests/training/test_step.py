@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from qkvjax import config as configs
-from qkvjax.training.loss import cross_entropy
+from qkvjax.models.loss import cross_entropy
 from qkvjax.training.step import init_state, make_optimizer, make_train_step
 
 STEPS = 4

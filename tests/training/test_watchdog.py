@@ -15,7 +15,7 @@ from qkvjax.training.watchdog import watchdog
 PROGRAM = """
 import sys, time
 import tensorflow_datasets
-from qkvjax import train
+from qkvjax.commands import train
 from qkvjax.data import sources
 from qkvjax.evaluation import evaluators
 from qkvjax.training import checkpoint, loop, run

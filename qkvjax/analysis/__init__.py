@@ -1,1 +1,0 @@
-"""Statistics, claims and the report of a study."""

@@ -1,0 +1,1 @@
+"""Attention through XLA, on every device."""
