@@ -9,7 +9,7 @@
 
 The last three are affine: together S'_ij = a S_ij + r_i + c_j. Softmax does not see r_i, so
 attention needs a, which folds into q, and c_j, one more column of the scores' dot product.
-docs/scores.md says which of them break S = S^T, and which parameters are dead where.
+docs/explanations/scores.md says which of them break S = S^T, and which parameters are dead where.
 """
 
 from __future__ import annotations

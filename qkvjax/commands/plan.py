@@ -5,9 +5,9 @@
   qkvjax plan --config=configs/lm.py:size=124m,sharing=q-k=v --workdir=runs/plan
   qkvjax plan --config=configs/lm.py:size=124m --topology=v5e-16 --all_sharings
 
---model reads a published config.json (docs/plan.md lists the families) and prints what each
-sharing of its projections would save: cache, parameters, context, users, and a roofline estimate
-of decoding speed. A file of an unknown family with the keys of Llama is marked as an estimate in
+--model reads a published config.json (docs/reference/plan.md lists the families) and prints what
+each sharing of its projections would save: cache, parameters, context, users, and a roofline
+estimate of decoding speed. A file of an unknown family with the keys of Llama is marked as an estimate in
 every figure; encoders, hybrids and whatever else plan cannot count are refused.
 
 --config gives the exact costs of one of our recipes, and of every other sharing that its

@@ -28,7 +28,7 @@ _HEADS = re.compile(r"(ForCausalLM\w*|LMHeadModel|ForConditionalGeneration|Model
 _PART_NOTE = "Counted is the language model; vision and audio towers are not."
 REMEDY = (
     "plan counts decoders whose layers all cache keys and values or a latent: give --model the file"
-    " of one of those that docs/plan.md lists"
+    " of one of those that docs/reference/plan.md lists"
 )
 
 

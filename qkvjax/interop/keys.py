@@ -57,7 +57,7 @@ class Keys:
         if value is None and not self.known:
             raise UserError(
                 f"{self.path} has no {shown}, without which a model of an unknown family cannot"
-                " be counted: give --model the file of a family that docs/plan.md lists"
+                " be counted: give --model the file of a family that docs/reference/plan.md lists"
             )
         if value is None:
             raise UserError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "```python" in page.read_text()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -22,7 +22,7 @@ def test_a_variant_of_ones_own_decodes_as_it_reads():
 
     from qkvjax.generation.decode import decode, empty_caches
 
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/variants.md").read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/explanations/variants.md").read_text(), re.DOTALL)
     names = {"__name__": "variants"}
     exec(compile("\n".join(code), "variants.md", "exec"), names)  # noqa: S102
     model = names["model"]

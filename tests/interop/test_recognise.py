@@ -154,7 +154,7 @@ def test_an_unknown_family_unlike_llama_is_refused_without_advice_to_add(changes
         huggingface.from_values(LLAMA | {"model_type": "newcomer"} | changes)
     message = str(error.value)
     assert word in message
-    assert "docs/plan.md" in message
+    assert "docs/reference/plan.md" in message
     assert "add it" not in message
 
 
