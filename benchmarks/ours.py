@@ -49,8 +49,8 @@ def train_call(size: Size, sharing: str, dtype: str):
     import numpy as np
 
     from qkvjax.costs.measure import peak_bytes
+    from qkvjax.parallel.host_batch import place
     from qkvjax.parallel.mesh import make_mesh
-    from qkvjax.parallel.rules import place
     from qkvjax.training.step import init_state, make_optimizer, make_train_step, on_leaves
 
     config = config_of(size, sharing, dtype)

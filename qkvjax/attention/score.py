@@ -21,7 +21,7 @@ from flax import nnx
 from qkvjax.attention.layers import named_key, wide_add, wide_times
 from qkvjax.attention.position import sincos
 from qkvjax.attention.spec import AttentionSpec
-from qkvjax.parallel import rules
+from qkvjax.parallel import rules, tables
 
 ROLES = ("q", "k")
 
@@ -80,7 +80,7 @@ class Score(nnx.Module):
                 factor, column = self.params["scale"][...], None
             elif name == "column_bias":
                 factor = None
-                column = rules.lookup(self.params["column"][...], positions)
+                column = tables.lookup(self.params["column"][...], positions)
             elif name == "score2d":
                 mix = self.params["mix"][...]
                 features = sincos(positions, m - m // 2).astype(mix.dtype)

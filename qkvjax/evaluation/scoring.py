@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkvjax.data.ahead import ahead
-from qkvjax.parallel import rules
+from qkvjax.parallel import host_batch, rules
 from qkvjax.progress import Progress
 
 # Tokens that a device scores at a time, unless a training micro-batch has fewer.
@@ -74,7 +74,7 @@ def run(
 
     def placed(batch):
         arrays = {name: batch[name] for name in ARRAYS if name in batch}
-        return batch, arrays if mesh is None else rules.place(arrays, mesh)
+        return batch, arrays if mesh is None else host_batch.place(arrays, mesh)
 
     waiting: collections.deque = collections.deque()
     with Progress("scoring", num_labels, "labels", log=log, alive=pulse) as progress:

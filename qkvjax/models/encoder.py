@@ -10,7 +10,7 @@ from qkvjax.attention.layers import Linear, named_key, wide_add
 from qkvjax.attention.position import by_row
 from qkvjax.models.spec import ModelSpec
 from qkvjax.models.transformer import STD, Stack, add_positions, dropout, norm, position_table
-from qkvjax.parallel import rules
+from qkvjax.parallel import rules, tables
 
 
 class Encoder(nnx.Module):
@@ -81,7 +81,7 @@ class Encoder(nnx.Module):
         """Inputs -> [B, T, D], before positions."""
         if jnp.issubdtype(inputs.dtype, jnp.floating):
             return self.input(inputs.astype(dtype))
-        x = rules.embed(self.input.weight[...], inputs).astype(dtype)  # of one-hot vectors
+        x = tables.embed(self.input.weight[...], inputs).astype(dtype)  # of one-hot vectors
         return x if self.input.bias is None else wide_add(x, self.input.bias[...])
 
     def logits(self, x) -> jax.Array:

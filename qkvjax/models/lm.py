@@ -11,7 +11,7 @@ from qkvjax.attention.position import by_row
 from qkvjax.errors import UserError
 from qkvjax.models.spec import ModelSpec
 from qkvjax.models.transformer import Stack, add_positions, dropout, norm, position_table
-from qkvjax.parallel import rules
+from qkvjax.parallel import rules, tables
 from qkvjax.parallel.products import matmul
 
 
@@ -103,16 +103,16 @@ class LanguageModel(nnx.Module):
         self.check_length(inputs.shape[1])
         # Cast after the lookup: the gradient sums over tokens, which bfloat16 cannot.
         table = self.embedding[...] if table is None else table
-        x = rules.embed(table, inputs).astype(dtype)
+        x = tables.embed(table, inputs).astype(dtype)
         if self.spec.init != "normal":
             x = x * jnp.asarray(self.spec.d_model**0.5, dtype)  # unit variance into the stack
         return add_positions(x, self.spec, self.positions, positions)
 
     def embedding_copies(self) -> jax.Array:
-        """The embedding as `rules.copies` for a training step whose head is tied to it: its two
+        """The embedding as `tables.copies` for a training step whose head is tied to it: its two
         gradients then cross devices once. [V, D] where it is used once, or on one device."""
         table = self.embedding[...]
-        return table if self.head is not None else rules.copies(table)
+        return table if self.head is not None else tables.copies(table)
 
     def head_matrix(self, table: jax.Array | None = None) -> jax.Array:
         """The map from D to the vocabulary as it is learned, [D, V].

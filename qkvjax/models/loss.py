@@ -43,7 +43,7 @@ def linear_cross_entropy(x_BTD, w_DV, targets_BT, weights_BT, z_loss: float = 0.
 
     Args:
       x_BTD: [B, T, D] in the dtype of the products, which are summed in float32 or wider.
-      w_DV: [D, V] as it is learned, or `rules.copies` of it.
+      w_DV: [D, V] as it is learned, or `tables.copies` of it.
       targets_BT: int [B, T].
       weights_BT: [B, T].
       z_loss: weight of log(Z)^2.

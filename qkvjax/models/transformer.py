@@ -15,7 +15,7 @@ from qkvjax.attention.spec import AttentionSpec
 from qkvjax.models.mlp import MLP
 from qkvjax.models.moe import Experts
 from qkvjax.models.spec import ModelSpec
-from qkvjax.parallel import rules
+from qkvjax.parallel import rules, tables
 
 # The output of attention, by the name that policies of rematerialisation know it by.
 ATTENTION = "attention"
@@ -74,7 +74,7 @@ def position_table(spec: ModelSpec, key: jax.Array, std: float) -> nnx.Param | N
 def add_positions(x: jax.Array, spec: ModelSpec, table: nnx.Param | None, positions) -> jax.Array:
     """[B, T, D] with what positions int [B, T] add at the input."""
     if table is not None:
-        return x + rules.embed(table[...], positions).astype(x.dtype)
+        return x + tables.embed(table[...], positions).astype(x.dtype)
     return x + sincos(positions, spec.d_model).astype(x.dtype) if spec.position == "sincos" else x
 
 

@@ -38,7 +38,7 @@ def map_tokens(f, matrix: jax.Array, *by_token: jax.Array, sums: bool = True):
 
     Args:
       f: returns a tree of tokens and, with `sums`, totals and an array like the matrix.
-      matrix: [D, V], or `rules.copies` of it, of which f sees the device's one.
+      matrix: [D, V], or `tables.copies` of it, of which f sees the device's one.
       by_token: [B, T, ...].
 
     Returns:

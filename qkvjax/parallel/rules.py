@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 # Named dimension -> mesh axes. Parameters are sharded over "embed", never over "layers".
@@ -126,46 +125,6 @@ def stacked(leaf: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=place)
 
 
-def host_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
-    """Which of `count` rows over "batch" this process's devices hold: one range, or all rows where
-    they hold several.
-
-    Processes hold the same rows or other ones, and together all.
-    """
-    held: dict[int, set[int]] = {}
-    for device, (part,) in sharding(mesh, "batch").devices_indices_map((count,)).items():
-        held.setdefault(device.process_index, set()).update(range(*part.indices(count)))
-    groups = {frozenset(rows) for rows in held.values()}
-    assert sum(map(len, groups)) == count == len(set().union(*groups)), groups
-    mine = held[jax.process_index()]
-    start, stop = min(mine), max(mine) + 1
-    return slice(start, stop) if stop - start == len(mine) else slice(0, count)
-
-
-def place(
-    batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, num_rows: int | None = None
-) -> dict[str, jax.Array]:
-    """Puts host arrays [..., B, T] on the mesh, sequences over its data axes where these divide
-    their number; what has another number of labels or vectors than T is whole in that axis.
-
-    Args:
-      num_rows: B of the whole batch, where each process has the rows of its devices alone; None
-        where it has them all.
-    """
-    *before, rows, length = batch["positions"].shape
-    divides = (num_rows or rows) % ways("batch", sizes=mesh.shape) == 0
-    over = "batch" if divides else None
-
-    def put(array):
-        sequence, *rest = array.shape[len(before) + 1 :]
-        axes = (over, "length" if sequence == length else None, *(None for _ in rest))
-        there = sharding(mesh, *(None for _ in before), *axes)
-        shape = (*before, num_rows or rows, sequence, *rest)
-        return jax.make_array_from_process_local_data(there, array, shape)
-
-    return {name: put(array) for name, array in batch.items()}
-
-
 def place_like(array: jax.Array, other: jax.Array) -> jax.Array:
     """The array, spread over devices as another of its shape is."""
     if not has_mesh():
@@ -238,67 +197,6 @@ def gathered_after(x, parameters):
     if not has_mesh() or ways("embed") == 1:
         return x, parameters
     return jax.lax.optimization_barrier((x, parameters))
-
-
-def copies(matrix: jax.Array) -> jax.Array:
-    """One copy of a matrix for each group of devices with tokens of its own.
-
-    [V, D] -> [W, V, D], spread over the groups, so that a device stores one copy as it would
-    anyway. What uses the copies has gradients of each device's tokens alone; they add up on the
-    device, and cross devices once, as the gradient of the copying.
-
-    The matrix itself, [V, D], where no tokens are spread.
-    """
-    if not has_mesh() or ways("batch", "length") == 1:
-        return matrix
-    matrix = gather(matrix)
-    place = PartitionSpec(token_axes(), *jax.typeof(matrix).sharding.spec)
-    shape = (ways("batch", "length"), *matrix.shape)
-    dimensions = tuple(range(1, matrix.ndim + 1))
-    return jax.lax.broadcast_in_dim(matrix, shape, dimensions, out_sharding=place)
-
-
-def token_axes() -> tuple[str, ...]:
-    """The mesh axes that spread tokens."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return tuple(axis for axis in (*RULES["batch"], *RULES["length"]) if sizes[axis] > 1)
-
-
-def embed(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Looks ids up in a table: [V, D] or its `copies`, int [B, T] -> [B, T, D].
-
-    Of a table whose rows are spread over devices, each device looks up the rows that it has, and
-    all add up.
-    """
-    if not has_mesh():
-        return table[ids_BT]
-    has_copies = table.ndim == 3
-    table = table if has_copies else gather(table)
-    place = jax.typeof(table).sharding.spec
-    axis = place[-2]
-    tokens = PartitionSpec(*axes_of(ids_BT))
-    if axis is None and not has_copies:
-        return table.at[ids_BT].get(out_sharding=PartitionSpec(*tokens, None))
-
-    def local(table, ids):
-        table = table[0] if has_copies else table
-        if axis is None:
-            return table[ids]
-        ids = ids - jax.lax.axis_index(axis) * table.shape[0]
-        here = (ids >= 0) & (ids < table.shape[0])
-        rows = jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
-        return jax.lax.psum(rows, axis)
-
-    return jax.shard_map(local, in_specs=(place, tokens), out_specs=tokens, check_vma=False)(
-        table, ids_BT
-    )
-
-
-def lookup(table_S: jax.Array, places_BS: jax.Array) -> jax.Array:
-    """Numbers of a table [S] at places int [B, S], sharded as these are: [B, S]."""
-    if not has_mesh():
-        return table_S[places_BS]
-    return table_S.at[places_BS].get(out_sharding=jax.typeof(places_BS).sharding.spec)
 
 
 def gather_columns(x_BTV: jax.Array) -> jax.Array:

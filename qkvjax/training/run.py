@@ -18,7 +18,7 @@ from qkvjax.data.tokenizers import tokenizer_size
 from qkvjax.errors import UserError
 from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec, model_spec
-from qkvjax.parallel import rules
+from qkvjax.parallel import host_batch, rules
 from qkvjax.parallel.mesh import make_mesh
 from qkvjax.training.optimizer import narrow
 from qkvjax.training.step import (
@@ -71,14 +71,14 @@ class Run:
 
     @functools.cached_property
     def _host_rows(self) -> slice:
-        return rules.host_rows(self.mesh, self.micro_batch)
+        return host_batch.host_rows(self.mesh, self.micro_batch)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of a step on the mesh, [A, B/A, T]; each process makes its devices' rows."""
         c = self.config
         sizes = (c.data.batch_size, c.train.accumulation)
         rows = self.dataset.batch(c.seed, step, *sizes, self._host_rows)
-        return rules.place(rows, self.mesh, self.micro_batch)
+        return host_batch.place(rows, self.mesh, self.micro_batch)
 
     def init(self):
         """The state before the first step, on the mesh: the same bits on any."""
