@@ -158,11 +158,11 @@ def attend(
     """
     shape, layout = x.shape[:2], "shared" if "kv" in cache else "kv"
     new = jnp.reshape(start, (-1, 1)) + jnp.arange(shape[1])
-    positions = rules.lie_as(jnp.broadcast_to(new, shape), x)
+    positions = rules.shard_rows_like(jnp.broadcast_to(new, shape), x)
     q, entry = layer.project(x, positions, layout)
     entry = {name: rules.spread_heads(entry[name], layer.spec.num_heads) for name in cache}
     first = start if jnp.ndim(start) == 0 else positions[:, 0]
-    table = None if table is None else rules.lie_as(table, x)
+    table = None if table is None else rules.shard_rows_like(table, x)
     onto = functools.partial(_onto_cache, impl=impl)
     out, cache = local.on_own_part(
         onto, (q, cache), layer.with_spread_heads(), q, entry, cache, positions, first, table, turns

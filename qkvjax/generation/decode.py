@@ -72,12 +72,12 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, 
     """
     ids = rules.spread_rows(ids)
     positions = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(ids.shape[1]), ids.shape)
-    positions = rules.lie_as(positions, ids)
+    positions = rules.shard_rows_like(positions, ids)
     x = model.embed(ids, positions, dtype)
     updated = []
     layers = model.stack.layers() if layers is None else layers
     for layer, held in zip(layers, cache, strict=True):
-        x, layer = rules.gathered_after(x, layer)
+        x, layer = rules.delay_gather(x, layer)
         x, held = layer.decode(x, held, start, table=table, turns=turns, impl=impl)
         updated.append(held)
     return model.norm(x), updated
