@@ -35,15 +35,15 @@ def config_of(size: Size, sharing: str, dtype: str):
     return config
 
 
-def spec_of(size: Size, sharing: str):
+def spec_of(size: Size, sharing: str, implementation: str = "auto"):
     """The model's spec."""
     from qkvjax.models.spec import model_spec
 
     model = configs.plain(config_of(size, sharing, "float32").model)
-    return model_spec(model, size.vocab, size.length)
+    return model_spec(model, size.vocab, size.length, implementation=implementation)
 
 
-def train_call(size: Size, sharing: str, dtype: str):
+def train_call(size: Size, sharing: str, dtype: str, implementation: str = "auto"):
     """(call, peak bytes): `call()` starts one train step on one device and returns its loss."""
     import jax
     import numpy as np
@@ -58,7 +58,8 @@ def train_call(size: Size, sharing: str, dtype: str):
     with jax.set_mesh(mesh):
         optimizer, rate = make_optimizer(config, 1000, 20)
         key = jax.random.key(0)
-        state = jax.jit(lambda: init_state(spec_of(size, sharing), optimizer, key, config))()
+        spec = spec_of(size, sharing, implementation)
+        state = jax.jit(lambda: init_state(spec, optimizer, key, config))()
         ids = np.random.default_rng(0).integers(0, size.vocab, (1, size.batch, size.length + 1))
         shape = (1, size.batch, size.length)
         batch = {

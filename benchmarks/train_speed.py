@@ -14,7 +14,6 @@ import numpy as np
 from ours import arguments, record, spec_of, train_call
 from sizes import SIZES
 
-from qkvjax import kernels
 from qkvjax.attention.spec import SHARINGS
 from qkvjax.costs.measure import interleaved, ratio, repeat
 from qkvjax.parallel import host
@@ -24,12 +23,11 @@ def main() -> None:
     given = arguments(
         __doc__, size="shakespeare", dtype="float32", attention="auto", sharings=list(SHARINGS)
     )
-    kernels.preferred = given.attention
     host.keep_freed_memory()
     size = SIZES[given.size]
     while True:
         try:
-            calls = {s: train_call(size, s, given.dtype) for s in given.sharings}
+            calls = {s: train_call(size, s, given.dtype, given.attention) for s in given.sharings}
             timers = {s: repeat(call, 0.5) for s, (call, _) in calls.items()}
             break
         except jax.errors.JaxRuntimeError as error:

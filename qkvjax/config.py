@@ -20,6 +20,7 @@ from qkvjax.attention.spec import canonical_sharing
 from qkvjax.errors import UserError, among, did_you_mean
 from qkvjax.fields import ALIASES, DURATIONS, FIELDS, MOST_STEPS, RANGES, RETIRED
 from qkvjax.files import read_object
+from qkvjax.kernels import IMPLEMENTATIONS
 
 # What fixes a run: a workdir with other values is refused.
 IDENTITY = (
@@ -310,6 +311,7 @@ def validate(config) -> None:
     one_of("train.param_dtype", ("float32", "bfloat16"))
     one_of("train.gradient_dtype", ("float32", "bfloat16"))
     one_of("train.remat", ("none", "block", "dots"))
+    one_of("train.attention", ("auto", *IMPLEMENTATIONS))
     require(optimizer.learning_rate > 0, "config.optimizer.learning_rate=0 trains nothing")
     for name, options in plain(config.evals).items():
         _check_evaluator(f"config.evals.{name}", options)

@@ -89,6 +89,7 @@ FIELDS = {
         "of the matrices' gradients, also where they cross devices: float32 or bfloat16",
     ),
     "train.remat": ("none", "what gradients compute again: none, block, dots (all but products)"),
+    "train.attention": ("auto", "what computes attention; auto: the fastest measured"),
     "train.unroll": (1, "repetitions of the layer pattern in a turn of the scan over a deep stack"),
     "train.log_every": (ANY, "a duration"),
     "train.eval_every": (ANY, "a duration; the last step is always evaluated"),
@@ -132,6 +133,7 @@ RANGES = {
     "optimizer.average": (0, 1),
     "train.accumulation": (1, math.inf),
     "train.keep_checkpoints": (1, math.inf),
+    "train.attention": ("auto", "what computes attention; auto: the fastest measured"),
     "train.unroll": (1, math.inf),
     "train.max_seconds": (0, math.inf),
 }

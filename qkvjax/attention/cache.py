@@ -141,7 +141,7 @@ def attend(
     *,
     table: jax.Array | None = None,
     turns: Turns | None = None,
-    impl: str = "auto",
+    impl: str | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Attention of new tokens onto the cache, which they join.
 
@@ -152,6 +152,7 @@ def attend(
       start: int, the position of the first new token, or [B] of each sequence's.
       table: the block table int [B, n] of a cache in pages.
       turns: of `turns`, for a loop over tokens; None computes what is needed.
+      impl: what computes it, see `kernels.dispatch`; None means the spec's.
 
     Returns:
       [B, T, D] and the cache with the new entries.
@@ -163,7 +164,7 @@ def attend(
     entry = {name: rules.spread_heads(entry[name], layer.spec.num_heads) for name in cache}
     first = start if jnp.ndim(start) == 0 else positions[:, 0]
     table = None if table is None else rules.shard_rows_like(table, x)
-    onto = functools.partial(_onto_cache, impl=impl)
+    onto = functools.partial(_onto_cache, impl=impl or layer.spec.implementation)
     out, cache = local.on_own_part(
         onto, (q, cache), layer.with_spread_heads(), q, entry, cache, positions, first, table, turns
     )

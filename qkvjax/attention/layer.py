@@ -62,13 +62,14 @@ class Attention(nnx.Module):
         self.norms = nnx.Dict({name: RMSNorm(spec.head_dim) for name in sorted(normed)})
         self.score = Score(spec, key=named_key(key, "score")) if spec.score else None
 
-    def __call__(self, x, positions, segment_ids=None, *, impl: str = "auto") -> jax.Array:
+    def __call__(self, x, positions, segment_ids=None, *, impl: str | None = None) -> jax.Array:
         """Attention of whole sequences.
 
         Args:
           x: [B, T, D].
           positions: int [B, T], restarting with each document; or [T], the same for each row.
           segment_ids: int [B, T] or [T], documents of a packed sequence, or None.
+          impl: what computes it, see `kernels.dispatch`; None means the spec's.
 
         Raises:
           UserError: shapes that do not fit together.
@@ -94,7 +95,7 @@ class Attention(nnx.Module):
             causal=self.spec.causal,
             window=self.spec.window,
             segment_ids=segment_ids,
-            impl=impl,
+            impl=impl or self.spec.implementation,
             **self.columns(q, places),
         )
         return self.finish(out, positions)
@@ -184,5 +185,5 @@ class Attention(nnx.Module):
 
 
 # The layer that a spec stands for. A variant of one's own is a subclass of AttentionSpec, a
-# subclass of Attention and an entry here: docs/variants.md shows one.
+# subclass of Attention and an entry here: docs/tutorials/your_variant.md shows one.
 LAYERS: dict[type[AttentionSpec], type[Attention]] = {AttentionSpec: Attention}

@@ -146,6 +146,8 @@ class AttentionSpec:
       score: modifiers of the scores in order, of MODIFIERS, as ("score2d(10)", "score_scale").
       max_length: positions that column_bias has numbers for and score2d features; other
         layers have no limit.
+      implementation: what computes the attention, "auto" or one of `kernels.IMPLEMENTATIONS`; the
+        variant is the same.
     """
 
     d_model: int
@@ -163,6 +165,7 @@ class AttentionSpec:
     use_bias: bool = False
     score: tuple[str, ...] = ()
     max_length: int | None = None
+    implementation: str = "auto"
 
     def __post_init__(self):
         def require(condition, message):

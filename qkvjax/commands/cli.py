@@ -153,7 +153,6 @@ def _run(argv: list[str], doc: str, table, body, config: str | None, fields: boo
         _parse(values, argv, config)
         host.keep_programs()
         xla_flags.add()
-        kernels.preferred = values.attention if "attention" in values else "auto"
         return body(values) or 0
     except UserError as error:
         if is_first() or not error.agreed:
@@ -211,6 +210,8 @@ def _parse(values: flags.FlagValues, argv: list[str], config: str | None) -> Non
         for name in unset:
             set_field(values.config, name, None)
         set_field(values.config, "model.sharing", values.config.model.sharing)
+        if "attention" in values and values["attention"].present:
+            values.config.train.attention = values.attention
 
 
 def _flag_message(error: Exception, values: flags.FlagValues, argv: Sequence[str]) -> str:

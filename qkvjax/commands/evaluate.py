@@ -75,7 +75,9 @@ def body(values: flags.FlagValues) -> None:
     from qkvjax.training.identity import check_data, same_location
     from qkvjax.training.restore import load_model
 
-    model, tokenizer, config, step = load_model(values.workdir, values.step, mesh=for_scoring)
+    model, tokenizer, config, step = load_model(
+        values.workdir, values.step, mesh=for_scoring, attention=values.attention
+    )
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
     check_fits(dataset, model.spec)
     if values.data is None:

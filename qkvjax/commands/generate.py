@@ -67,7 +67,9 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
     from qkvjax.parallel.mesh import for_generation
     from qkvjax.training.restore import load_model
 
-    model, tokenizer, config, step = load_model(workdir, values.step, mesh=for_generation)
+    model, tokenizer, config, step = load_model(
+        workdir, values.step, mesh=for_generation, attention=values.attention
+    )
     if tokenizer is None:
         raise UserError(
             f"{workdir} was trained on {config.data.source}, which is no text: generate needs a"

@@ -54,7 +54,7 @@ def empty_caches(
     ]
 
 
-def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl="auto"):
+def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl=None):
     """Runs new tokens through the model and into its caches.
 
     Args:

@@ -9,4 +9,3 @@ IMPLEMENTATIONS = (
     "splash",
     "tpu",
 )  # see `dispatch`
-preferred = "auto"  # what "auto" stands for, if a command names one: in the whole process

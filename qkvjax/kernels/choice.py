@@ -19,7 +19,6 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 
-from qkvjax import kernels
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.kernels import IMPLEMENTATIONS, trial
 from qkvjax.kernels.trial import Problem
@@ -94,7 +93,6 @@ def candidates(impl: str = "auto", tied: bool = True, decodes: bool = False) -> 
     Raises:
       UserError: `impl` is unknown, or the target device lacks something for it.
     """
-    impl = kernels.preferred if impl == "auto" else impl
     if impl == "auto":
         device = generation(target())
         if decodes:
@@ -127,7 +125,7 @@ def choose(impl: str, problem: Problem) -> str:
     if key not in _decided:
         several = distributed.several() and len(candidates(impl)) > 1
         _decided[key] = _decide(impl, problem, _agreeable if several else _unsuited)
-        _tell(*_decided[key], problem)
+        _tell(impl, *_decided[key], problem)
     return _decided[key][0]
 
 
@@ -142,7 +140,7 @@ def recording() -> Iterator[list[Problem]]:
         _recorded.pop()
 
 
-def settle(trace: Callable[[], object]) -> tuple[str, ...]:
+def settle(trace: Callable[[], object], impl: str = "auto") -> tuple[str, ...]:
     """Decides for every call of attention that `trace()` traces, alike on all processes of a job.
 
     Every process of the job calls it at the same point, with the same program. A kernel is taken
@@ -155,21 +153,21 @@ def settle(trace: Callable[[], object]) -> tuple[str, ...]:
     Raises:
       UserError: no implementation computes one of the calls; on every process.
     """
-    if candidates() in (("xla",), ("reference",)):  # these take everything
-        return candidates()
+    if candidates(impl) in (("xla",), ("reference",)):  # these take everything
+        return candidates(impl)
     with recording() as problems:
         trace()
     for problem in dict.fromkeys(problems):
-        key = _key("auto", problem)
+        key = _key(impl, problem)
         if key not in _decided:
-            _decided[key] = _decide("auto", problem, _unsuited, distributed.together)
-            _tell(*_decided[key], problem)
+            _decided[key] = _decide(impl, problem, _unsuited, distributed.together)
+            _tell(impl, *_decided[key], problem)
         _proven.add(_decided[key][0])
-    return tuple(dict.fromkeys(_decided[_key("auto", problem)][0] for problem in problems))
+    return tuple(dict.fromkeys(_decided[_key(impl, problem)][0] for problem in problems))
 
 
 def _key(impl: str, problem: Problem) -> tuple:
-    return kernels.preferred if impl == "auto" else impl, problem, target()
+    return impl, problem, target()
 
 
 def _decide(impl, problem, unsuited, agree=lambda call: call()) -> tuple[str, tuple]:
@@ -224,12 +222,11 @@ def _agreeable(name: str, problem: Problem, tries: bool) -> str | None:
     return _unsuited(name, problem, False)
 
 
-def _tell(chosen: str, refused: tuple, problem: Problem) -> None:
+def _tell(impl: str, chosen: str, refused: tuple, problem: Problem) -> None:
     """Says, where there is a choice, what was chosen and why not something before it."""
     usable = [name for name in KERNELS if missing(name) is None]
-    automatic = kernels.preferred == "auto"
     accelerator = target().platform != "cpu"
-    if not automatic or not accelerator or not distributed.is_first():
+    if impl != "auto" or not accelerator or not distributed.is_first():
         return
     parts = [f"attention: {chosen}"]
     if chosen == "xla" and not problem.decodes:

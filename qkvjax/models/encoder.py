@@ -45,7 +45,7 @@ class Encoder(nnx.Module):
         key=None,
         *,
         dtype=jnp.float32,
-        impl: str = "auto",
+        impl: str | None = None,
         remat: str = "none",
         unroll: int = 1,
     ) -> jax.Array:
@@ -57,7 +57,7 @@ class Encoder(nnx.Module):
           segment_ids: int [B, T] or [T], or None.
           key: a PRNG key turns dropout on.
           dtype: of activations and matrix products.
-          impl: the implementation of attention.
+          impl: what computes attention, see `kernels.dispatch`; None means the spec's.
           remat, unroll: as in `transformer.Stack`.
 
         Returns:

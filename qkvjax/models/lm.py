@@ -48,7 +48,7 @@ class LanguageModel(nnx.Module):
         key=None,
         *,
         dtype=jnp.float32,
-        impl: str = "auto",
+        impl: str | None = None,
     ) -> jax.Array:
         """Logits of the next token.
 
@@ -58,7 +58,7 @@ class LanguageModel(nnx.Module):
           segment_ids: int [B, T] documents of packed sequences, or None.
           key: a PRNG key turns dropout on.
           dtype: of activations and matrix products.
-          impl: the implementation of attention.
+          impl: what computes attention, see `kernels.dispatch`; None means the spec's.
 
         Returns:
           [B, T, num_ids] in float32 or wider: a number for each id of the tokenizer. `logits` has
@@ -78,7 +78,7 @@ class LanguageModel(nnx.Module):
         key=None,
         *,
         dtype=jnp.float32,
-        impl: str = "auto",
+        impl: str | None = None,
         remat: str = "none",
         unroll: int = 1,
         table: jax.Array | None = None,

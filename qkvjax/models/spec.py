@@ -210,7 +210,12 @@ def padded_vocab(tokenizer_size: int) -> int:
 
 
 def model_spec(
-    model: Mapping, num_inputs: int, seq_len: int, num_outputs: int | None = None, output="tokens"
+    model: Mapping,
+    num_inputs: int,
+    seq_len: int,
+    num_outputs: int | None = None,
+    output="tokens",
+    implementation: str = "auto",
 ) -> ModelSpec:
     """Builds the spec from the `model` group of a config.
 
@@ -219,6 +224,7 @@ def model_spec(
       num_inputs: number of ids of the tokenizer, or width of the input vectors.
       seq_len: length of a sequence, a ViT's class token included.
       num_outputs, output: classes, and what has one; for what is no language model.
+      implementation: what computes attention.
 
     Raises:
       UserError: values that do not fit together.
@@ -234,6 +240,7 @@ def model_spec(
         )
     base = {name: model[name] for name in (*OVERRIDABLE, "d_model", "use_bias")}
     base |= {"max_length": max_length, "causal": kind == "lm"}
+    base["implementation"] = implementation
     pattern = tuple(dict(overrides) for overrides in model["layer_overrides"]) or ({},)
     for overrides in pattern:
         for name in overrides:

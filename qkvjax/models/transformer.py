@@ -92,7 +92,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm(spec)
         self.mlp = feed_forward(spec, key) if spec.feed_forward.layers == 1 else None
 
-    def __call__(self, x, positions, segment_ids=None, key=None, *, impl="auto"):
+    def __call__(self, x, positions, segment_ids=None, key=None, *, impl=None):
         """[B, T, D] -> (the same, what the router tells or None); `key` turns dropout on."""
         keys = (None, None) if key is None else jax.random.split(key)
         y = self.attention(self.attention_norm(x), positions, segment_ids, impl=impl)
@@ -102,7 +102,7 @@ class Block(nnx.Module):
         y, router = self.mlp(self.mlp_norm(x), drop)
         return x + dropout(y, self.rate, keys[1]), router
 
-    def decode(self, x, cache, start, *, table=None, turns=None, impl="auto"):
+    def decode(self, x, cache, start, *, table=None, turns=None, impl=None):
         """The same for new tokens that join `cache`; arguments as in `attention.cache.attend`."""
         y, cache = caches.attend(
             self.attention,
@@ -149,7 +149,7 @@ class Stack(nnx.Module):
         )
 
     def __call__(
-        self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none", unroll=1
+        self, x, positions, segment_ids=None, key=None, *, impl=None, remat="none", unroll=1
     ):
         """[B, T, D] -> (the same, means over layers of what routers tell, or None).
 

@@ -30,7 +30,7 @@ class UnrolledStack(nnx.Module):
         self.group = group
 
     def __call__(
-        self, x, positions, segment_ids=None, key=None, *, impl="auto", remat="none", unroll=1
+        self, x, positions, segment_ids=None, key=None, *, impl=None, remat="none", unroll=1
     ):
         """As `transformer.Stack`; `unroll` changes nothing."""
         blocks = self.layers()

@@ -24,10 +24,10 @@ def settle_attention(run) -> str:
       The names of the implementations, separated by commas: "xla", or "hopper, triton".
 
     Raises:
-      UserError: the one that --attention names cannot compute a layer; on every process.
+      UserError: the one that train.attention names cannot compute a layer; on every process.
     """
     with jax.set_mesh(run.mesh):
-        return ", ".join(dispatch.settle(lambda: _trace(run)))
+        return ", ".join(dispatch.settle(lambda: _trace(run), run.config.train.attention))
 
 
 def _trace(run) -> None:

@@ -11,23 +11,25 @@ import numpy as np
 
 from qkvjax import config as configs
 from qkvjax.data.open import open_dataset, reads_text
-from qkvjax.data.tokenizers import load_tokenizer, tokenizer_size
+from qkvjax.data.tokenizers import load_tokenizer
 from qkvjax.errors import UserError
 from qkvjax.files import write_json
 from qkvjax.models.build import make
-from qkvjax.models.spec import ModelSpec, model_spec
+from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import placed
 from qkvjax.parallel.mesh import find_devices
 from qkvjax.training.checkpoint import Checkpoints, named_arrays
 from qkvjax.training.fits import check_arrays
 from qkvjax.training.identity import keep_tokenizer, workdir_tokenizer
 from qkvjax.training.optimizer import narrow
-from qkvjax.training.run import spec_of
+from qkvjax.training.run import planned_spec, spec_of
 from qkvjax.training.step import state_shardings
 from qkvjax.workdir import open_workdir
 
 
-def load_model(workdir: str | Path, step: int | None = None, *, mesh=None, log=print):
+def load_model(
+    workdir: str | Path, step: int | None = None, *, mesh=None, attention="auto", log=print
+):
     """Restores a run's model: (model, tokenizer, config, step).
 
     The config's `data.tokenizer` names the workdir's copy of the tokenizer.
@@ -41,11 +43,13 @@ def load_model(workdir: str | Path, step: int | None = None, *, mesh=None, log=p
       mesh: over whose devices the parameters are sharded, as in training; or a function from the
         model's spec to that mesh, such as `parallel.mesh.for_generation`; None means one device.
         Run the model under `placed.on_mesh_of(model)`.
+      attention: what computes attention; see `kernels.dispatch`.
 
     Raises:
       UserError: no run there, no such step, or no intact checkpoint (code 45).
     """
     config = _read_config(workdir)
+    config.train.attention = attention
     tokenizer = load_tokenizer(config.data.tokenizer) if reads_text(config) else None
     model, step = _restore(workdir, config, step, log, mesh)
     return model, tokenizer, config, step
@@ -116,8 +120,7 @@ def _read_config(workdir):
 def _shapes(config):
     """(spec, model of ShapeDtypeStructs) of a config."""
     if reads_text(config):
-        size = tokenizer_size(config.data.tokenizer)
-        spec = model_spec(configs.plain(config.model), size, config.data.seq_len)
+        spec = planned_spec(config)
     else:
         spec = spec_of(config, open_dataset(config))
     dtype = "float32" if config.optimizer.average else config.train.param_dtype

@@ -247,10 +247,13 @@ def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, config):
 def planned_spec(config) -> ModelSpec:
     """The language model of a config, without reading data."""
     num_ids = tokenizer_size(config.data.tokenizer)
-    return model_spec(configs.plain(config.model), num_ids, config.data.seq_len)
+    implementation = config.train.attention
+    return model_spec(
+        configs.plain(config.model), num_ids, config.data.seq_len, implementation=implementation
+    )
 
 
 def spec_of(config, dataset: Dataset | Examples) -> ModelSpec:
     """The model of a config for its data."""
     shape = dataset.num_inputs, config.data.seq_len, dataset.num_outputs, dataset.output
-    return model_spec(configs.plain(config.model), *shape)
+    return model_spec(configs.plain(config.model), *shape, config.train.attention)

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 
 from qkvjax import config as configs
-from qkvjax import kernels
 from qkvjax.data.store import data_folder
 from qkvjax.evaluation.evaluators import compile_evaluators, make_evaluators
 from qkvjax.files import append_line, read_lines, write_json
@@ -55,7 +54,7 @@ def train(
     first, together, is_first = distributed.first, distributed.together, distributed.is_first()
     log = log if is_first else lambda line: None
     fields = configs.flatten(configs.to_dict(config))
-    chosen = {"--attention": kernels.preferred, "XLA's flags": xla_flags.in_force()}
+    chosen = {"XLA's flags": xla_flags.in_force()}
     distributed.check_alike(lambda: fields | distributed.program() | chosen)
     together(lambda: check_wandb(config.train.wandb))
     if idle := idle_devices(config.mesh, len(together(find_devices))):

@@ -14,20 +14,20 @@ ROOT = Path(__file__).parents[2]
 LENGTHS = 2048, 4096
 PROGRAM = """
 import json, runpy, sys
-from qkvjax import config as configs, kernels
+from qkvjax import config as configs
 from qkvjax.models.spec import model_spec
 from qkvjax.parallel import topology
 from qkvjax.parallel.mesh import make_mesh
 from qkvjax.training.run import compile_for
 
-name, sharing, kernels.preferred, *lengths = sys.argv[1:]
+name, sharing, implementation, *lengths = sys.argv[1:]
 device = topology.devices(topology.read(name))[:1]
 for length in map(int, lengths):
     config = runpy.run_path("configs/lm.py")["get_config"](f"size=124m,sharing={sharing}")
     config.model.num_layers = 1
     config.data.update(seq_len=length, batch_size=2)
     config.train.update(accumulation=1, remat="none")
-    spec = model_spec(configs.plain(config.model), 257, length)
+    spec = model_spec(configs.plain(config.model), 257, length, implementation=implementation)
     compiled, _ = compile_for(config, spec, make_mesh({}, device))
     found = {"text": compiled.as_text(), "bytes": compiled.memory_analysis().temp_size_in_bytes}
     print("found:", json.dumps(found), flush=True)
