@@ -133,7 +133,6 @@ RANGES = {
     "optimizer.average": (0, 1),
     "train.accumulation": (1, math.inf),
     "train.keep_checkpoints": (1, math.inf),
-    "train.attention": ("auto", "what computes attention; auto: the fastest measured"),
     "train.unroll": (1, math.inf),
     "train.max_seconds": (0, math.inf),
 }
