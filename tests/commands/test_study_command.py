@@ -309,7 +309,7 @@ def test_a_torn_line_of_results_is_trained_again(study, by_points, copy, lines):
 def test_another_base_is_refused(study, by_points, checksums):
     before = checksums(by_points)
     told = study(by_points, "--point=0", "--config.optimizer.b1=0.8", "--config.seed=1")
-    assert told.code == 2 and "holds runs of a study with another base" in told.err
+    assert told.code == 2 and "has runs of a study with another base" in told.err
     assert "optimizer.b1: 0.9 -> 0.8" in told.err and "seed: 0 -> 1" in told.err
     assert checksums(by_points) == before
 
@@ -317,18 +317,18 @@ def test_another_base_is_refused(study, by_points, checksums):
 @pytest.mark.parametrize(
     ("points", "flags", "message"),
     [
-        ("illegal", [], "point 'num_heads=3' is no legal.*does not divide d_model=16"),
+        ("illegal", [], "point 'num_heads=3' is not a valid.*does not divide d_model=16"),
         ("misspelt", [], "point 'sharng=q-k=v'.*did you mean 'model.sharing'"),
         ("wrong_type", [], "point 'd_model=wide'.*is no int"),
         ("seeded", [], "sets `seed`: study.seeds"),
-        ("numbered", [], "fields and label are texts"),
+        ("numbered", [], "field names and label must be strings"),
         ("grouped", [], "'model' is not a field"),
-        ("unset", [], "point .* is no legal configuration"),
+        ("unset", [], "point .* is not a valid configuration"),
         ("sharing", ["--config.study.seeds=99999999999"], "at most 10,000"),
         ("twins", [], "two points of the grid are called 'one': give labels"),
-        ("numbers", [], "is no grid: make it with qkvjax.sweep"),
+        ("numbers", [], "is not a grid: make it with qkvjax.sweep"),
         ("none", [], "has no grid.*configs/quickstart.py"),
-        ("sharing", ["--point=4"], "--point=4 is none of 0 to 3: see --list"),
+        ("sharing", ["--point=4"], "--point=4 is not one of 0 to 3: see --list"),
         ("sharing", ["--jobs=0"], "--jobs=0: 0 is not a positive integer"),
         ("sharing", ["--config.study.seeds=0"], "study.seeds=0 must be at least 1"),
         ("sharing", ["--config.study.sedes=3"], "did you mean 'study.seeds'"),
