@@ -171,7 +171,7 @@ def _inspect(study: Study, task: Task, folder: Path, summary: dict) -> dict:
 
 def _sample(study: Study, task: Task, model, tokenizer, config) -> str:
     """Returns text that the model writes after the prompt of the study."""
-    from qkvjax.generation.decode import continuation, generate, prompt_ids
+    from qkvjax.generation.generate import continuation, generate, prompt_ids
 
     prompt = prompt_ids(tokenizer, study.prompt)[: config.data.seq_len - 1]
     room = config.data.seq_len - len(prompt) if model.spec.bounded else SAMPLE_TOKENS
