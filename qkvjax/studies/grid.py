@@ -383,7 +383,7 @@ def _grid(name: str, points) -> tuple[list[dict], list[str]]:
         if not all(isinstance(text, str) for text in (*point, point.get("label", ""))):
             raise UserError(f"the grid's point {point!r}: field names and label must be strings")
     if any("seed" in point for point in points):
-        raise UserError("a point of the grid sets `seed`: set the number of seeds in study.seeds")
+        raise UserError("a point of the grid sets `seed`: study.seeds is the number of seeds")
     points = [
         {
             field: canonical_sharing(value) if field == "model.sharing" else value

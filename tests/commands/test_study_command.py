@@ -231,9 +231,9 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(
 
 
 def test_a_killed_process_is_recorded(study, in_process, tmp_path, lines, monkeypatch):
-    from qkvjax.studies import scheduler
+    from qkvjax.studies import processes
 
-    start = scheduler._start
+    start = processes.start_run
     kill = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
 
     def killed_once(study, task, *how):
@@ -241,13 +241,13 @@ def test_a_killed_process_is_recorded(study, in_process, tmp_path, lines, monkey
             return subprocess.Popen([sys.executable, "-c", kill])
         return start(study, task, *how)
 
-    monkeypatch.setattr(scheduler, "_start", killed_once)
+    monkeypatch.setattr(processes, "start_run", killed_once)
     told = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
     assert told.code == 0 and "1 runs failed" in told.out
     by_label = {r["label"]: r for r in lines(tmp_path / "results.jsonl")}
     assert by_label["QKV"]["status"] == "failed" and "code -9" in by_label["QKV"]["error"]
     assert by_label["Q-K=V"]["status"] == "done"
-    monkeypatch.setattr(scheduler, "_start", start)
+    monkeypatch.setattr(processes, "start_run", start)
     told = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
     assert told.code == 0 and "2 runs, 1 finished" in told.out
     assert [r["status"] for r in lines(tmp_path / "results.jsonl")].count("done") == 2
@@ -360,7 +360,7 @@ def test_damaged_json_is_told_with_its_path(study, by_points, copy, name):
 )
 def test_each_run_at_a_time_sees_its_own_gpu(study, tmp_path, monkeypatch, jobs, message, visible):
     """The environment of the processes, which end at once here, on a machine with two GPUs."""
-    from qkvjax.studies import devices, scheduler
+    from qkvjax.studies import devices, measurements, processes
 
     started = []
 
@@ -378,9 +378,9 @@ def test_each_run_at_a_time_sees_its_own_gpu(study, tmp_path, monkeypatch, jobs,
             return self.returncode if self.polls > 1 else None
 
     monkeypatch.setattr(devices, "find", lambda: devices.Devices("cuda", ("4", "6")))
-    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
-    monkeypatch.setattr(scheduler.subprocess, "Popen", Process)
-    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(measurements, "read_or_measure", lambda *arguments: {})
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)
     told = study(tmp_path, jobs)
     assert re.search(message, told.out), told.out + told.err
     assert len(started) == 4 and {process.gpu for process in started} == visible
