@@ -157,10 +157,10 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every field, as `qkvjax train --help` lists them. A recipe (`--config=FILE.py`) starts from",
-        "these defaults, and `--config.FIELD=VALUE` changes one of them.",
-        "A duration is a number of steps (`300`), epochs (`2ep`), tokens (`10M tokens`) or a part of",
-        "the run (`5%`).",
+        "Every field, as `qkvjax train --help` lists them. A recipe (`--config=FILE.py`) starts",
+        "from these defaults, and `--config.FIELD=VALUE` changes one of them. A duration is a",
+        "number of steps (`300`), epochs (`2ep`), tokens (`10M tokens`) or a part of the run",
+        "(`5%`).",
         "",
     ]
     for group, rows in fields().items():
