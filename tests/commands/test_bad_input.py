@@ -130,10 +130,10 @@ def test_an_unwritable_evaluation(door, tied, copy):
     ("content", "message"),
     [
         (None, "config.json is missing: is this the workdir of a training run?"),
-        (b"", "is no JSON .*: restore it from a copy"),
-        (b'{"model": {', "is no JSON .*: restore it from a copy"),
-        (b"\xff\xfe{}", "is no JSON .*: restore it from a copy"),
-        (b"[1, 2]", "is no JSON object: restore it from a copy"),
+        (b"", "is not JSON .*: restore it from a copy"),
+        (b'{"model": {', "is not JSON .*: restore it from a copy"),
+        (b"\xff\xfe{}", "is not JSON .*: restore it from a copy"),
+        (b"[1, 2]", "is not a JSON object: restore it from a copy"),
         (b'{"model": 3}', "config.model=3 is no group"),
         (b'{"evals": {"eval": 3}}', "config.evals.eval=3 is no evaluator"),
         (b'{"model": {"sharng": "q-k-v"}}', "did you mean 'model.sharing'"),
@@ -156,11 +156,11 @@ def test_a_corrupt_config(door, tied, copy, checksums, name, content, message):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", b"{", "config.json is no JSON .*: restore it from a copy"),
-        ("run.json", b"{", "run.json is no JSON .*: restore it from a copy, or delete it"),
-        ("run.json", b"[]", "run.json is no JSON object"),
-        ("metrics.jsonl", b'{"step": 5}\nno\n{"step": 9}\n', "metrics.jsonl, line 2, is no JSON"),
-        ("metrics.jsonl", b"\xff\xff\n3\n", "metrics.jsonl, line 1, is no JSON"),
+        ("config.json", b"{", "config.json is not JSON .*: restore it from a copy"),
+        ("run.json", b"{", "run.json is not JSON .*: restore it from a copy, or delete it"),
+        ("run.json", b"[]", "run.json is not a JSON object"),
+        ("metrics.jsonl", b'{"step": 5}\nno\n{"step": 9}\n', "line 2, is not a JSON object"),
+        ("metrics.jsonl", b"\xff\xff\n3\n", "metrics.jsonl, line 1, is not a JSON"),
     ],
 )
 def test_a_corrupt_workdir(door, tied, tied_flags, copy, checksums, file, content, message):
@@ -245,7 +245,7 @@ def test_a_refused_run_leaves_its_configuration(door, tied, tied_flags, copy, ch
     metrics.write_text("no line\n" + metrics.read_text())
     before = checksums(workdir)
     told = door("train", *tied_flags, f"--workdir={workdir}", "--config.train.log_every=7")
-    refused(told, "line 1, is no JSON object")
+    refused(told, "line 1, is not a JSON object")
     assert checksums(workdir) == before
 
 
