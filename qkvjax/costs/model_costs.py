@@ -369,7 +369,7 @@ def _sharing_notes(specs: tuple) -> list[str]:
             " only parameters."
         )
     notes.append(
-        "Sharing must be trained in: a finished model whose projections are tied without further"
-        " training is destroyed. Only a run tells what sharing costs in quality: qkvjax study."
+        "Sharing must be trained in: tying the projections of a finished model without further"
+        " training destroys it. Only a run tells what sharing costs in quality: qkvjax study."
     )
     return notes
