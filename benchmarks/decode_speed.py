@@ -31,7 +31,7 @@ def decode_call(size, sharing, rotary_values, dtype, batch, length):
     """(call, cache bytes): `call()` decodes TOKENS tokens."""
     config = config_of(size, sharing, dtype)
     config.model.update(position="rope", rotary_values=rotary_values)
-    spec = model_spec(configs.plain(config.model), size.vocab, length)
+    spec = model_spec(configs.resolve(config).model, size.vocab, length)
     model = jax.tree.map(lambda a: a.astype(dtype), build(spec))
     layers = model.stack.layers()
     held = {"cache": empty_caches(model, batch, length, jnp.dtype(dtype))}

@@ -33,7 +33,7 @@ def main() -> None:
     given = arguments(__doc__)
     host.keep_freed_memory()
     config = configs.from_dict(configs.to_dict(runpy.run_path(str(RECIPE))["get_config"]()))
-    run = prepare_run(config)
+    run = prepare_run(configs.resolve(config))
     plain, saving, held = [], [], []
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder) / "checkpoints")

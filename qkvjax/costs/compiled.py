@@ -38,8 +38,8 @@ def plan(config, name: str, *, memory=None, all_sharings=False, batches=()) -> t
     if config.model.kind != "lm":
         raise UserError("--topology compiles language models: choose a config with model.kind=lm")
     found = topology.devices(where)
-    if all(size == 1 for size in config.mesh.values()) and where.count > 1:
-        config.mesh.fsdp = -1
+    if all(size == 1 for size in config.mesh.sizes.values()) and where.count > 1:
+        config = configs.changed(config, mesh={"fsdp": -1})
     if memory is None:
         here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = where.chip.memory if where.chip else here // where.count
@@ -76,7 +76,7 @@ def _programs(config, devices, train: dict) -> dict[str, dict]:
     from qkvjax.training.step import make_optimizer
 
     spec = planned_spec(config)
-    mesh = make_mesh(dict(config.mesh), devices)
+    mesh = make_mesh(config.mesh.sizes, devices)
     optimizer_bytes = train.get("optimizer_bytes_per_device", 0)
     length = config.data.seq_len
 
@@ -130,7 +130,7 @@ def _compiled(config, devices) -> dict:
     from qkvjax.training.run import check_mesh, compile_for, planned_spec
 
     spec = planned_spec(config)
-    mesh = make_mesh(dict(config.mesh), devices)
+    mesh = make_mesh(config.mesh.sizes, devices)
     micro_batch = config.data.batch_size // config.train.accumulation
     check_mesh(mesh, spec, config.data.seq_len, micro_batch)
     try:

@@ -100,12 +100,10 @@ def describe_heads(specs: Sequence[AttentionSpec]) -> str:
 
 def recipe_costs(config) -> tuple[list[str], dict]:
     """The lines to print for --config and the record for plan.json."""
-    from qkvjax import config as config_lib
     from qkvjax.data.open import open_dataset, reads_text
     from qkvjax.data.tokenizers import tokenizer_size
     from qkvjax.models.spec import model_spec
 
-    config_lib.validate(config)
     length, shapes = config.data.seq_len, ()
     if reads_text(config):
         num_inputs = tokenizer_size(config.data.tokenizer)
@@ -210,7 +208,7 @@ def train_flops(model, length: int) -> int:
 
 def run_tokens(config) -> tuple[int | None, str]:
     """Tokens of the whole run, None where they depend on the data, and how to say it."""
-    from qkvjax.config import to_steps
+    from qkvjax.durations import to_steps
 
     per_step = config.data.batch_size * config.data.seq_len
     steps = config.train.steps

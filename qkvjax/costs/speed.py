@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -9,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkvjax import config as configs
 from qkvjax.attention import cache as caches
 from qkvjax.attention.layer import Attention
 from qkvjax.attention.spec import SHARINGS, AttentionSpec, sharing_name
 from qkvjax.costs.measure import interleaved, ratio, repeat
 from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch
-from qkvjax.models.spec import model_spec
+from qkvjax.models.spec import layer_specs
 from qkvjax.parallel import host
 
 TOKENS = 8  # decoded by one program: what starts it should not count
@@ -153,8 +153,8 @@ def _facts(what: str, config, batch: int, context: int, variant) -> dict:
 
 def _spec(config, sharing: str, values: str, length: int) -> AttentionSpec:
     """The first layer of the config's model, with this sharing."""
-    fields = configs.plain(config.model) | {"sharing": sharing, "rotary_values": values}
-    return model_spec(fields, 256, length).layers[0]
+    model = dataclasses.replace(config.model, sharing=sharing, rotary_values=values)
+    return layer_specs(model, length)[0]
 
 
 def _variants(config, context: int, log) -> Iterator[tuple[tuple[str, str, str], AttentionSpec]]:

@@ -167,7 +167,7 @@ def _why_blocked(study: Study, blocked: list[Task]) -> str:
 
 def _on_accelerators(asked: int | None, here: devices.Devices, pending: list[Task]) -> int:
     """The runs at a time on accelerators; says which devices are left idle, and how to use them."""
-    meshes = [dict(task.config.mesh) for task in pending]
+    meshes = [task.config.mesh.sizes for task in pending]
     jobs = devices.jobs_at_a_time(asked, here, meshes)
     count = len(here.ids)
     if asked and asked > jobs:

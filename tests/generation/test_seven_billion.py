@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from qkvjax import config as configs
 from qkvjax.commands import cli
 from qkvjax.costs.measure import peak_bytes
 from qkvjax.evaluation.evaluators import compile_scoring
@@ -30,7 +31,9 @@ def peaks():
     """Bytes of all parameters in float32, and of a program -> peak bytes of a device."""
     recipe = runpy.run_path(cli.find_config("configs/lm.py"))["get_config"]
     config = recipe("size=7b,sharing=q-k=v")
-    spec, dtype = planned_spec(config), "bfloat16"
+    config = configs.resolve(config)
+    spec = planned_spec(config)
+    dtype = "bfloat16"
     scoring, generation = for_scoring(spec), for_generation(spec)
     model = abstract(spec, scoring, dtype, dtype)
     programs = compile_generation(spec, generation, 8, 2048, dtype=dtype, param_dtype=dtype)

@@ -8,8 +8,8 @@ import numpy as np
 import processes
 import pytest
 
-from qkvjax import config as configs
 from qkvjax.costs.program import Program
+from qkvjax.fields import Model
 from qkvjax.models.moe import Experts
 from qkvjax.models.spec import model_spec
 from qkvjax.parallel import experts
@@ -26,8 +26,7 @@ MESHES = {
 
 def layer():
     """Eight experts, of which a token meets two, with random numbers in float64."""
-    model = configs.plain(configs.default().model)
-    model |= {"d_model": D, "num_heads": 2, "num_layers": 1, "mlp": "swiglu(experts=8,top=2)"}
+    model = Model(d_model=D, num_heads=2, num_layers=1, mlp="swiglu(experts=8,top=2)")
     spec = model_spec(model, 61, T)
     made = jax.eval_shape(lambda: Experts(spec, key=jax.random.key(0)))
     rng = np.random.default_rng(0)

@@ -203,7 +203,7 @@ def test_an_empty_group_tunes_nothing(study):
         (sweep.tuned("model.sharing", ("q-k-v", "q-k=v"), 1), "model.sharing stands in the grid"),
         (sweep.tuned("optimizer.learning_rat", (1, 2), 1), "did you mean 'optimizer.learning_rate"),
         (sweep.tuned("seed", (1, 2), 1), "'seed' is not a field"),
-        (sweep.tuned("model.dropout", (0.5, 1.5), 1), "point 'QKV dropout=1.5' is no legal"),
+        (sweep.tuned("model.dropout", (0.5, 1.5), 1), "point 'QKV dropout=1.5' is not a legal"),
     ],
 )
 def test_bad_tunings_are_refused_before_anything_is_prepared(study, tmp_path, tuned, message):
