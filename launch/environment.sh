@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: makes a virtual environment with qkvjax in it, once.
+# Sourced by the launch scripts: installs qkvjax into a virtual environment, once.
 #
-#   make_environment FOLDER EXTRAS     sets $python to its interpreter
+#   make_environment FOLDER EXTRAS     sets $python to the interpreter of the environment
 #
-# Uses $PYTHON, or python3 (3.11 or newer). A stamp of setup.cfg, the extras and the
-# interpreter's version says when an environment is up to date.
+# Uses $PYTHON, or python3 (3.11 or newer). The file FOLDER/qkvjax-stamp records setup.cfg, the
+# extras and the version of Python; where one of them has changed, the environment is made anew.
 
 make_environment() {
     local folder=$1 extras=$2 base=${PYTHON:-python3} version stamp wanted
     if ! version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))'); then
-        echo "error: qkvjax needs Python 3.11 or newer and $base is ${version:-not there}: set PYTHON=/path/to/python3" >&2
+        echo "error: qkvjax needs Python 3.11 or newer but $base is ${version:-not found}: set PYTHON=/path/to/python3" >&2
         return 2
     fi
     stamp=$folder/qkvjax-stamp

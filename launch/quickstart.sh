@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From a clean clone to a report: every sharing side by side on real data.
+# From a clean clone to a report that compares every sharing on real data.
 #
-#   bash launch/quickstart.sh [--config.FIELD=VALUE ...]     more flags go to `qkvjax study`
+#   bash launch/quickstart.sh [--config.FIELD=VALUE ...]     flags are passed on to `qkvjax study`
 #
-# Makes .venv here, installs qkvjax (with CUDA where nvidia-smi answers), trains five variants
-# x three seeds and prints where the report is. Started again, it goes on where it stopped.
+# Makes .venv here, installs qkvjax (with CUDA where nvidia-smi finds a GPU), trains five variants
+# x three seeds and prints where the report is. If it was interrupted, start it again: it resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh

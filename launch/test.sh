@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The tests, in an environment of their own.
+# Runs the tests in a virtual environment of their own, .venv-test.
 #
-#   bash launch/test.sh             style and the default suite
-#   bash launch/test.sh --all       the slow tests as well
-#   bash launch/test.sh -k cache    further arguments go to pytest
+#   bash launch/test.sh             style checks and the tests that are not slow
+#   bash launch/test.sh --all       the slow tests too
+#   bash launch/test.sh -k cache    other arguments are passed on to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
@@ -17,5 +17,6 @@ if [ "${1:-}" = --all ]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-# Two processes at a time: most tests keep one core busy. In the order of tests/conftest.py.
+# Two processes, because most tests keep one core busy; --no-loadscope-reorder keeps the order of
+# tests/conftest.py.
 exec "$python" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder "${select[@]}" "$@"

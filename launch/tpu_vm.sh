@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# One run on every host of a TPU slice: bash launch/tpu_vm.sh [--dry_run] NAME ZONE --config=... ...
+# Starts one run on all hosts of a TPU slice.
+#
+#   bash launch/tpu_vm.sh [--dry_run] NAME ZONE --config=... --workdir=...
 #
 #   bash launch/tpu_vm.sh my-v5e-16 us-west4-a --config=configs/lm.py:size=124m \
 #       --config.mesh.fsdp=-1 --workdir=/mnt/runs/first
 #
-# The workdir is a folder that all hosts see: Filestore, or a bucket mounted with gcsfuse. Copies
-# this checkout to each host, installs qkvjax[tpu] there and starts `train`; the processes find each
-# other by themselves. --dry_run prints the commands and runs none.
+# Copies this checkout to each host, installs qkvjax[tpu] there and starts `train`. The processes
+# find each other by themselves. The workdir must be a folder that all hosts see: Filestore, or a
+# bucket mounted with gcsfuse. --dry_run prints the commands without running them.
 #
 # Ran: --dry_run, by tests/launch/test_files.py. Not run on hardware.
 set -euo pipefail

@@ -1,21 +1,21 @@
-"""Combinators for the grid of a study. A grid is a tuple of points, a point a dict of fields.
+"""Builds the grid of a study: a tuple of points, each a dict of field names and values.
 
     product(axis("model.sharing", SHARINGS), axis("model.num_kv_heads", (4, 1)))
     zipped(axis("model.d_model", (128, 256)), axis("model.num_layers", (2, 4)))
 
-The first point of a study is its baseline. A point may carry a "label" of its own.
+The first point of a study is its baseline. The key "label" of a point replaces its usual name.
 
-What a byte of cache, a parameter or a multiply-add is worth is asked with controls. They are made
-from the points that they control, a grid in and a grid out:
+Controls answer what a byte of cache, a parameter or a multiply-add is worth. Two functions make
+them from the points that they control:
 
     tied = axis("model.sharing", ("q-k=v",))
     points = chain(axis("model.sharing", ("q-k-v",)), tied, equal_cache(tied, num_heads=4))
     points = chain(points, equal_params(points[1:], config.model, baseline=points[0]))
 
-`equal_cache` gives the points with untied K and V whose cache is as large: QKV, Q-K=V and GQA-2
-above. `equal_params` gives the same points with a wider feed-forward, which spends what a tie
-saves: "Q-K=V wider" and "GQA-2 wider". `tuned` compares each point at its own best value of a
-field: `config.study.tuned = tuned("optimizer.learning_rate", (1e-3, 2e-3, 4e-3), seeds=3)`.
+`equal_cache` makes points with untied K and V and the same cache size as the tied ones, above
+"GQA-2" for "Q-K=V". `equal_params` widens the feed-forward until the parameters that a tie saves
+are spent again: "Q-K=V wider" and "GQA-2 wider". `tuned` compares each point at its own best value
+of a field: `config.study.tuned = tuned("optimizer.learning_rate", (1e-3, 2e-3, 4e-3), seeds=3)`.
 """
 
 from __future__ import annotations
@@ -35,37 +35,47 @@ from qkvjax.models.spec import ModelSpec, model_spec
 Grid = tuple[dict, ...]
 
 MATCHES = ("parameters", "flops")
-BYTES = 257  # ids of the tokenizer of bytes
-D_FF_MULTIPLE = 8  # of the feed-forward widths that a model has
+BYTES = 257  # number of ids of the byte tokenizer
+D_FF_MULTIPLE = 8  # feed-forward widths are multiples of it
 MOST_D_FF = 2**24
 
 
 def axis(field: str, values: Iterable) -> Grid:
-    """One point for each value of a field such as "model.sharing"."""
+    """Returns one point for each value of a field such as "model.sharing"."""
     return tuple({field: value} for value in values)
 
 
 def product(*grids: Grid) -> Grid:
-    """Every combination; the last grid varies fastest."""
+    """Returns every combination of the grids' points; the last grid varies fastest.
+
+    Raises:
+      UserError: a field is in two grids.
+    """
     return tuple(_merge(points) for points in itertools.product(*grids))
 
 
 def zipped(*grids: Grid) -> Grid:
-    """First with first, second with second; the grids must be equally long."""
+    """Returns the first points merged, the second points merged, and so on.
+
+    Raises:
+      UserError: the grids have different lengths, or a field is in two of them.
+    """
     sizes = [len(grid) for grid in grids]
     if len(set(sizes)) > 1:
-        raise UserError(f"zipped grids have {sizes} points: make them equal")
+        raise UserError(f"zipped grids have {sizes} points: make them equally long")
     return tuple(_merge(points) for points in zip(*grids))
 
 
 def chain(*grids: Grid) -> Grid:
-    """One grid after another."""
+    """Returns one grid after another."""
     return tuple(itertools.chain(*grids))
 
 
 def paper_variants(channels: int) -> Grid:
-    """The six variants of the paper's encoders (Kayyam et al. 2026, table 1): four sharings, and
-    "+", which is score2d(channels), on the two that tie queries to keys.
+    """Returns the six variants of the paper's encoders (Kayyam et al. 2026, table 1).
+
+    Four sharings, and the two that tie queries to keys again with "+", the score modifier
+    score2d(channels).
     """
     score = (f"score2d({channels})",)
     plus = tuple(
@@ -76,12 +86,12 @@ def paper_variants(channels: int) -> Grid:
 
 
 def equal_cache(points: Grid, *, num_heads: int) -> Grid:
-    """Returns the points without a tie whose cache is as large as that of the given tied points.
+    """Returns points with untied K and V and the cache size of the given tied points.
 
-    A tie of K and V stores one tensor where others store two. Its control has both tensors and
-    half the key-value heads: "GQA-2" for {"model.sharing": "q-k=v"} of 4 heads, "MQA" for the same
-    with 2 key-value heads. Other fields of a point stay, except model.rotary_values, which only
-    ties have. Two points with the same control give it once.
+    A tie of K and V caches one tensor instead of two. Its control caches two tensors of half as
+    many key-value heads: "GQA-2" for {"model.sharing": "q-k=v"} with 4 heads, "MQA" for the same
+    with 2 key-value heads. Other fields of a point stay, except model.rotary_values, which exists
+    only with K=V. A control that several points share is returned once.
 
     Args:
       points: points whose K and V share a projection.
@@ -91,17 +101,17 @@ def equal_cache(points: Grid, *, num_heads: int) -> Grid:
       UserError: K and V of a point are not tied, or its key-value heads cannot be halved.
     """
     controls = [_equal_cache(point, num_heads) for point in points]
-    return tuple(c for i, c in enumerate(controls) if c not in controls[:i])
+    return tuple(control for i, control in enumerate(controls) if control not in controls[:i])
 
 
 def _equal_cache(point: dict, num_heads: int) -> dict:
-    """The control of one point."""
+    """Returns the control of one point."""
     name = label(point)
     sharing = canonical_sharing(point.get("model.sharing", "q-k-v"))
     if not any({"k", "v"} <= set(block) for block in parse_sharing(sharing)):
         raise UserError(
-            f"equal_cache: K and V of the point {name!r} are not tied, so no cache is saved: give"
-            " it points with model.sharing 'q-k=v' or 'q=k=v'"
+            f"equal_cache: K and V of the point {name!r} are not tied, so it saves no cache: pass"
+            " points with model.sharing 'q-k=v' or 'q=k=v'"
         )
     query_heads = point.get("model.num_heads", num_heads)
     heads = point.get("model.num_kv_heads") or query_heads
@@ -109,8 +119,8 @@ def _equal_cache(point: dict, num_heads: int) -> dict:
     if rest or half < 1:
         raise UserError(
             f"equal_cache: the point {name!r} has {heads} key-value heads of {query_heads} heads,"
-            " which cannot be halved: no model with untied K and V has its cache; leave the point"
-            " out"
+            " which cannot be halved, so no model with untied K and V has the same cache size:"
+            " leave the point out"
         )
     replaced = ("label", "model.sharing", "model.num_kv_heads", "model.rotary_values")
     others = {field: value for field, value in point.items() if field not in replaced}
@@ -129,30 +139,30 @@ def equal_params(
     seq_len: int | None = None,
     num_ids: int = BYTES,
 ) -> Grid:
-    """Returns the points with the feed-forward as wide as makes them as large as the baseline.
+    """Returns the points with a feed-forward width that makes them as large as the baseline.
 
-    The width is the multiple of 8 that comes nearest, set as model.mlp_ratio; what is left of the
-    difference is less than the cost of 4 columns of each feed-forward. Labels get " wider" (or
-    " narrower"). A point that no other width brings nearer, as the baseline, stays as it is.
+    The width is a multiple of 8, set by model.mlp_ratio; the remaining difference is at most the
+    cost of 4 columns of each feed-forward. Labels get " wider" or " narrower". A point stays as it
+    is if no other width comes nearer to the baseline.
 
     Args:
       points: the grid.
       model: the group `model` of the config that the points change.
-      match: what is made equal: "parameters", or "flops", the multiply-adds of a token in a
-        forward pass over a sequence of `seq_len`.
-      baseline: the point to equal; None means the first of `points`.
-      seq_len: `config.data.seq_len`; "flops" needs it.
-      num_ids: ids of the tokenizer, which count where points change the width of the model.
+      match: what to make equal: "parameters", or "flops", the multiply-adds per token of a forward
+        pass over a sequence of `seq_len` tokens.
+      baseline: the point to match; None means the first of `points`.
+      seq_len: `config.data.seq_len`, required for "flops".
+      num_ids: number of ids of the tokenizer; it matters if points change the model width.
 
     Raises:
-      UserError: unknown `match`, "flops" without a length, or a point that even the narrowest
-        feed-forward leaves larger than the baseline.
+      UserError: `match` is unknown, "flops" comes without `seq_len`, or a point is larger than the
+        baseline even with the narrowest feed-forward.
     """
     if match not in MATCHES:
-        raise UserError(f"equal_params: match={match!r} is none of {among(match, MATCHES)}")
+        raise UserError(f"equal_params: match={match!r} is not one of {among(match, MATCHES)}")
     if match == "flops" and seq_len is None:
         raise UserError(
-            "equal_params: the multiply-adds of a token depend on the length of a sequence: give"
+            "equal_params: the multiply-adds per token depend on the sequence length: set"
             " seq_len=config.data.seq_len"
         )
     length = seq_len or dict(model).get("max_length") or 1
@@ -181,7 +191,7 @@ def _model_of(point: dict, model: Mapping) -> Model:
 
 
 def _widened(point: dict, spec: ModelSpec, cost: Callable[[dict], int], target: int) -> dict:
-    """A point with the feed-forward that brings its cost nearest to the target."""
+    """Returns a point with the feed-forward width that brings its cost nearest to the target."""
 
     def with_width(count: int) -> dict:
         return point | {"model.mlp_ratio": D_FF_MULTIPLE * count / spec.d_model}
@@ -190,8 +200,8 @@ def _widened(point: dict, spec: ModelSpec, cost: Callable[[dict], int], target: 
     first = bisect.bisect_left(counts, target, key=lambda count: cost(with_width(count)))
     if first == 0 and cost(with_width(1)) > target:
         raise UserError(
-            f"equal_params: the point {label(point)!r} is larger than the baseline with the"
-            " narrowest feed-forward: leave the point out, or choose a larger baseline"
+            f"equal_params: even with the narrowest feed-forward the point {label(point)!r} is"
+            " larger than the baseline: leave the point out, or choose a larger baseline"
         )
     near = [with_width(count) for count in (first, first + 1) if count >= 1]
     nearest = min(near, key=lambda other: abs(cost(other) - target))
@@ -203,17 +213,17 @@ def _widened(point: dict, spec: ModelSpec, cost: Callable[[dict], int], target: 
 
 
 def tuned(field: str, values: Iterable, seeds: int | Iterable[int]) -> dict:
-    """Returns what `config.study.tuned` takes: every point is compared at its own best value.
+    """Returns the value of `config.study.tuned`: each point is compared at its own best value.
 
-    The study first trains every point with every value on seeds of their own, then every point with
-    the value of its best mean score on the seeds that are compared (see
+    The study first trains every point with every value, on tuning seeds. Then it trains every point
+    with the value of the best mean score, on the seeds that are compared (see
     `qkvjax.studies.tuning`).
 
     Args:
-      field: such as "optimizer.learning_rate"; no point sets it.
-      values: what is tried, numbers or texts.
-      seeds: how many seeds tune, from `config.seed` + 100 on; or these seeds themselves, of which
-        none may be compared.
+      field: such as "optimizer.learning_rate"; no point may set it.
+      values: numbers or texts to try.
+      seeds: number of tuning seeds, which then start at `config.seed` + 100; or a list of seeds,
+        none of which may be compared.
     """
     return {
         "field": field,
@@ -233,15 +243,21 @@ def last_part(field: str) -> str:
 
 
 def by_setting(values: Mapping[str, object]) -> dict:
-    """Returns the value of a field that differs by setting: half of the heads of each size, say.
+    """Returns a value for a point's field that differs from setting to setting.
 
-    {"label": "GQA half", "model.num_kv_heads": by_setting({"small": 1, "large": 4})}
+    For example half of the heads of each model size:
+
+        {"label": "GQA half", "model.num_kv_heads": by_setting({"small": 1, "large": 4})}
     """
     return {"by_setting": dict(values)}
 
 
 def overrides_of(point: dict) -> dict:
-    """Returns {"overrides": its fields}, and under "by_setting" those that differ by setting."""
+    """Returns a point as study.json has it.
+
+    "overrides" has the fields with one value. "by_setting", if there are any, has those whose
+    value differs from setting to setting.
+    """
     fields = {field: value for field, value in point.items() if field != "label"}
     differing = {field: value["by_setting"] for field, value in fields.items() if _differs(value)}
     same = {field: value for field, value in fields.items() if field not in differing}
@@ -249,7 +265,7 @@ def overrides_of(point: dict) -> dict:
 
 
 def in_setting(point: dict, setting: str) -> dict:
-    """Returns a point with its values in one setting.
+    """Returns a point with the values that it has in one setting.
 
     Raises:
       UserError: a field has no value for this setting.
@@ -260,32 +276,35 @@ def in_setting(point: dict, setting: str) -> dict:
 def _value_in(field: str, value: object, setting: str) -> object:
     if not _differs(value):
         return value
-    known = value["by_setting"]
-    if setting not in known:
+    values = value["by_setting"]
+    if setting not in values:
         raise UserError(
             f"{field} has no value for the setting {setting!r}: it has one for"
-            f" {among(setting, known)}"
+            f" {among(setting, values)}"
         )
-    return known[setting]
+    return values[setting]
 
 
 def _differs(value: object) -> bool:
-    """Whether a point's value is made by `by_setting`."""
+    """Returns whether a field's value was made by `by_setting`."""
     return isinstance(value, dict) and value.keys() == {"by_setting"}
 
 
 def _merge(points: Iterable[dict]) -> dict:
+    """Returns one point with the fields of all."""
     merged: dict = {}
     for point in points:
         twice = merged.keys() & point.keys()
         if twice:
-            raise UserError(f"{sorted(twice)[0]} stands on two axes of the grid")
+            raise UserError(
+                f"{sorted(twice)[0]} is on two axes of the grid: remove it from one of them"
+            )
         merged |= point
     return merged
 
 
 def label(point: dict) -> str:
-    """The point's name in tables: the sharing as reports write it, then other fields."""
+    """Returns the name of a point in tables, such as "Q-K=V num_kv_heads=2"."""
     if "label" in point:
         return point["label"]
     parts = [
@@ -296,11 +315,11 @@ def label(point: dict) -> str:
 
 
 def slug(text: str) -> str:
-    """A label as a folder's name."""
+    """Returns a label as the name of a folder."""
     return re.sub(r"[^a-z0-9._=-]+", "-", text.lower()).strip("-.=") or "run"
 
 
 def identity_hash(identity: dict) -> str:
-    """12 hex digits of the fields that fix a run."""
+    """Returns 12 hex digits that stand for the fields that fix a run."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

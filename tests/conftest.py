@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(items):
 # be compiled well, which takes a quarter of the time.
 QUICKLY_COMPILED = {
     "attention",
+    "docs",
     "evaluation",
     "generation",
     "interop",
@@ -171,9 +172,9 @@ def programs_kept_in():
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Lets the scheduler of a study train its runs in this process, and measure nothing."""
+    """Lets a study train its runs in this process, and measure nothing."""
     from qkvjax.commands import study as door
-    from qkvjax.studies import scheduler
+    from qkvjax.studies import measurements, processes
 
     class Finished:
         def __init__(self, code):
@@ -182,9 +183,9 @@ def in_process(monkeypatch):
         def poll(self):
             return self.returncode
 
-    def start(study, task, arguments, core, environment):
+    def start_run(study, task, arguments, slot):
         return Finished(door.main(["qkvjax study", *arguments, f"--point={task.number}"]))
 
-    monkeypatch.setattr(scheduler, "_start", start)
-    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
-    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "start_run", start_run)
+    monkeypatch.setattr(measurements, "read_or_measure", lambda *arguments: {})
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)

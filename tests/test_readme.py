@@ -1,4 +1,4 @@
-"""Every command of the README is run, made small by further flags."""
+"""Every command of the README is run, made small by further flags, and its Python after them."""
 
 import json
 import re
@@ -15,12 +15,18 @@ from qkvjax.commands import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
+HOW_TO = [
+    (ROOT / "docs/how_to" / name).read_text() for name in ("export.md", "memory.md", "plan.md")
 ]
+
+
+def commands_of(page):
+    """The lines of a page's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = commands_of(README)
 DOORS = [command for command in COMMANDS if command.startswith("qkvjax ")]
 SMALL = {
     "train": [
@@ -59,7 +65,7 @@ SMALL = {
 def test_the_readme_has_commands_of_every_door():
     assert {shlex.split(command)[1] for command in DOORS} == set(cli.DOORS)
     others = [command for command in COMMANDS if command not in DOORS]
-    assert others == ["bash launch/quickstart.sh", "bash launch/test.sh"]
+    assert others == ["pip install -e ."]
 
 
 def test_the_commands_in_order(tmp_path, monkeypatch, capfd):
@@ -85,18 +91,24 @@ def test_the_commands_in_order(tmp_path, monkeypatch, capfd):
     }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     gguf_file.write(tmp_path / "model.gguf")
-    for command in DOORS:
+    more = [command for page in HOW_TO for command in commands_of(page)]
+    more = [command for command in more if command.startswith("qkvjax ") and "v5e" not in command]
+    more = [command for command in more if command not in DOORS]
+    for command in [*DOORS, *more, "qkvjax evaluate --workdir=runs/tied --verify"]:
         argv = shlex.split(command)
-        as_it_is = "--list" in argv and "quickstart" not in command  # nothing is trained
-        argv += [] if as_it_is else SMALL[argv[1]]
+        argv += SMALL[argv[1]]
         if "--topology" in command:  # more devices than this process has
             argv += ["--config.model.d_model=32", "--config.data.seq_len=16"]
             code = subprocess.run([sys.executable, "-m", "qkvjax", *argv[1:]]).returncode
         else:
             code = cli.main(argv)
         assert code == 0, (command, capfd.readouterr().err)
-    assert (tmp_path / "runs/study/report.html").exists()
+    assert (tmp_path / "runs/quickstart/report.html").exists()
     assert "Q-K=V" in capfd.readouterr().out
+    for page in (README, HOW_TO[0]):
+        code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
+    assert "403072 512" in capfd.readouterr().out
 
 
 def test_its_links_and_pictures_are_there():

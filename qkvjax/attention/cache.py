@@ -165,7 +165,7 @@ def attend(
     first = start if jnp.ndim(start) == 0 else positions[:, 0]
     table = None if table is None else rules.shard_rows_like(table, x)
     onto = functools.partial(_onto_cache, impl=impl or layer.spec.implementation)
-    out, cache = local.on_own_part(
+    out, cache = local.map_shards(
         onto, (q, cache), layer.with_spread_heads(), q, entry, cache, positions, first, table, turns
     )
     return layer.finish(out, positions), cache

@@ -62,7 +62,7 @@ def _as_typed(text: str) -> str:
 def sample(workdir: str, values: flags.FlagValues) -> list[str]:
     """The lines of one model's column: a head, the text, the figures."""
     from qkvjax.attention.spec import sharing_name
-    from qkvjax.generation.decode import continuation, generate, prompt_ids
+    from qkvjax.generation.generate import continuation, generate, prompt_ids
     from qkvjax.generation.serving import serve
     from qkvjax.parallel.mesh import for_generation
     from qkvjax.training.restore import load_model

@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def body(values: flags.FlagValues, arguments: list[str]) -> int:
     from qkvjax.studies.grid import Study
+    from qkvjax.studies.measurements import measure_here
     from qkvjax.studies.point import train_point
-    from qkvjax.studies.scheduler import measure_here, run_all
+    from qkvjax.studies.scheduler import run_all
     from qkvjax.workdir import only_one, open_workdir
 
     study = Study(values.config, open_workdir(values.workdir))

@@ -25,7 +25,7 @@ from absl import flags
 
 from qkvjax.commands import cli
 from qkvjax.config import resolve
-from qkvjax.parallel import distributed, host
+from qkvjax.parallel import distributed, host, job
 
 FLAGS = {
     "workdir": (str, None, "where the run is kept"),
@@ -42,7 +42,7 @@ FLAGS = {
         "FIRST,STOP: steps FIRST to STOP - 1 leave a trace for xprof in WORKDIR/profile",
     ),
     **cli.ATTENTION,
-    **distributed.FLAGS,
+    **job.FLAGS,
 }
 
 
@@ -62,7 +62,7 @@ def body(values: flags.FlagValues) -> int:
     profile_steps = parse_profile_steps(values.profile_steps)
     host.keep_freed_memory()  # before jax starts
     with (
-        distributed.job(values),
+        job.join(values),
         watchdog(values.stall_seconds, start=values.init_seconds) as alive,
     ):
         _train_in(values.workdir, config, alive=alive, profile_steps=profile_steps)

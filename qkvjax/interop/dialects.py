@@ -1,7 +1,7 @@
-"""Rewrites files whose keys need more than another name into the keys that `blocks` reads.
+"""Translates files that need more than other names for keys into the keys that `blocks` reads.
 
-Each function takes the parsed values of a file and returns them with standard keys added. What a
-file does not say is left to the defaults of its configuration class, repeated here.
+Each function takes the parsed values of a file and returns them with standard keys added. Values
+that a file leaves out are the defaults of its configuration class in `transformers`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ def _part(values: Mapping, name: str) -> Mapping:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{name!r} must be an object of keys, and is {repr(value)[:40]}")
+        raise UserError(f"{name!r} must be a JSON object, and is {repr(value)[:40]}")
     return value
 
 
 def falcon(values: Mapping) -> Mapping:
-    """Returns Falcon's three kinds: multi-query (7B), grouped (40B, 180B, 11B) and plain (RW)."""
+    """Translates Falcon: multi-query (7B), grouped (40B, 180B, 11B) or one K and V a head (RW)."""
     heads = values.get("num_attention_heads", values.get("n_head"))
-    # The first files of 40B have no such switch, but a key that only they have.
+    # The first files of 40B lack this switch; `n_head_kv` is a key that only they have.
     grouped = values.get("new_decoder_architecture", values.get("n_head_kv") is not None)
     norms = values.get("num_ln_in_parallel_attn")
     if norms is None and grouped:
@@ -43,21 +43,21 @@ def falcon(values: Mapping) -> Mapping:
 
 
 def gpt_bigcode(values: Mapping) -> Mapping:
-    """Returns GPTBigCode with its one key-value head, or as many as query heads."""
+    """Translates GPTBigCode, which has one key-value head or as many as query heads."""
     heads = values.get("n_head", values.get("num_attention_heads"))
     return dict(values) | {"num_key_value_heads": 1 if values.get("multi_query", True) else heads}
 
 
 def mpt(values: Mapping) -> Mapping:
-    """Returns MPT with the keys of `attn_config` beside the others."""
+    """Translates MPT, whose attention keys are in the object `attn_config`."""
     attention = _part(values, "attn_config")
     heads = values.get("n_heads")
     kv_heads = attention.get("kv_n_heads") or heads
     if attention.get("attn_type") == "multiquery_attention":
         kv_heads = 1
-    # Learned positions are what remains where neither ALiBi nor RoPE is on.
-    learned = values.get("learned_pos_emb", True)
-    learned = learned and not attention.get("alibi", True) and not attention.get("rope")
+    # Positions are learned only if neither ALiBi nor RoPE is on.
+    other_positions = attention.get("alibi", True) or attention.get("rope")
+    learned = values.get("learned_pos_emb", True) and not other_positions
     return dict(values) | {
         "num_key_value_heads": kv_heads,
         "feed_forward_times": values.get("expansion_ratio", 4),
@@ -69,7 +69,7 @@ def mpt(values: Mapping) -> Mapping:
 
 
 def dbrx(values: Mapping) -> Mapping:
-    """Returns DBRX with the keys of `attn_config` and `ffn_config` beside the others."""
+    """Translates DBRX, whose keys are in the objects `attn_config` and `ffn_config`."""
     attention = _part(values, "attn_config")
     feed_forward = _part(values, "ffn_config")
     return dict(values) | {
@@ -81,7 +81,7 @@ def dbrx(values: Mapping) -> Mapping:
 
 
 def gpt_neo(values: Mapping) -> Mapping:
-    """Returns GPT-Neo with `attention_types` written out as `layer_types`."""
+    """Translates GPT-Neo: expands the patterns of `attention_types` to `layer_types`."""
     kinds = {"global": "full_attention", "local": "sliding_attention"}
     types = []
     try:
@@ -89,7 +89,7 @@ def gpt_neo(values: Mapping) -> Mapping:
             types += [kinds[name] for name in pattern] * times
     except (TypeError, ValueError, KeyError):
         raise UserError(
-            "'attention_types' must be a list as [[['global', 'local'], 12]], and is"
+            "'attention_types' must be a list such as [[['global', 'local'], 12]], and is"
             f" {repr(values['attention_types'])[:40]}"
         ) from None
     window = values.get("window_size", 256)
@@ -97,7 +97,7 @@ def gpt_neo(values: Mapping) -> Mapping:
 
 
 def chatglm(values: Mapping) -> Mapping:
-    """Returns ChatGLM 2 and 3 and GLM-4's first files, of which some have groups of heads."""
+    """Translates ChatGLM 2 and 3 and the first files of GLM-4; some have grouped heads."""
     heads = values.get("num_attention_heads")
     grouped = values.get("multi_query_attention", False)
     return dict(values) | {
@@ -107,21 +107,22 @@ def chatglm(values: Mapping) -> Mapping:
 
 
 def qwen1(values: Mapping) -> Mapping:
-    """Returns the first Qwen, whose `intermediate_size` counts both halves of the gated pair."""
-    both = values.get("intermediate_size")
-    halved = both // 2 if isinstance(both, int) else both
-    return dict(values) | {"intermediate_size": halved, "biased": not values.get("no_bias", True)}
+    """Translates the first Qwen, whose `intermediate_size` is the sum of gate and up widths."""
+    width = values.get("intermediate_size")
+    if isinstance(width, int):
+        width //= 2
+    return dict(values) | {"intermediate_size": width, "biased": not values.get("no_bias", True)}
 
 
 def opt(values: Mapping) -> Mapping:
-    """Returns OPT; 350M has its norms after the blocks and none at the end."""
+    """Translates OPT; the 350M model has its norms after the blocks, and no final norm."""
     before = values.get("do_layer_norm_before", True)
     final = before and not values.get("_remove_final_layer_norm", False)
     return dict(values) | {"has_final_norm": final}
 
 
 def hunyuan_moe(values: Mapping) -> Mapping:
-    """Returns Hunyuan MoE with lists of equal entries as their one value."""
+    """Translates Hunyuan MoE: a list of equal entries becomes one number."""
     changed = dict(values)
     for name in ("moe_topk", "num_experts", "moe_intermediate_size", "num_shared_expert"):
         value = values.get(name)
@@ -131,7 +132,7 @@ def hunyuan_moe(values: Mapping) -> Mapping:
 
 
 def exaone4(values: Mapping) -> Mapping:
-    """Returns EXAONE 4 with a pattern of letters ("LLLG") as the number that it stands for."""
+    """Translates EXAONE 4: the pattern "LLLG" of layers becomes the number 4."""
     pattern = values.get("sliding_window_pattern")
     regular = isinstance(pattern, str) and pattern == "L" * (len(pattern) - 1) + "G"
     return dict(values) | ({"sliding_window_pattern": len(pattern)} if regular else {})

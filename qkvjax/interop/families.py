@@ -1,7 +1,6 @@
-"""What the `model_type` of a published file means beyond its keys: the form of a family.
+"""The form of the entries in `family_table`: what a `model_type` implies that no key says.
 
-The facts stand in `family_table`; they follow the public modelling code of `transformers`, and
-of models that come with remote code.
+The facts follow the public modelling code of `transformers` and of models with remote code.
 
 Letters: D model width, N query heads, K key-value heads, H head width, F feed-forward width,
 E experts.
@@ -15,25 +14,25 @@ from collections.abc import Callable, Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Which keys describe the experts of a family, and what a block of experts has besides.
+    """Keys that describe the experts of a family, and what a layer with experts has besides.
 
     Attributes:
       count: key of E.
-      used: key of the experts that one token uses.
+      used: key of the number of experts per token.
       width: key of F of an expert.
       dense_width: key of F of a layer without experts.
       layers: which layers have experts: "all", "step" (`decoder_sparse_step`,
         `mlp_only_layers`), "first" (all after `first_k_dense_replace`), "listed" (`moe_layers`,
-        `interleave_moe_layer_step`) or "range" (`moe_layer_start_index` and so on). A file's
-        `mlp_layer_types` decides before all of these.
-      shared_width: key of F of an expert that every token uses.
-      shared_count: key of the number of such experts of an expert's F.
-      shared_gate: a gate of D numbers for the shared expert.
-      router_bias: one learned number an expert beside the router's matrix.
-      biased: experts with biases.
-      norms: norms of width D that only layers with experts have.
-      router_scales: D + E learned scales of the router (Gemma 4).
-      beside_dense: whether the dense feed-forward stands beside the experts (Gemma 4).
+        `interleave_moe_layer_step`) or "range" (`moe_layer_start_index` and so on). If a file has
+        `mlp_layer_types`, that decides instead.
+      shared_width: key of F of an expert that every token uses; "" if there is none.
+      shared_count: key of the number of such experts, if each is as wide as the others.
+      shared_gate: whether the shared expert has a gate of D numbers.
+      router_bias: whether the router has a bias, one number per expert.
+      biased: whether experts have biases.
+      norms: number of norms of width D that only layers with experts have.
+      router_scales: whether the router has D + E learned scales (Gemma 4).
+      beside_dense: whether the layer has a dense feed-forward too (Gemma 4).
     """
 
     count: str = "num_experts"
@@ -53,42 +52,46 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture. A `bool | str` is a yes, a no, or the key of the file that says which.
+    """One architecture. A field `bool | str` is True, False, or the key of the file that decides.
 
     Attributes:
-      names: the file's names of a key, in the order in which they are looked for.
-      defaults: of the configuration class, for keys that published files leave out.
-      standard: rewrites the file's values into standard keys, where names are not enough.
+      names: standard key -> the names that files have for it, most important first.
+      defaults: values of the configuration class for keys that files may leave out.
+      standard: translates the values of a file into standard keys, if other names are not enough.
       latent: whether attention is multi-head latent attention.
-      grouped: whether the file's `num_key_value_heads` counts; else K = N.
-      gated: three feed-forward matrices instead of two.
-      qkv_bias, out_bias, mlp_bias, head_bias: biases of the projections to queries, keys and
-        values, of the output projection, of the feed-forward, of the output head.
-      qk_norm: a norm with one gain of H numbers for all query heads and one for all key heads.
+      grouped: whether `num_key_value_heads` applies; if not, K = N.
+      gated: whether the feed-forward has three matrices instead of two.
+      qkv_bias: whether the projections to queries, keys and values have biases.
+      out_bias: whether the output projection has a bias.
+      mlp_bias: whether the feed-forward has biases.
+      head_bias: whether the output head has a bias.
+      qk_norm: whether queries and keys have norms with gains of H numbers each.
       wide_qk_norm: the same with gains of N H and K H numbers.
-      qk_norm_bias: that norm has a bias too.
-      norms: norms of width D in a block; `parallel` is a key that makes it one fewer.
-      norm_numbers: learned numbers a channel of such a norm: 1, 2 with a bias, 0 without gain.
-      final_norm: a norm before the output head.
-      embedding_norm: a norm after the embedding.
-      tied: whether head and embedding are one table when the file does not say.
-      positions: None, or how many rows the table of learned positions has beyond the maximum.
+      qk_norm_bias: whether these norms have biases.
+      norms: number of norms of width D in a layer.
+      parallel: key of the switch for parallel attention and feed-forward, which is one norm fewer.
+      norm_numbers: learned numbers per channel of a norm: 1, 2 with a bias, 0 without gain.
+      final_norm: whether there is a norm before the output head.
+      embedding_norm: whether there is a norm after the embedding.
+      tied: whether head and embedding are one table if the file does not say.
+      positions: extra rows of the table of learned positions; None if there is no table.
       rope: whether queries and keys are rotated.
-      windows: which layers `sliding_window` binds when the file has no `layer_types`: "none",
-        "all", "qwen" (behind `use_sliding_window`), "late" (from `max_window_layers` on),
-        "pattern" (all but every n-th), "no_rope" (layers without RoPE) or "chunked" (layers
-        with RoPE, by `attention_chunk_size`).
-      feed_forward_times: F / D where the file has no F.
-      experts: None for a family without.
-      sinks: a learned number a query head.
-      per_layer_inputs: an embedding of every layer (`hidden_size_per_layer_input`).
-      wide_globals: layers without a window have `global_head_dim`, and K = V where
-        `attention_k_eq_v` says so (Gemma 4).
-      attention_gate: a matrix [D, N H] that gates the output of attention.
-      sub_norms: norms before the output projection and before the last feed-forward matrix.
-      activation_params: learned numbers of the activation function.
-      kinds: what is special in this family and is counted, of `recognise.KINDS`.
-      classes: names of its model class, besides that made of the `model_type`.
+      windows: which layers `sliding_window` applies to if the file has no `layer_types`: "none",
+        "all", "qwen" (the same as "late", if `use_sliding_window`), "late" (from
+        `max_window_layers` on), "pattern" (all but every n-th), "no_rope" (layers without RoPE) or
+        "chunked" (layers with RoPE, with `attention_chunk_size`).
+      feed_forward_times: F / D if the file has no F.
+      experts: None for a family without experts.
+      sinks: whether each query head has a learned sink.
+      per_layer_inputs: whether each layer has an embedding (`hidden_size_per_layer_input`).
+      wide_globals: whether layers without a window have `global_head_dim`, and K = V if
+        `attention_k_eq_v` is true (Gemma 4).
+      attention_gate: whether a matrix [D, N H] gates the output of attention.
+      sub_norms: whether there are norms before the output projection and before the last
+        feed-forward matrix.
+      activation_params: number of learned numbers of the activation function.
+      kinds: names of entries of `recognise.KINDS` that this family is counted with.
+      classes: names of its model class that cannot be derived from the `model_type`.
     """
 
     names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""The architectures whose parameters and caches `plan --model` counts exactly, as data.
+"""The table of architectures whose parameters and caches `plan --model` counts exactly.
 
-Those with LayerNorm and feed-forwards of two matrices, after GPT-2, stand in `family_table_gpt`;
-those with latent attention or DeepSeek's experts in `family_table_deepseek`.
+Two more files have parts of it: `family_table_gpt` those after GPT-2 (LayerNorm, feed-forwards of
+two matrices), `family_table_deepseek` those with latent attention or DeepSeek's experts.
 
-Facts of the public modelling code of `transformers` (5.24), and of models that come with
-remote code: baichuan, chatglm, deepseek, internlm, minicpm, qwen.
+Source: the public modelling code of `transformers` (5.24), and of models with remote code:
+baichuan, chatglm, deepseek, internlm, minicpm, qwen.
 """
 
 from __future__ import annotations
@@ -307,7 +307,8 @@ _OTHERS = {
 }
 FAMILIES = GPT_FAMILIES | DEEPSEEK_FAMILIES | _OTHERS
 
-# Other names of the same architectures; of files whose `text_config` names none.
+# Other values of `model_type` for the same architectures. Some are of the whole file, where its
+# `text_config` has no `model_type`.
 SAME = {
     "Yi": "llama",
     "aquila": "llama",
@@ -332,7 +333,7 @@ SAME = {
     "stablelm_epoch": "stablelm",
 }
 
-# A `text_config` lists only what differs from the defaults of its class.
+# A `text_config` has only the keys that differ from the defaults of its class.
 NESTED_DEFAULTS = {
     "llama": {
         "hidden_size": 4096,

@@ -1,6 +1,6 @@
-"""The architectures after DeepSeek: latent attention, or experts of which some serve every token.
+"""The architectures after DeepSeek: latent attention, or experts that every token uses.
 
-Facts of the public modelling code of `transformers` (5.24), and of DeepSeek-MoE's remote code.
+Source: the public modelling code of `transformers` (5.24), and the remote code of DeepSeek-MoE.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The older architectures, after GPT-2: LayerNorm with bias, feed-forwards of two matrices.
 
-Facts of the public modelling code of `transformers` (5.24); MPT's also of llm-foundry.
+Source: the public modelling code of `transformers` (5.24), and llm-foundry for MPT.
 """
 
 from __future__ import annotations

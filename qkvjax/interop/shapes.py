@@ -1,4 +1,4 @@
-"""A published decoder in our words: its shapes and what they cost, no weights, no jax.
+"""A published decoder by its shapes, and what they cost; without weights and without jax.
 
 Letters: D model width, N query heads, K key-value heads, H head width, L layers, E experts.
 """
@@ -22,7 +22,16 @@ def matrix_params(spec: Spec) -> int:
 
 
 def cache_reads(spec: Spec, dtype: str, layout: str | None) -> list[tuple[int, int | None]]:
-    """Returns what a decoding step reads of a layer's cache: (bytes a token, most tokens)."""
+    """Returns what a decoding step reads of a layer's cache.
+
+    A pair for each cached tensor: bytes per token, and the most tokens that are read (None means
+    all).
+
+    Args:
+      spec: the attention of the layer.
+      dtype: of the cache.
+      layout: of the cache, "kv" or "shared"; None means that of the sharing.
+    """
     if isinstance(spec, LatentSpec):
         return spec.reads(dtype)
     return [(spec.cache_bytes_per_token(dtype, layout), spec.window)]
@@ -33,19 +42,20 @@ class Layer:
     """One block of a published model.
 
     Attributes:
-      attention: the variant; its `sharing` and `num_kv_heads` are what `plan` changes.
+      attention: the variant; `plan` changes its `sharing` and `num_kv_heads`.
       dense_params: learned numbers outside attention and experts.
-      dense_macs: multiply-adds a token costs there.
-      ffn_macs: of them, in the feed-forward that every token passes.
-      shared_macs: of them, in the experts that every token uses.
+      dense_macs: multiply-adds per token outside attention and experts.
+      ffn_macs: the part of `dense_macs` in the dense feed-forward.
+      shared_macs: the part of `dense_macs` in experts that every token uses.
       num_experts: E; 0 for a dense layer.
-      experts_per_token: how many of them one token uses.
+      experts_per_token: how many of the experts one token uses.
       expert_params: learned numbers of one expert.
-      expert_macs: multiply-adds a token costs in one expert.
+      expert_macs: multiply-adds per token in one expert.
       reuses_cache: whether K and V come from an earlier layer (`num_kv_shared_layers`).
-      role_norm_params: of a norm, for all query heads, and again for all key heads.
-      head_norm_params: of a norm, for each query head and each key-value head.
-      widths: bytes of a number of each part in a quantised file.
+      role_norm_params: learned numbers of a norm for all query heads together, and as many again
+        for all key heads.
+      head_norm_params: learned numbers of a norm for each query head and each key-value head.
+      widths: bytes per number of each part in a quantised file; None if it is not quantised.
     """
 
     attention: Spec
@@ -64,7 +74,7 @@ class Layer:
 
     @property
     def _absent_width(self) -> int:
-        """Width of the K and V projections that a layer with a borrowed cache lacks."""
+        """Width of the K and V projections that a layer without a cache of its own lacks."""
         spec = self.attention
         if not self.reuses_cache:
             return 0
@@ -72,7 +82,7 @@ class Layer:
         return blocks * spec.num_kv_heads * spec.head_dim
 
     def _norms_beside(self) -> int:
-        """Learned numbers of norms of queries and keys that `AttentionSpec` does not know."""
+        """Learned numbers of query and key norms that `AttentionSpec` does not count."""
         if not self.role_norm_params and not self.head_norm_params:
             return 0
         spec = self.attention
@@ -82,7 +92,7 @@ class Layer:
         return roles * self.role_norm_params + heads * self.head_norm_params
 
     def params(self, experts: float) -> float:
-        """Learned numbers with `experts` of the experts counted."""
+        """Learned numbers of the layer with `experts` of its experts, which may be a mean."""
         spec = self.attention
         absent = self._absent_width * spec.d_model
         if self.reuses_cache and spec.qk_norm:
@@ -91,7 +101,12 @@ class Layer:
         return attention + self.dense_params + experts * self.expert_params
 
     def weight_bytes(self, experts: float, size: int | None) -> float:
-        """Bytes of the same: `size` a number, or None for those of the quantised file."""
+        """Bytes of these numbers.
+
+        Args:
+          experts: how many experts to count.
+          size: bytes per number; None means those of the quantised file.
+        """
         if size is not None or self.widths is None:
             return self.params(experts) * (2 if size is None else size)
         widths = self.widths
@@ -107,7 +122,7 @@ class Layer:
         return rest * widths.rest + sum(count * width for count, width in parts)
 
     def forward_macs(self, length: int) -> int:
-        """Multiply-adds of one sequence, all length^2 pairs or the window's band counted."""
+        """Multiply-adds of a sequence of `length` tokens, with all pairs inside the window."""
         spec = self.attention
         token = self.dense_macs + self.experts_per_token * self.expert_macs
         token -= self._absent_width * spec.d_model
@@ -119,21 +134,20 @@ class Model:
     """A published decoder.
 
     Attributes:
-      model_type: as the file says.
-      layers: one a block.
-      table_params: tables of which a token reads one row.
-      other_params: what every token reads besides the layers: the head (or the tied table)
-        and the last norm.
-      other_macs: multiply-adds a token costs there.
-      max_length: positions the model was made for; None where the file does not say.
-      learned_positions: whether longer sequences are impossible.
-      notes: what a reader must know about the counts, a sentence each.
-      estimate: why the counts are not exact; None where they are.
-      part: what is counted where the file describes more, such as a vision tower; else None.
-      quantization: how the file stores the weights; None for all alike.
-      head_bytes: bytes of a number of the output head of a quantised file, where it is not the
-        embedding.
-      head_params: learned numbers of that head; 0 where it is the embedding.
+      model_type: as the file has it.
+      layers: every layer of the model.
+      table_params: learned numbers of tables of which a token reads one row.
+      other_params: learned numbers outside the layers that every token reads: the head (or the
+        tied table) and the last norm.
+      other_macs: multiply-adds per token outside the layers.
+      max_length: positions that the model was made for; None if the file does not say.
+      learned_positions: whether positions are a table, so that longer sequences are impossible.
+      notes: sentences that a reader of the counts must know.
+      estimate: why the counts are not exact; None if they are.
+      part: which part is counted if the file describes more, such as a vision tower; else None.
+      quantization: how the file stores the weights; None if it is not quantised.
+      head_bytes: bytes per number of the output head, if it is not the embedding.
+      head_params: learned numbers of that head; 0 if it is the embedding.
     """
 
     model_type: str
@@ -152,7 +166,7 @@ class Model:
 
     @property
     def exact(self) -> bool:
-        """Whether the parameters and the cache are those of the architecture, to the digit."""
+        """Whether parameters and cache are counted exactly, and not estimated."""
         return self.estimate is None
 
     @property
@@ -163,7 +177,7 @@ class Model:
 
     @property
     def active_params(self) -> int:
-        """The same, with only the experts that one token uses."""
+        """Learned numbers of the model with only the experts that one token uses."""
         inside = sum(layer.params(layer.experts_per_token) for layer in self.layers)
         return self.table_params + self.other_params + inside
 
@@ -177,7 +191,7 @@ class Model:
         return float(self.other_params) + inside
 
     def weight_bytes(self, size: int | None) -> float:
-        """Bytes of all weights: `size` a number, or None for those of the quantised file."""
+        """Bytes of all weights with `size` bytes per number; None means as the file stores them."""
         inside = sum(layer.weight_bytes(layer.num_experts, size) for layer in self.layers)
         tables = self.table_params * (2 if size is None else size)
         return tables + self._other_bytes(size) + inside
@@ -198,7 +212,7 @@ class Model:
         return inside + length * self.other_macs
 
     def with_attention(self, specs: tuple[Spec, ...]) -> Model:
-        """The same model with other attention layers."""
+        """Returns the same model with other attention, one spec per layer."""
         layers = zip(self.layers, specs)
         return dataclasses.replace(
             self, layers=tuple(dataclasses.replace(layer, attention=s) for layer, s in layers)
@@ -206,5 +220,6 @@ class Model:
 
 
 def _experts_read(layer: Layer, batch: int) -> float:
+    """Returns the mean number of experts that `batch` tokens use with uniform routing."""
     e = layer.num_experts
     return e * (1 - (1 - layer.experts_per_token / e) ** batch) if e else 0

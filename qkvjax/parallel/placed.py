@@ -1,4 +1,4 @@
-"""Over which mesh, and how, the arrays of a tree lie."""
+"""On which mesh the arrays of a tree are, and what they take there."""
 
 from __future__ import annotations
 
@@ -12,42 +12,48 @@ from qkvjax.parallel.rules import has_mesh
 
 
 def mesh_of(tree) -> jax.sharding.Mesh | None:
-    """The mesh over which the arrays of a tree lie; None where they lie on one device."""
+    """Returns the mesh of the arrays of a tree; None where they are on one device."""
     for leaf in jax.tree.leaves(tree):
-        place = getattr(leaf, "sharding", None)
-        if isinstance(place, NamedSharding):
-            return place.mesh
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            return sharding.mesh
     return None
 
 
 def on_mesh_of(tree) -> contextlib.AbstractContextManager:
-    """`jax.set_mesh` of the mesh over which the arrays of a tree lie, for a `with` statement."""
+    """Returns a context in which the mesh of a tree's arrays is in force, if none is yet."""
     mesh = None if has_mesh() else mesh_of(tree)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def use_mesh_of(tree) -> None:
-    """Puts the mesh over which the arrays of a tree lie in force until another one is, if there
-    is one."""
+    """Puts the mesh of a tree's arrays in force until another one is; without one does nothing."""
     mesh = mesh_of(tree)
     if mesh is not None:
         jax.set_mesh(mesh)
 
 
 def allocated_bytes(array) -> int:
-    """Bytes that an array, or a ShapeDtypeStruct, takes on all devices of the mesh over which it
-    lies; copies count."""
-    shape, place = array.shape, getattr(array, "sharding", None)
-    if not isinstance(place, NamedSharding):
-        return math.prod(shape) * array.dtype.itemsize
-    return math.prod(place.shard_shape(shape)) * array.dtype.itemsize * place.mesh.size
+    """Returns the bytes of an array or a ShapeDtypeStruct on all devices of its mesh together.
+
+    An array that is whole on each of two devices counts twice.
+    """
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return math.prod(array.shape) * array.dtype.itemsize
+    shard_bytes = math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return shard_bytes * sharding.mesh.size
 
 
 def on_devices_of(mesh: jax.sharding.Mesh, tree):
-    """What `jax.eval_shape` gave under a mesh, as ShapeDtypeStructs over the mesh's devices."""
+    """Returns ShapeDtypeStructs on the devices of `mesh`.
+
+    Args:
+      tree: the result of `jax.eval_shape` under this mesh; its shardings name axes and no devices.
+    """
 
     def place(leaf):
-        where = NamedSharding(mesh, leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, tree)

@@ -1,4 +1,5 @@
-"""The answer in plain words, computed from the intervals and never stronger than they are."""
+"""The answer of a study in plain words, computed from its intervals and never stronger than they
+are."""
 
 from __future__ import annotations
 
@@ -12,11 +13,17 @@ from qkvjax.report import literature
 from qkvjax.report.statistics import BETTER, NOT_SHOWN, WORSE
 from qkvjax.report.summary import MARGIN, Summary
 
-_SMALL = 100e6  # parameters below which a study does not stand for the sizes that people deploy
+_SMALL_MODEL = 100e6  # parameters; studies below it do not stand for the sizes that people deploy
+_FRACTIONS = {1 / 2: "half", 1 / 4: "a quarter", 1 / 8: "an eighth", 1 / 16: "a sixteenth"}
 
 
 class Answer(NamedTuple):
-    """A paragraph: what stands out, and the rest."""
+    """A paragraph of the answer.
+
+    Attributes:
+      lead: its first sentence, set in bold; may be empty.
+      text: the rest.
+    """
 
     lead: str
     text: str
@@ -27,133 +34,150 @@ def answer(summary: Summary) -> list[Answer]:
     if math.isnan(summary.base["score"]):
         return [_without_baseline(summary)]
     if not len(summary.compared):
-        return [_alone(summary), *_missing(summary)]
+        return [_without_comparison(summary), *_missing_runs(summary)]
     paragraphs = [
         *_equal_cache(summary),
         *_against_baseline(summary),
         *_ceiling(summary),
         *_test_set(summary),
-        *_missing(summary),
-        *_limits(summary),
+        *_missing_runs(summary),
+        _limits(summary),
     ]
     first = paragraphs[0]
-    if not first.lead:  # the first sentence answers
+    if not first.lead:  # the whole first paragraph is the finding: set it in bold
         paragraphs[0] = Answer(first.text, "")
     return paragraphs
 
 
 def measured_difference(summary: Summary, row: pd.Series) -> str:
-    """Returns "+1.3 % (+0.7 % to +1.9 %)", or without the interval where there is none."""
+    """Returns "+1.3 % (+0.7 % to +1.9 %)", or "+1.3 % (no interval)" where there is none."""
     if row["difference"] == row["low"] == row["high"] == 0:
         return "exactly 0"
-    middle, low, high = (summary.relative(row[name]) for name in ("difference", "low", "high"))
-    span = "no interval" if math.isnan(low) else formats.percent_span(middle, low, high)
-    return f"{formats.percent(middle)} ({span})"
+    middle = summary.relative(row["difference"])
+    low = summary.relative(row["low"])
+    high = summary.relative(row["high"])
+    interval = "no interval" if math.isnan(low) else formats.percent_span(middle, low, high)
+    return f"{formats.percent(middle)} ({interval})"
 
 
-def runs(summary: Summary, count: float) -> str:
-    """Returns what a figure stands on: "3 seeds", or "12 settings"."""
+def count_units(summary: Summary, count: float) -> str:
+    """Returns how many independent observations a figure has: "3 seeds", or "12 settings"."""
     count = int(count)
-    return f"{count:,} {summary.unit}{'s' * (count != 1)}"
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {summary.unit}{plural}"
 
 
 def _without_baseline(summary: Summary) -> Answer:
     if not len(summary.done):
         return Answer("No run has finished, so there is no answer yet.", "")
     lead = f"The baseline {summary.baseline} has no finished run, so nothing can be compared."
-    return Answer(lead, "The scores of the other variants stand in the table below.")
+    return Answer(lead, "The table below has the scores of the other variants.")
 
 
-def _alone(summary: Summary) -> Answer:
-    base = summary.base
+def _without_comparison(summary: Summary) -> Answer:
+    """Returns the baseline's score where no other variant can be compared with it."""
+    baseline = summary.baseline
     metric = summary.metric
-    several = len(summary.variants) > 1
-    why = "no other variant finished a seed that it finished" if several else "it ran alone"
-    text = f"Its {metric.name}: {metric.text(base['score'])}"
-    if not math.isnan(base["score_low"]):
-        text += f" ({formats.span(base['score_low'], base['score_high'], metric.text)})"
-    text += f", over {formats.seeds(int(base['num_runs']))}."
-    return Answer(f"Nothing is compared with {summary.baseline}: {why}.", text)
+    reason = "it is the only variant"
+    if len(summary.variants) > 1:
+        reason = f"no other variant finished a seed that {baseline} finished"
+    text = f"Its {metric.name}: {metric.text(summary.base['score'])}"
+    low = summary.base["score_low"]
+    high = summary.base["score_high"]
+    if not math.isnan(low):
+        text += f" ({formats.span(low, high, metric.text)})"
+    text += f", over {formats.seeds(int(summary.base['num_runs']))}."
+    return Answer(f"Nothing is compared with {baseline}: {reason}.", text)
 
 
 def _equal_cache(summary: Summary) -> list[Answer]:
-    """What is the best use of so many bytes: the variants of one cache size among themselves."""
-    found = []
-    for group in summary.equal_cache():
-        size = group["cache_bytes_per_token"].iloc[0]
-        part = size / summary.base["cache_bytes_per_token"]
-        where = f"With {formats.num_bytes(size)} of cache a token ({_fraction(part)} of"
-        where += f" {summary.baseline}’s)"
-        best = group.index[0]
-        others = group.iloc[1:]
-        worse = others[others["verdict"] == WORSE]
-        alike = others[others["verdict"] != WORSE]
-        gaps = [f"{label}, by {_gap(summary, row)}" for label, row in worse.iterrows()]
-        if not len(worse):
-            names = formats.listed([best, *alike.index])
-            lead = f"{where}, {names} are not told apart by this study."
-            found.append(Answer(lead, f"The best mean is that of {best}."))
-            continue
-        lead = f"{where}, {best} is the best use of these bytes among the variants tried:"
-        lead += f" better than {formats.listed(gaps)}."
-        text = ""
-        if len(alike):
-            lead = f"{where}, {best} has the best mean and is better than {formats.listed(gaps)}."
-            text = f"{formats.listed(list(alike.index))}: not told apart from {best}."
-        found.append(Answer(lead, text))
-    return found
+    """Returns a paragraph for each cache size: which of its variants uses the bytes best."""
+    return [_best_use(summary, group) for group in summary.equal_cache()]
+
+
+def _best_use(summary: Summary, group: pd.DataFrame) -> Answer:
+    """Returns the best of the variants with one cache size.
+
+    Args:
+      group: one of `Summary.equal_cache`, the best variant first.
+    """
+    size = group["cache_bytes_per_token"].iloc[0]
+    fraction = _fraction(size / summary.base["cache_bytes_per_token"])
+    bytes_text = formats.num_bytes(size)
+    start = f"With {bytes_text} of cache per token ({fraction} of {summary.baseline}’s),"
+
+    best = group.index[0]
+    others = group.iloc[1:]
+    worse = others[others["verdict"] == WORSE]
+    undecided = list(others.index[others["verdict"] != WORSE])
+    if not len(worse):
+        names = formats.listed([best, *undecided])
+        lead = f"{start} this study does not separate {names}."
+        return Answer(lead, f"{best} has the best mean score.")
+
+    gaps = formats.listed([f"{label} by {_gap(summary, row)}" for label, row in worse.iterrows()])
+    if undecided:
+        lead = f"{start} {best} has the best mean score and is better than {gaps}."
+        names = formats.listed(undecided)
+        return Answer(lead, f"This study does not separate {best} from {names}.")
+    lead = f"{start} {best} is the best use of these bytes among the variants tried:"
+    return Answer(f"{lead} it is better than {gaps}.", "")
 
 
 def _fraction(part: float) -> str:
-    names = {1 / 2: "half", 1 / 4: "a quarter", 1 / 8: "an eighth", 1 / 16: "a sixteenth"}
-    return names.get(part, formats.percent(part, sign=False))
+    """Returns "a quarter", or a percentage where there is no such word."""
+    return _FRACTIONS.get(part) or formats.percent(part, sign=False)
 
 
 def _gap(summary: Summary, row: pd.Series) -> str:
     """Returns "0.120 bits per byte (0.056 to 0.183)"."""
-    text = summary.metric.text
-    span = formats.span(row["low"], row["high"], text)
-    return f"{text(row['difference'])} {summary.metric.name} ({span})"
+    metric = summary.metric
+    interval = formats.span(row["low"], row["high"], metric.text)
+    return f"{metric.text(row['difference'])} {metric.name} ({interval})"
 
 
 def _against_baseline(summary: Summary) -> list[Answer]:
-    """A sentence for each verdict against the baseline."""
-    base = summary.baseline
+    """Returns a sentence for each verdict against the baseline."""
+    baseline = summary.baseline
     rows = summary.compared
-    zero = rows[rows["ties"] == rows["pairs"]]
-    if len(zero) == len(rows):
+    identical = rows["ties"] == rows["pairs"]
+    if identical.all():
         names = formats.listed(list(rows.index))
-        lead = f"Exactly the same scores: {names} and {base} agree in every run."
-        text = "That is what two copies of one computation give, or a task that all of them solve:"
-        return [Answer(lead, f"{text} no difference, and no noise between paired runs.")]
+        lead = f"{names} and {baseline} have exactly the same score in every run."
+        text = (
+            "Two copies of one computation give this, and so does a task that all of them solve:"
+            " there is no difference, and there is no noise between paired runs."
+        )
+        return [Answer(lead, text)]
+
     judged = rows[rows["low"].notna()]
     unjudged = rows[rows["low"].isna()]
     sentences = []
     if not len(judged):
-        why = "one seed shows no spread"
+        reason = f"one {summary.unit} does not show how much scores vary"
         if rows["units"].max() > 1:
-            why = "the differences show no spread"
-        sentences.append(f"This run cannot tell any variant from {base}: {why}.")
-    for verdict, words in (
-        (BETTER, f"Better than {base}: "),
-        (WORSE, f"Worse than {base}: "),
-        (NOT_SHOWN, f"No difference from {base} shown: "),
+            reason = "the differences do not vary"
+        sentences.append(f"This study cannot separate any variant from {baseline}: {reason}.")
+    for verdict, start in (
+        (BETTER, f"Better than {baseline}: "),
+        (WORSE, f"Worse than {baseline}: "),
+        (NOT_SHOWN, f"No difference from {baseline} shown: "),
     ):
-        same = judged[judged["verdict"] == verdict]
-        if len(same):
-            each = [_with_cache(summary, label, row) for label, row in same.iterrows()]
-            sentences.append(f"{words}{'; '.join(each)}.")
+        group = judged[judged["verdict"] == verdict]
+        if len(group):
+            parts = [_difference_and_cache(summary, label, row) for label, row in group.iterrows()]
+            sentences.append(f"{start}{'; '.join(parts)}.")
     if len(unjudged):
-        each = [
+        parts = [
             f"{label} {formats.percent(summary.relative(row['difference']))}"
             for label, row in unjudged.iterrows()
         ]
-        sentences.append(f"Without an interval, so without a verdict: {formats.listed(each)}.")
+        sentences.append(f"No interval, and therefore no verdict: {formats.listed(parts)}.")
     return [Answer("", " ".join(sentences))]
 
 
-def _with_cache(summary: Summary, label: str, row: pd.Series) -> str:
-    """Returns the difference of a variant, what its cache saves, and its time of decoding."""
+def _difference_and_cache(summary: Summary, label: str, row: pd.Series) -> str:
+    """Returns the difference of a variant and what its cache saves."""
     text = f"{label} {measured_difference(summary, row)}"
     if row["equivalent"]:
         text += f", within ±{100 * MARGIN:g} %"
@@ -164,116 +188,150 @@ def _with_cache(summary: Summary, label: str, row: pd.Series) -> str:
 
 
 def _ceiling(summary: Summary) -> list[Answer]:
+    """Returns a warning where so many scores are equal that the task says little."""
     rows = summary.compared[summary.compared["ceiling"].astype(bool)]
     if not len(rows):
         return []
-    each = [f"{label} in {row['ties']:.0f} of {row['pairs']:.0f}" for label, row in rows.iterrows()]
-    text = f"In at least half of the pairs a variant and {summary.baseline} have exactly the same"
-    text += f" score ({formats.listed(each)}): the task is too easy or too hard there to tell them"
-    text += " apart, and “no difference shown” is not a sign of equality."
-    return [Answer("A ceiling.", text)]
+    parts = [
+        f"{label} in {row['ties']:.0f} of {row['pairs']:.0f}" for label, row in rows.iterrows()
+    ]
+    text = (
+        "In at least half of the compared runs, these variants have exactly the same score as"
+        f" {summary.baseline}: {formats.listed(parts)}. There the task is too easy or too hard to"
+        " tell them apart, so “no difference shown” does not mean that they are equal."
+    )
+    return [Answer("The task has a ceiling.", text)]
 
 
 def _test_set(summary: Summary) -> list[Answer]:
-    """What the sampling of the test set adds."""
+    """Returns what resampling the items of the test set adds to the verdicts."""
     items = summary.items
     if not len(items):
         return []
-    count = int(items["num_items"].iloc[0])
-    unsure = [
+    verdicts = summary.compared["verdict"]
+    uncertain = [
         label
         for label, row in items.iterrows()
-        if summary.compared.loc[label, "verdict"] != NOT_SHOWN and row["low"] <= 0 <= row["high"]
+        if verdicts[label] != NOT_SHOWN and row["low"] <= 0 <= row["high"]
     ]
-    about = f"{summary.unit}s"
-    items_word = "documents" if summary.metric.relative else "examples"
-    text = f"Verdicts are about {about}, on this test set. Over its {count:,} {items_word}, drawn"
-    text += " anew (bootstrap), "
-    if (summary.compared["verdict"] == NOT_SHOWN).all():
-        text += "each has an interval of its own in the table below."
-    elif unsure:
-        text += f"the difference of {formats.listed(unsure)} may vanish: another test set may not"
-        text += " show it."
+    count = int(items["num_items"].iloc[0])
+    kind = "documents" if summary.metric.relative else "examples"
+    text = f"The verdicts are about {summary.unit}s, on this test set."
+    text += f" When its {count:,} {kind} are drawn again at random (bootstrap),"
+    if (verdicts == NOT_SHOWN).all():
+        text += " each difference has a second interval, which is in a table below."
+    elif uncertain:
+        names = formats.listed(uncertain)
+        text += f" the difference of {names} may vanish: another test set may not show it."
     else:
-        text += "every difference with a verdict keeps its sign."
+        text += " every difference with a verdict keeps its sign."
     return [Answer("", text)]
 
 
-def _missing(summary: Summary) -> list[Answer]:
-    """Variants that failed wholly or in part."""
-    variants = summary.variants
-    without = [label for label in variants.index if not variants.loc[label, "num_runs"]]
-    partly = [
-        f"{label} ({count:.0f} of {summary.planned})"
-        for label, count in variants["num_runs"].items()
+def _missing_runs(summary: Summary) -> list[Answer]:
+    """Returns which variants failed, wholly or in part."""
+    finished = summary.variants["num_runs"]
+    absent = list(finished.index[finished == 0])
+    incomplete = [
+        f"{label} ({count:.0f} of {summary.planned} finished)"
+        for label, count in finished.items()
         if 0 < count < summary.planned
     ]
-    text = ""
-    if without:
-        verb = "has" if len(without) == 1 else "have"
-        text += f"{formats.listed(without)} {verb} no finished run and no place in the answer. "
-    if partly:
-        text += f"Runs are missing: {formats.listed(partly)}."
-    return [Answer("", text.strip())] if text else []
+    sentences = []
+    if absent:
+        verb, pronoun = ("has", "it") if len(absent) == 1 else ("have", "them")
+        names = formats.listed(absent)
+        sentences.append(f"{names} {verb} no finished run, so the answer leaves {pronoun} out.")
+    if incomplete:
+        sentences.append(f"Some runs are missing: {formats.listed(incomplete)}.")
+    return [Answer("", " ".join(sentences))] if sentences else []
 
 
-def _limits(summary: Summary) -> list[Answer]:
-    """What the study is too small to tell."""
-    base = summary.base
+def _limits(summary: Summary) -> Answer:
+    """Returns what the study is too small to tell."""
+    sentences = [
+        _detection_limit(summary),
+        *_model_size(summary),
+        *_without_peer(summary),
+        *_literature(summary),
+    ]
+    return Answer("What this study is too small to tell.", " ".join(sentences))
+
+
+def _detection_limit(summary: Summary) -> str:
+    """Returns the sentence about differences that are too small for this number of runs."""
     rows = summary.compared
     counts = sorted(set(rows["units"]))
-    stands_on = runs(summary, counts[0])
+    observations = count_units(summary, counts[-1])
     if len(counts) > 1:
-        stands_on = f"{counts[0]:.0f} to {runs(summary, counts[-1])}"
-    sizes = [summary.relative(effect) for effect in rows["detectable"] if effect > 0]
-    text = "What this study is too small to tell: "
-    if sizes:
-        low, high = (formats.percent(size, sign=False) for size in (min(sizes), max(sizes)))
-        span = low if low == high else f"{low} to {high} (by variant)"
-        text += f"with {stands_on}, true differences below about {span} {summary.metric.of} are"
-        text += " missed at least one time in five"
-    elif rows["detectable"].isna().any():
-        text += f"with {stands_on}, whether any difference is more than luck (run at least three)"
-    else:
-        text += "how variants compare that do not compute the same"
-    tokens = summary.done.loc[summary.done["label"] == summary.baseline, "tokens"].max()
-    if tokens > 0 and base["num_params"] > 0 and not summary.settings:
-        each = tokens / base["num_params"]
-        text += f"; and models of {formats.count(base['num_params'])} parameters that read"
-        text += (
-            f" {formats.count(tokens)} tokens ({each:.2g} a parameter) do not speak for larger or"
+        observations = f"{counts[0]:.0f} to {observations}"
+    effects = [summary.relative(effect) for effect in rows["detectable"] if effect > 0]
+    if effects:
+        low = formats.percent(min(effects), sign=False)
+        high = formats.percent(max(effects), sign=False)
+        limit = low if low == high else f"{low} to {high} (by variant)"
+        return (
+            f"With {observations}, the study misses true differences below about {limit}"
+            f" {summary.metric.of} at least one time in five."
         )
-        text += " longer ones"
-    text += "."
-    lonely = _without_peer(summary)
-    if lonely:
-        text += f" No other variant has the cache size of {formats.listed(lonely)}: whether these"
-        text += " bytes have a better use is not answered here (qkvjax.sweep.equal_cache adds one)."
-    return [Answer("", text + _literature(summary))]
+    if rows["detectable"].isna().any():
+        return (
+            f"With {observations}, the study cannot tell whether any difference is more than luck:"
+            f" run at least three {summary.unit}s."
+        )
+    return "All scores are equal, so it does not show how variants with different scores compare."
+
+
+def _model_size(summary: Summary) -> list[str]:
+    """Returns the sentence that limits the results to this size of model and length of training."""
+    params = summary.base["num_params"]
+    done = summary.done
+    tokens = done.loc[done["label"] == summary.baseline, "tokens"].max()
+    if not (tokens > 0 and params > 0) or summary.settings:
+        return []
+    return [
+        f"Models of {formats.count(params)} parameters that read {formats.count(tokens)} tokens"
+        f" ({tokens / params:.2g} per parameter) do not speak for larger models or longer training."
+    ]
 
 
 def _without_peer(summary: Summary) -> list[str]:
-    """The variants whose smaller cache no other variant shares."""
+    """Returns the sentence about variants whose smaller cache no other variant has."""
     sizes = summary.variants["cache_bytes_per_token"].dropna()
     sizes = sizes[sizes < summary.base["cache_bytes_per_token"]]
-    return [label for label, size in sizes.items() if (sizes == size).sum() == 1]
+    alone = [label for label, size in sizes.items() if (sizes == size).sum() == 1]
+    if not alone:
+        return []
+    return [
+        f"No other variant has the cache size of {formats.listed(alone)}, so this study does not"
+        " tell whether these bytes have a better use (qkvjax.sweep.equal_cache adds such a"
+        " variant)."
+    ]
 
 
-def _literature(summary: Summary) -> str:
+def _literature(summary: Summary) -> list[str]:
+    """Returns what the paper reports for Q-K=V, in a study of text that has this variant."""
     label = literature.pure(summary, "q-k=v")
     if label is None or not summary.metric.relative:
-        return ""
-    ours = summary.variants.loc[label, "difference"]
-    start = " For comparison, the paper reports"
-    if summary.base["num_params"] < _SMALL and not math.isnan(ours):
-        start = " The gap moves with training, so a small, short run may tell too much or too"
-        start += " little of it: the paper reports"
-        low = summary.variants.loc[label, "low"]
-        if summary.relative(low) > literature.paper_bits("Q-K=V"):
-            start = " Small, short runs overstate what tying costs: the paper reports"
-    return (
-        f"{start} +3.1 % perplexity for Q-K=V at 300M parameters"
-        f" ({formats.percent(literature.paper_bits('Q-K=V'))} of its bits, padding scored), and its"
-        " authors’ rerun with padding masked +2.2 % perplexity"
+        return []
+    paper = literature.paper_bits("Q-K=V")
+    difference = summary.variants.loc[label, "difference"]
+    low = summary.variants.loc[label, "low"]
+    sentences = []
+    if summary.base["num_params"] < _SMALL_MODEL and not math.isnan(difference):
+        if summary.relative(low) > paper:
+            sentences.append("Small, short runs overstate what tying costs.")
+        else:
+            sentences.append(
+                "The gap changes during training, so a small, short run may show too much or too"
+                " little of it."
+            )
+    sentences.append(
+        "For comparison, the paper reports +3.1 % perplexity for Q-K=V at 300M parameters"
+        f" ({formats.percent(paper)} of its bits, padding scored)."
+    )
+    sentences.append(
+        "Its authors’ rerun with padding masked gives +2.2 % perplexity"
         f" ({formats.percent(literature.masked_bits())} of the bits)."
     )
+    return sentences

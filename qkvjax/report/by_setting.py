@@ -1,6 +1,9 @@
-"""The settings of a study one by one, and beside the figures of a paper where it has them."""
+"""The settings of a study one by one, beside the figures of a reference where it has them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -10,141 +13,201 @@ from qkvjax.report.summary import Summary
 from qkvjax.report.tables import Cell, Table, table
 
 _INDEX = ["setting", "label", "seed"]
-# Metric -> how close two figures count as equal, and as a part of what: single runs differ by as
-# much.
-ALIKE = {"accuracy": (0.005, "0.005"), "perplexity": (0.01, "1 %")}
+
+
+class Tolerance(NamedTuple):
+    """How far apart two figures may be and still count as equal: single runs differ by as much.
+
+    Attributes:
+      size: in points of the metric, or as a part of it.
+      relative: whether it is a part.
+      text: for people.
+    """
+
+    size: float
+    relative: bool
+    text: str
+
+
+TOLERANCES = {
+    "accuracy": Tolerance(0.005, relative=False, text="0.005"),
+    "perplexity": Tolerance(0.01, relative=True, text="1 %"),
+}
 
 
 def by_setting(summary: Summary) -> dict | None:
-    """Returns what a report says about settings: `agreement` with the reference (a sentence or
-    ""), `tables`, and `folds` (title and table of each group of settings). None for a study of
-    text without settings and reference.
+    """Returns what a report says about settings.
+
+    Returns:
+      `agreement`: a sentence that compares the study with its reference, or "".
+      `tables`: of groups of settings.
+      `folds`: title and table of each group, with a row for every setting.
+      None for a study of text without settings and without a reference.
     """
     reference = summary.study.get("reference") or {}
     default = "score" if summary.metric.relative else "accuracy"
     if not (summary.settings or reference or default == "accuracy"):
         return None
-    key = reference.get("metric") or default
-    ours = _ours(summary, key)
-    theirs = _theirs(reference)
-    names = _names(summary)
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.split()[0], []).append(name)
-    whole = groups | ({"all": names} if len(groups) > 1 else {})
-    what = key.replace("_", " ")
-    beside = "; the small figures are the reference’s" if len(theirs) else ""
+    metric = reference.get("metric") or default
+    name = metric.replace("_", " ")
+    ours = _study_values(summary, metric)
+    theirs = _reference_values(reference)
+    source = "; the small figures are the reference’s" if len(theirs) else ""
+    groups = _groups(summary)
+    all_groups = dict(groups)
+    if len(groups) > 1:
+        all_groups["all"] = _setting_names(summary)
 
-    def rows(groups, write, ours=ours, theirs=theirs):
-        return [_row(summary, name, some, ours, theirs, write) for name, some in groups.items()]
+    caption = f"Mean {name} over settings and seeds{source}."
+    tables = [_table(summary, all_groups, ours, theirs, _mean, caption)]
 
-    columns = ["Settings", *summary.variants.index]
-    caption = f"Mean {what} over settings and seeds{beside}."
-    tables = [table(columns, rows(whole, _mean), caption=caption)]
-    by_class = _ours(summary, "class_accuracy")
-    differ = by_class.groupby("label").mean() - ours.groupby("label").mean()
-    if differ.abs().max() > 0.005:
-        caption = "The same with each class counting as much as any other (class accuracy)."
-        tables.append(table(columns, rows(whole, _mean, by_class, theirs.head(0)), caption=caption))
-    if key == "accuracy":
+    by_class = _study_values(summary, "class_accuracy")
+    change = by_class.groupby("label").mean() - ours.groupby("label").mean()
+    if change.abs().max() > 0.005:
+        caption = "The same, with every class weighted equally (class accuracy)."
+        tables.append(_table(summary, all_groups, by_class, theirs.head(0), _mean, caption))
+
+    if metric == "accuracy":
         caption = (
-            f"Runs that learned the task: {what} of at least {SOLVED:g}. Where runs either learn a"
-            " task or do not, the mean above measures how many did."
+            "The percentage of runs that learned the task, that is, reached an accuracy of at"
+            f" least {SOLVED:g}. Where a run either learns a task or does not, the mean above"
+            " measures how many did."
         )
-        tables.append(table(columns, rows(groups, _solved), caption=caption))
+        tables.append(_table(summary, groups, ours, theirs, _fraction_solved, caption))
+
     folds: list[tuple[str, Table]] = []
     if summary.settings:
-        caption = f"{what.capitalize()}, from the lowest to the highest seed{beside}."
-        for group, some in groups.items():
-            each = rows({name: [name] for name in some}, _range)
-            title = f"{group}: each of {len(some)} settings"
-            folds.append((title, table(columns, each, caption=caption)))
-    agreement = _agreement(summary, ours, theirs, key, reference)
-    return {"agreement": agreement, "tables": tables, "folds": folds}
+        caption = f"{name.capitalize()}, from the lowest to the highest seed{source}."
+        for group, settings in groups.items():
+            rows = {setting: [setting] for setting in settings}
+            title = f"{group}: each of {len(settings)} settings"
+            folds.append((title, _table(summary, rows, ours, theirs, _range, caption)))
+    return {
+        "agreement": _agreement(summary, ours, theirs, metric),
+        "tables": tables,
+        "folds": folds,
+    }
 
 
-def _names(summary: Summary) -> list[str]:
-    """Returns the settings; of a study that has one, as its recipe or, failing that, we call it."""
+def _setting_names(summary: Summary) -> list[str]:
+    """Returns the settings; of a study with one setting its name in the recipe, or else "all"."""
     return summary.settings or [summary.study.get("setting") or "all"]
 
 
-def _ours(summary: Summary, key: str) -> pd.Series:
-    """Returns figures by setting, label and seed."""
-    if key not in summary.done:
+def _groups(summary: Summary) -> dict[str, list[str]]:
+    """Returns group -> settings; the group is the first word of a setting."""
+    groups: dict[str, list[str]] = {}
+    for name in _setting_names(summary):
+        groups.setdefault(name.split()[0], []).append(name)
+    return groups
+
+
+def _study_values(summary: Summary, metric: str) -> pd.Series:
+    """Returns the study's figures, indexed by setting, label and seed."""
+    if metric not in summary.done:
         return pd.Series(dtype=float, index=pd.MultiIndex.from_arrays([[], [], []], names=_INDEX))
-    alone = _names(summary)[0]
-    frame = summary.done[["setting", "label", "seed", key]].dropna()
-    frame = frame.assign(setting=frame["setting"].replace("", alone))
-    return frame.set_index(_INDEX)[key].astype(float)
+    frame = summary.done[["setting", "label", "seed", metric]].dropna()
+    frame = frame.assign(setting=frame["setting"].replace("", _setting_names(summary)[0]))
+    return frame.set_index(_INDEX)[metric].astype(float)
 
 
-def _theirs(reference: dict) -> pd.Series:
+def _reference_values(reference: dict) -> pd.Series:
+    """Returns the reference's figures, indexed by setting, label and seed."""
     rows = [
-        (setting, label, number, value)
+        (setting, label, seed, value)
         for setting, labels in (reference.get("values") or {}).items()
         for label, values in labels.items()
-        for number, value in enumerate(values)
+        for seed, value in enumerate(values)
     ]
     frame = pd.DataFrame(rows, columns=[*_INDEX, "value"])
     return frame.set_index(_INDEX)["value"].astype(float)
 
 
+def _table(
+    summary: Summary,
+    groups: dict[str, list[str]],
+    ours: pd.Series,
+    theirs: pd.Series,
+    write: Callable[[pd.Series], str],
+    caption: str,
+) -> Table:
+    """Returns a table with a row for each group of settings and a column for each variant.
+
+    Args:
+      groups: title of the row -> settings.
+      ours, theirs: figures of the study and of the reference.
+      write: turns the figures of a cell into its text.
+    """
+    rows = [_row(summary, title, names, ours, theirs, write) for title, names in groups.items()]
+    return table(["Settings", *summary.variants.index], rows, caption=caption)
+
+
 def _row(summary, title: str, settings: list[str], ours, theirs, write) -> list:
-    """Returns a cell a variant: what `write` makes of our runs in these settings, and of the
-    reference's in those of them that we have."""
+    """Returns a row: our figure in each cell, and the reference's below it.
+
+    The reference counts only in those settings that we have as well.
+    """
     cells = []
     for label in summary.variants.index:
-        mine = _of(ours, settings, label)
-        had = list(mine.index.get_level_values("setting").unique())
-        other = _of(theirs, had, label)
-        text = write(mine) if len(mine) else formats.NONE
-        cells.append(Cell(text, write(other) if len(other) else ""))
+        our_values = _select(ours, settings, label)
+        finished = list(our_values.index.get_level_values("setting").unique())
+        their_values = _select(theirs, finished, label)
+        text = write(our_values) if len(our_values) else formats.NONE
+        cells.append(Cell(text, write(their_values) if len(their_values) else ""))
     if len(settings) > 1:
-        had = ours.index.get_level_values("setting").unique().intersection(settings)
-        part = f"{len(had)} of " if len(had) < len(settings) else ""
+        finished = ours.index.get_level_values("setting").unique().intersection(settings)
+        part = f"{len(finished)} of " if len(finished) < len(settings) else ""
         title = f"{title} ({part}{len(settings)} settings)"
     return [title, *cells]
 
 
-def _of(values: pd.Series, settings: list[str], label: str) -> pd.Series:
-    index = values.index
-    keep = index.get_level_values("label") == label
-    return values[keep & index.get_level_values("setting").isin(settings)]
+def _select(values: pd.Series, settings: list[str], label: str) -> pd.Series:
+    labels = values.index.get_level_values("label")
+    return values[(labels == label) & values.index.get_level_values("setting").isin(settings)]
 
 
 def _mean(values: pd.Series) -> str:
     return f"{values.mean():.3f}"
 
 
-def _solved(values: pd.Series) -> str:
+def _fraction_solved(values: pd.Series) -> str:
     return f"{(values >= SOLVED).mean():.0%}".replace("%", f"{formats.NBSP}%")
 
 
 def _range(values: pd.Series) -> str:
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     return f"{low:.3f}" if low == high else f"{low:.3f}{formats.NBSP}to{formats.NBSP}{high:.3f}"
 
 
-def _agreement(summary: Summary, ours, theirs, key: str, reference: dict) -> str:
-    """Returns how often the reference's figures are met; "" without a common cell."""
-    cells = ["setting", "label"]
-    mine = ours.groupby(cells).agg(["min", "max"])
-    other = theirs.groupby(cells).agg(["min", "max", "mean"])
-    both = mine.join(other, how="inner", lsuffix="", rsuffix="_theirs")
+def _agreement(summary: Summary, ours: pd.Series, theirs: pd.Series, metric: str) -> str:
+    """Returns in how many cells our range meets the reference's; "" without a common cell."""
+    cell = ["setting", "label"]
+    our_ranges = ours.groupby(cell).agg(["min", "max"])
+    their_ranges = theirs.groupby(cell).agg(["min", "max", "mean"])
+    both = our_ranges.join(their_ranges, how="inner", lsuffix="", rsuffix="_theirs")
     if not len(both):
         return ""
+    reference = summary.study["reference"]
     source = f"The reference is {reference.get('source')}."
-    pads = bool(summary.done["score_pads"].any()) if "score_pads" in summary.done else False
+    done = summary.done
+    pads = bool(done["score_pads"].any()) if "score_pads" in done else False
     if reference.get("score_pads", pads) != pads:
-        said = "scored" if pads else "not scored"
-        return f"{source} Padding is {said} here, unlike there: figures do not compare."
-    room, alike = ALIKE.get(key, (0.0, "nothing more"))
-    allowed = room * (both["mean"] if key == "perplexity" else 1)
+        here, there = ("scored", "not scored") if pads else ("not scored", "scored")
+        return f"{source} Padding is {here} here and {there} there: the figures do not compare."
+
+    tolerance = TOLERANCES.get(metric)
+    allowed = 0.0
+    explanation = ""
+    if tolerance is not None:
+        allowed = tolerance.size * (both["mean"] if tolerance.relative else 1)
+        explanation = f"; a distance of {tolerance.text} counts as equal"
     higher = both["min"] > both["max_theirs"] + allowed
     lower = both["max"] < both["min_theirs"] - allowed
-    met = ~(higher | lower)
+    overlap = ~(higher | lower)
     return (
-        f"{source} Our runs and its overlap in {met.sum()} of {len(both)} cells (variant and"
-        f" setting; ranges over seeds, {alike} counted as equal); ours lie above in {higher.sum()}"
-        f" and below in {lower.sum()}. Both draw their own random numbers."
+        f"{source} The ranges over seeds of our runs and of the reference overlap in"
+        f" {overlap.sum()} of {len(both)} cells (a cell is a variant in a setting{explanation})."
+        f" Ours lie above in {higher.sum()} and below in {lower.sum()}. Both draw their own random"
+        " numbers."
     )

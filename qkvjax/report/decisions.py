@@ -1,4 +1,5 @@
-"""Which variant to take for what one wants, or how many seeds would separate the candidates."""
+"""The decision table: which variant to choose for a goal, or how many seeds would separate the
+candidates."""
 
 from __future__ import annotations
 
@@ -9,109 +10,121 @@ from qkvjax.report import statistics
 from qkvjax.report.summary import MARGIN, Summary
 from qkvjax.report.tables import Cell, Table, table
 
+_SIZE = "cache_bytes_per_token"
+_MARGIN_TEXT = f"{100 * MARGIN:g} %"
+
 
 def decisions(summary: Summary) -> Table | None:
     """Returns the decision table of a study; None when nothing is compared."""
     if not len(summary.compared):
         return None
-    rows = [_best(summary, "Best quality", summary.variants)]
-    caches = summary.variants["cache_bytes_per_token"].dropna()
-    if caches.nunique() > 1 and summary.base["cache_bytes_per_token"] > 0:
-        rows += [_smallest(summary), _half(summary)]
-    for what, key in (("training step", "step_ratio"), ("decoding", "decode_ratio")):
-        if summary.variants[key].notna().any():
-            rows.append(_fastest(summary, f"Fastest {what} here", key))
+    rows = [_best_score(summary, "Best quality", summary.variants)]
+    sizes = summary.variants[_SIZE].dropna()
+    if sizes.nunique() > 1 and summary.base[_SIZE] > 0:
+        rows.append(_smallest_cache(summary))
+        rows.append(_half_cache(summary))
+    if summary.variants["step_ratio"].notna().any():
+        rows.append(_fastest(summary, "Fastest training step here", "step_ratio"))
+    if summary.variants["decode_ratio"].notna().any():
+        rows.append(_fastest(summary, "Fastest decoding here", "decode_ratio"))
     caption = (
         "For this model, on this data and device. A variant is named only where its intervals"
-        " separate it from the other candidates; the seeds that would are for 80 % power."
+        " separate it from the other candidates. Elsewhere the table says how many seeds (or"
+        " settings) would separate them with 80 % power."
     )
-    return table(["If you want", "take", "because"], rows, ("take", "because"), caption)
+    return table(["If you want", "choose", "because"], rows, ("choose", "because"), caption)
 
 
-def _decided(wish: str, choice: str, reason: str) -> list:
-    return [wish, Cell(choice, tone="good"), reason]
+def _decided(goal: str, choice: str, reason: str) -> list:
+    return [goal, Cell(choice, tone="good"), reason]
 
 
-def _open(wish: str, choice: str, reason: str) -> list:
-    return [wish, Cell(choice, tone="quiet"), reason]
+def _undecided(goal: str, choice: str, reason: str) -> list:
+    return [goal, Cell(choice, tone="quiet"), reason]
 
 
-def _best(summary: Summary, wish: str, candidates: pd.DataFrame) -> list:
-    """The best mean score, if its corrected interval to every rival excludes zero."""
+def _best_score(summary: Summary, goal: str, candidates: pd.DataFrame) -> list:
+    """Returns the best mean score, if its corrected interval to every rival excludes zero."""
     candidates = candidates[candidates["score"].notna()]
     scores = summary.done[summary.done["label"].isin(candidates.index)]
-    against = statistics.compare_best(scores)
-    if against is None:
-        return _open(wish, "not comparable", "the candidates have no run in common")
-    best = against.index[0]
-    score = f"{summary.metric.text(candidates.loc[best, 'score'])} {summary.metric.name}"
-    against = against.iloc[1:]
-    rivals = against[against["verdict"] != statistics.WORSE]
-    if not len(rivals):
-        more = ", better than every other" if len(against) else ", the only one of this kind"
-        return _decided(wish, best, score + more)
-    names = formats.listed(list(rivals.index))
-    needed = _more(rivals, len(against), 0.0, summary.unit)
-    reason = f"{best} leads, and is not shown to be better than {names}"
-    return _open(wish, f"not separable: {needed}", reason)
+    compared = statistics.compare_best(scores)
+    if compared is None:
+        return _undecided(goal, "not comparable", "the candidates have no finished run in common")
+    best = compared.index[0]
+    others = compared.iloc[1:]
+    rivals = others[others["verdict"] != statistics.WORSE]
+    if len(rivals):
+        names = formats.listed(list(rivals.index))
+        needed = _units_to_separate(rivals, len(others), 0.0, summary.unit)
+        reason = f"{best} has the best mean score, but is not shown to be better than {names}"
+        return _undecided(goal, f"not separable: {needed}", reason)
+    score = summary.metric.text(candidates.loc[best, "score"])
+    rank = "better than every other candidate" if len(others) else "the only candidate"
+    return _decided(goal, best, f"{score} {summary.metric.name}, {rank}")
 
 
-def _smallest(summary: Summary) -> list:
-    """The smallest cache among variants whose whole interval stays within the margin.
+def _smallest_cache(summary: Summary) -> list:
+    """Returns the smallest cache among variants whose whole interval stays within the margin.
 
-    A variant with a smaller cache whose interval straddles the margin leaves it open.
+    A variant with a smaller cache whose interval straddles the margin leaves it undecided.
     """
-    wish = f"At most {100 * MARGIN:g} % loss, smallest cache"
+    goal = f"At most {_MARGIN_TEXT} loss, smallest cache"
     margin = MARGIN * (summary.base["score"] if summary.metric.relative else 1)
-    size = "cache_bytes_per_token"
-    rows = summary.compared[summary.compared[size].notna()]
+    rows = summary.compared[summary.compared[_SIZE].notna()]
     informative = ~rows["ceiling"].astype(bool)
-    shown = rows[(rows["high"] <= margin) & informative & (rows[size] < summary.base[size])]
-    choice, cache = summary.baseline, summary.base[size]
-    if len(shown):
-        smallest = shown[shown[size] == shown[size].min()]
-        choice, cache = " or ".join(smallest.index), smallest[size].iloc[0]
-    unsure = rows[~rows.index.isin(shown.index) & ~(rows["low"] > margin) & (rows[size] < cache)]
-    if len(unsure):
-        names = formats.listed(list(unsure.index))
-        reason = f"{names} may or may not stay within it; {choice} does"
-        needed = _more(unsure, len(summary.compared), margin, summary.unit)
-        return _open(wish, f"not separable: {needed}", reason)
-    reason = f"{formats.num_bytes(cache)} a token"
+    within = rows[(rows["high"] <= margin) & informative & (rows[_SIZE] < summary.base[_SIZE])]
+    choice = summary.baseline
+    size = summary.base[_SIZE]
+    if len(within):
+        smallest = within[within[_SIZE] == within[_SIZE].min()]
+        choice = " or ".join(smallest.index)
+        size = smallest[_SIZE].iloc[0]
+
+    excluded = rows["low"] > margin
+    uncertain = rows[~rows.index.isin(within.index) & ~excluded & (rows[_SIZE] < size)]
+    if len(uncertain):
+        names = formats.listed(list(uncertain.index))
+        needed = _units_to_separate(uncertain, len(summary.compared), margin, summary.unit)
+        reason = f"{names} may or may not stay within {_MARGIN_TEXT}; {choice} does"
+        return _undecided(goal, f"not separable: {needed}", reason)
+    reason = f"{formats.num_bytes(size)} per token"
     if choice == summary.baseline:
-        reason += "; no smaller cache is shown to lose so little"
-    return _decided(wish, choice, reason)
+        reason += f"; no smaller cache is shown to lose at most {_MARGIN_TEXT}"
+    return _decided(goal, choice, reason)
 
 
-def _half(summary: Summary) -> list:
-    """The best score within half of the baseline's cache."""
-    size = "cache_bytes_per_token"
-    limit = summary.base[size] / 2
-    wish = f"At most {formats.num_bytes(limit)} of cache a token, best score"
-    small = summary.variants[(summary.variants[size] <= limit) & summary.variants["score"].notna()]
-    if not len(small):
-        return _open(wish, "no variant", "none that finished has so small a cache")
-    return _best(summary, wish, small)
+def _half_cache(summary: Summary) -> list:
+    """Returns the best score within half of the baseline's cache."""
+    limit = summary.base[_SIZE] / 2
+    goal = f"At most {formats.num_bytes(limit)} of cache per token, best score"
+    variants = summary.variants
+    candidates = variants[(variants[_SIZE] <= limit) & variants["score"].notna()]
+    if not len(candidates):
+        return _undecided(goal, "no variant", "no finished variant has such a small cache")
+    return _best_score(summary, goal, candidates)
 
 
-def _fastest(summary: Summary, wish: str, key: str) -> list:
-    """The smallest time ratio, if its interval stays below those of all others."""
-    times = {label: ratio for label, ratio in summary.variants[key].items() if ratio}
-    measured = "" if len(times) == len(summary.variants) else ", of those measured"
+def _fastest(summary: Summary, goal: str, column: str) -> list:
+    """Returns the smallest time ratio, if its interval stays below those of all others."""
+    measured = summary.variants[column]
+    times = {label: ratio for label, ratio in measured.items() if ratio}
+    scope = "" if len(times) == len(measured) else " (of those measured)"
     times[summary.baseline] = [1.0, 1.0, 1.0]
     best = min(times, key=lambda label: times[label][0])
-    rivals = [name for name, t in times.items() if name != best and t[1] <= times[best][2]]
+    ratio, _, high = times[best]
+    rivals = [label for label, (_, low, _) in times.items() if label != best and low <= high]
     if rivals:
         names = formats.listed([best, *rivals])
-        return _open(wish, "not separable: measure more rounds", f"{names} overlap{measured}")
-    reason = f"{formats.ratio(times[best][0])} the time of {summary.baseline}"
+        reason = f"the times of {names} overlap{scope}"
+        return _undecided(goal, "not separable: measure more rounds", reason)
+    reason = f"{formats.ratio(ratio)} the time of {summary.baseline}"
     if best == summary.baseline:
-        reason = "each other variant takes longer"
-    return _decided(wish, best, reason + measured)
+        reason = "every other variant takes longer"
+    return _decided(goal, best, f"{reason}{scope}")
 
 
-def _more(rows: pd.DataFrame, comparisons: int, margin: float, unit: str) -> str:
-    """Returns how many seeds (or settings) would tell each difference from the margin."""
+def _units_to_separate(rows: pd.DataFrame, comparisons: int, margin: float, unit: str) -> str:
+    """Returns how many seeds (or settings) would separate each difference from the margin."""
     if rows["low"].isna().any():
         return f"run at least three {unit}s"
     rows = rows[rows["ties"] < rows["pairs"]]
@@ -119,5 +132,5 @@ def _more(rows: pd.DataFrame, comparisons: int, margin: float, unit: str) -> str
         return "identical scores"
     needed = [statistics.units_needed(row, comparisons, margin) for _, row in rows.iterrows()]
     if None in needed:
-        return f"more than {statistics.MOST_UNITS:,} {unit}s"
-    return f"about {max(needed):,} {unit}s"
+        return f"needs more than {statistics.MOST_UNITS:,} {unit}s"
+    return f"needs about {max(needed):,} {unit}s"

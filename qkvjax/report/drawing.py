@@ -1,8 +1,8 @@
 """How the plots of the project look, as SVG text.
 
-Colours are Okabe and Ito's, told apart in every common colour blindness, and each line also has its
-own dashes. Text, paper and grid are drawn in three fixed colours, which the HTML report replaces by
-its own (so that plots follow a dark page).
+The colours are those of Okabe and Ito, which differ in every common kind of colour blindness. Lines
+also differ in their dashes. Text, paper and grid have three fixed colours, which the HTML report
+replaces by its own, so that plots follow a dark page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import numpy as np
 
 from qkvjax import formats
 
-INK, PAPER, FAINT = "#22272e", "#fffffe", "#a0a8b0"
+INK = "#22272e"
+PAPER = "#fffffe"
+FAINT = "#a0a8b0"
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ((0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.6, 1.2, 1.6)), (0, (3, 1)), "solid")
 _STYLE = {
@@ -47,7 +50,14 @@ _STYLE = {
 
 
 def drawn(plots: Mapping[str, Callable[[], object]]) -> dict[str, str]:
-    """Returns name -> SVG of what each function draws in the report's style, where it draws."""
+    """Draws plots in the style of the report.
+
+    Args:
+      plots: name -> function that returns a figure, or None where it has nothing to draw.
+
+    Returns:
+      name -> SVG text, of those that drew.
+    """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
@@ -63,8 +73,13 @@ def write(figures: dict[str, str], folder: Path) -> None:
 
 
 def new(width: float, height: float, columns: int = 1, rows: int = 1):
-    """Returns (figure, its panels row by row), outside pyplot, so that nothing global keeps it
-    alive."""
+    """Returns (figure, its panels row by row).
+
+    It is made without pyplot, which would keep every figure alive.
+
+    Args:
+      width, height: of the figure, in inches.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -80,7 +95,7 @@ def _svg(figure) -> str:
 
 
 def line_style(i: int) -> dict:
-    """Returns colour and dashes of line number i."""
+    """Returns the colour and dashes of line number i."""
     return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)]}
 
 
@@ -101,13 +116,18 @@ def spread(wanted: list[float], distance: float) -> list[float]:
 
 
 def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Names lines at their right ends (label, x, y, colour), with leaders where they crowd."""
+    """Writes the names of lines to the right of the axes, joined to their ends.
+
+    Args:
+      ends: (label, x, y, colour) of each line.
+    """
     low, high = axes.get_ylim()
-    heights = spread([min(max(y, low), high) for _, _, y, _ in ends], (high - low) * 0.062)
-    for (label, x, y, colour), height in zip(ends, heights):
+    visible = [min(max(y, low), high) for _, _, y, _ in ends]
+    heights = spread(visible, (high - low) * 0.062)
+    for (label, x, _, colour), y, height in zip(ends, visible, heights):
         axes.annotate(
             label,
-            (x, min(max(y, low), high)),
+            (x, y),
             xytext=(1.035, (height - low) / (high - low)),
             textcoords="axes fraction",
             va="center",
@@ -117,6 +137,7 @@ def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
 
 
 def tokens_axis(axes) -> None:
+    """Labels the x axis with numbers of training tokens, such as 500k."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(6))

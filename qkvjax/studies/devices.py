@@ -1,7 +1,7 @@
-"""The devices of this machine, and which of them each run of a study gets.
+"""Divides the devices of this machine among the runs of a study.
 
-Several runs at a time on accelerators would all start on the first device. Each gets devices of its
-own by the environment of its process, before jax starts there.
+Without this, several runs at a time would all use the first GPU. Environment variables give each
+process devices that no other sees; they must be set before jax starts in it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 from qkvjax.errors import UserError
 
-# What tells a process which devices it sees.
+# Environment variables that select the devices a process sees.
 VISIBLE = {
     "cuda": "CUDA_VISIBLE_DEVICES",
     "rocm": "HIP_VISIBLE_DEVICES",
     "tpu": "TPU_VISIBLE_CHIPS",
 }
-FIRST_TPU_PORT = 8476  # libtpu's usual one
-# Chips, not devices: a TPU v3 shows each of its chips as two devices.
-_ASK = """
+FIRST_TPU_PORT = 8476  # the default of libtpu
+# Counts chips, not devices: a TPU v3 shows each of its chips as two devices.
+_LIST_DEVICES = """
 import jax, json
 devices = jax.local_devices()
 kind = devices[0].platform
@@ -40,7 +40,7 @@ class Devices(NamedTuple):
 
     Attributes:
       platform: "cpu", "cuda", "rocm" or "tpu".
-      ids: what selects each of them, in the variable of `VISIBLE`.
+      ids: one entry per device, as the variable of `VISIBLE` takes it.
     """
 
     platform: str
@@ -48,67 +48,71 @@ class Devices(NamedTuple):
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Devices:
-    """Asks jax, in a process of its own: whoever starts jax on a GPU or TPU keeps its memory.
+    """Returns the devices that jax finds.
+
+    A short process starts jax and lists them: a process that starts jax on a GPU or TPU occupies
+    its memory until it ends, and this one lives as long as the study.
 
     Raises:
       UserError: jax finds no device.
     """
     if environment.get("JAX_PLATFORMS") == "cpu":
         return Devices("cpu", ("0",))
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _ASK],
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", _LIST_DEVICES],
         capture_output=True,
         text=True,
         env={**environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
             f"jax finds no device (JAX_PLATFORMS={environment.get('JAX_PLATFORMS', '')!r};"
-            f" {last[:200]}): unset JAX_PLATFORMS, or install what it names, as in pip install"
-            " 'qkvjax[cuda]'"
+            f" {last[:200]}): unset JAX_PLATFORMS, or install the platform that it names, as in"
+            " pip install 'qkvjax[cuda]'"
         )
-    platform, count = json.loads(done.stdout.splitlines()[-1])
+    platform, count = json.loads(process.stdout.splitlines()[-1])
     return Devices(platform, _ids(platform, count, environment))
 
 
 def _ids(platform: str, count: int, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The devices that are visible here already, by number or by name, or all by number."""
-    given = environment.get(VISIBLE.get(platform, ""), "")
-    listed = tuple(filter(None, (word.strip() for word in given.split(","))))
-    return listed[:count] if listed else tuple(map(str, range(count)))
+    """Returns the devices that the environment selects (by number or by name), else 0, 1, ..."""
+    selected = environment.get(VISIBLE.get(platform, ""), "")
+    ids = tuple(filter(None, (word.strip() for word in selected.split(","))))
+    return ids[:count] if ids else tuple(map(str, range(count)))
 
 
-def jobs_at_a_time(asked: int | None, devices: Devices, meshes: Iterable[Mapping]) -> int:
-    """How many runs fit beside each other on accelerators; 1 where `asked` is None.
+def jobs_at_a_time(requested: int | None, devices: Devices, meshes: Iterable[Mapping]) -> int:
+    """Returns how many runs fit beside each other on accelerators.
 
     Args:
-      asked: --jobs.
-      meshes: the `mesh` groups of the runs.
+      requested: --jobs; None means 1.
+      devices: of this machine.
+      meshes: the `mesh` group of each run.
 
     Raises:
-      UserError: runs beside each other on a TPU that want several chips each.
+      UserError: several runs at a time on a TPU, and one of them needs several chips.
     """
-    if asked in (None, 1):
+    if requested in (None, 1):
         return 1
-    each = max(_fixed(mesh) for mesh in meshes)
+    each = max(_least_devices(mesh) for mesh in meshes)
     if devices.platform == "tpu" and each > 1:
         raise UserError(
-            f"--jobs={asked}: on a TPU a run beside others gets one chip, and these want {each}"
+            f"--jobs={requested}: on a TPU a run beside others gets one chip, and these want {each}"
             " (config.mesh): use --jobs=1, or a mesh of 1"
         )
-    return max(1, min(asked, len(devices.ids) // each))
+    return max(1, min(requested, len(devices.ids) // each))
 
 
-def _fixed(mesh: Mapping) -> int:
-    """Devices that a mesh needs at least; an axis of -1 takes what is left."""
+def _least_devices(mesh: Mapping) -> int:
+    """Returns the devices that a mesh needs at least; an axis of -1 takes what is left."""
     return math.prod(size for size in mesh.values() if size > 0)
 
 
 def environments(devices: Devices, jobs: int) -> list[dict[str, str]]:
-    """Returns what each of `jobs` processes is told, so that no two see the same device.
+    """Returns the environment variables of each of `jobs` processes.
 
-    One job sees all devices, as does every job on a CPU.
+    No two processes see the same accelerator. A single process sees all of them.
     """
     if jobs == 1 or devices.platform == "cpu":
         return [{} for _ in range(jobs)]
@@ -117,7 +121,7 @@ def environments(devices: Devices, jobs: int) -> list[dict[str, str]]:
     variable = VISIBLE[devices.platform]
     if devices.platform != "tpu":
         return [{variable: ",".join(part)} for part in parts]
-    # A chip is alone in a slice of one process; each process needs a port of its own.
+    # libtpu: each process is a slice of one chip, and listens on its own port.
     return [
         {
             variable: part[0],

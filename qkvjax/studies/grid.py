@@ -1,4 +1,4 @@
-"""The tasks of a study, and what of them is done."""
+"""The runs of a study as numbered tasks, and which of them are finished."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Study:
 
     Args:
       config: base configuration with a `study` group.
-      workdir: of the study.
+      workdir: folder of the study; each run has a workdir below it.
 
     Raises:
-      UserError: no grid, twins in it, or a point that is no legal configuration.
+      UserError: the grid is missing, two points have the same label, or a point is not a valid
+        configuration.
     """
 
     def __init__(self, config, workdir: Path):
@@ -43,8 +44,8 @@ class Study:
         seeds = options.get("seeds", 3)
         if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
             raise UserError(
-                f"study.seeds={seeds!r} must be at least 1 and at most {MOST_SEEDS:,}: it counts"
-                " seeds"
+                f"study.seeds={seeds!r} must be at least 1 and at most {MOST_SEEDS:,}: it is the"
+                " number of seeds"
             )
         self.seeds = [config.seed + i for i in range(seeds)]
         self.base = {k: v for k, v in configs.to_dict(config).items() if k != "study"}
@@ -71,7 +72,7 @@ class Study:
         return len(self._parts)
 
     def task(self, number: int) -> Task:
-        """Task `number`, which a run of its own makes without the others."""
+        """Returns task `number` without building the others, as the process of one run needs it."""
         part = self._parts[number]
         if part.phase == COMPARE:
             return self._compared(number, self.chosen([(part.label, part.setting)]))
@@ -79,7 +80,7 @@ class Study:
 
     @property
     def tasks(self) -> list[Task]:
-        """All of them; those whose tuning has ended by now have the value that it chose."""
+        """All tasks; those whose tuning runs are finished already have the chosen value."""
         chosen = self.chosen() if self.tuning else {}
         return [
             self._compared(number, chosen) if part.phase == COMPARE else self._make(number, part)
@@ -87,7 +88,10 @@ class Study:
         ]
 
     def _all_parts(self) -> list[Part]:
-        """What the numbers stand for: seed by seed, so that a study cut short has whole rows."""
+        """Returns what each task number stands for.
+
+        Seed by seed: a study that is stopped early has every variant for its first seeds.
+        """
         phases = [("", self.seeds, [None])]
         if self.tuning:
             phases = [
@@ -112,35 +116,38 @@ class Study:
         ]
 
     def _check_parts(self) -> None:
-        """Makes a task of each point, and one in each setting, which refuses what is not legal."""
+        """Raises UserError where a point or a setting is not a valid configuration.
+
+        Builds each point once and the baseline in each setting, not every combination.
+        """
         first_setting = next(iter(self.settings))
         first_seeds = {self.seeds[0], *(self.tuning.seeds[:1] if self.tuning else ())}
         for number, part in enumerate(self._parts):
-            first = part.setting == first_setting or part.label == self.labels[0]
-            if first and part.seed in first_seeds:
+            sample = part.setting == first_setting or part.label == self.labels[0]
+            if sample and part.seed in first_seeds:
                 self._make(number, part)
 
     def chosen(self, groups: list[tuple[str, str]] | None = None) -> dict[tuple[str, str], object]:
-        """Returns (label, setting) -> its best value, where all its tuning runs are finished.
+        """Returns {(label, setting): best value} for groups whose tuning runs are all finished.
 
         Args:
-          groups: some (label, setting); None means all.
+          groups: pairs (label, setting) to look at; None means all.
         """
         if groups is None:
             groups = [(label, setting) for setting in self.settings for label in self.labels]
         runs = {group: self.tuning_runs(*group) for group in groups}
         done = self.done([task for tasks in runs.values() for task in tasks])
-        found = {}
+        best = {}
         for group, tasks in runs.items():
             if all(task.identity in done for task in tasks):
                 scores: dict = {}
                 for task in tasks:
                     scores.setdefault(task.value, []).append(done[task.identity]["score"])
-                found[group] = self.tuning.best(scores)
-        return found
+                best[group] = self.tuning.best(scores)
+        return best
 
     def tuning_runs(self, label: str, setting: str) -> list[Task]:
-        """Returns the runs that choose a point's value in a setting."""
+        """Returns the tuning runs that decide the value of one point in one setting."""
         return [
             self._make(number, part)
             for number, part in enumerate(self._parts)
@@ -148,12 +155,12 @@ class Study:
         ]
 
     def _compared(self, number: int, chosen: dict[tuple[str, str], object]) -> Task:
-        """A run of the second phase, which waits where its value is not among the chosen ones."""
+        """Returns a task of phase "compare"; it waits if its value is not in `chosen` yet."""
         part = self._parts[number]
         return self._make(number, part._replace(value=chosen.get((part.label, part.setting))))
 
     def _make(self, number: int, part: Part) -> Task:
-        """The task of a part, made once."""
+        """Returns the task of a part, from a cache after the first call."""
         key = (number, part.value)
         if key not in self._made:
             field = self.tuning.field if self.tuning else ""
@@ -161,10 +168,11 @@ class Study:
         return self._made[key]
 
     def _locations(self) -> dict[str, str]:
-        """Where the data lie, as the first runs of this workdir wrote it.
+        """Returns the fields that locate the data, as the first runs of this workdir wrote them.
 
-        Paths enter the identity of a run as text. The same data by another path stay the same
-        study: its runs keep their identities, and their results say by digest which data they had.
+        Paths enter the identity of a run as text. If the same data are now at another path, the old
+        path keeps the identities of finished runs valid. Whether the data really are the same is
+        checked by digest (`done`, `claim`).
         """
         flat = configs.flatten(self.base)
         new = {name: flat[name] for name in LOCATIONS}
@@ -180,10 +188,10 @@ class Study:
 
     @property
     def metric(self) -> str:
-        """What variants are compared by: the evaluator called `eval` says; lower is better.
+        """Name of the metric that compares variants, from the evaluator `eval`; lower is better.
 
         Raises:
-          UserError: there is none.
+          UserError: config.evals has no `eval`.
         """
         if "eval" not in self.base["evals"]:
             raise UserError("the study needs an evaluator called `eval`: see config.evals")
@@ -191,8 +199,7 @@ class Study:
         return {"bits_per_byte": "bits_per_byte", "accuracy": "error"}[kind]
 
     def configs(self) -> dict[str, object]:
-        """The first seed's config of each point in the first setting, by label; the baseline
-        first."""
+        """Returns {label: config} of the first seed in the first setting, the baseline first."""
         first = next(n for n, part in enumerate(self._parts) if part.phase != TUNE)
         return {
             label: self._make(first + i, self._parts[first + i]).config
@@ -205,13 +212,16 @@ class Study:
 
     @functools.cached_property
     def dataset(self):
-        """The base's data set, prepared once before any process needs it."""
+        """The data set of the base config, prepared here once before the runs need it."""
         from qkvjax.data.open import open_dataset
 
         return open_dataset(self._base_config(), log=print)
 
     def digest(self, task: Task) -> str | None:
-        """The digest of a task's data; None when it cannot be prepared, which its run will tell."""
+        """Returns the digest of a task's data, None if the data cannot be prepared.
+
+        In the second case the run itself reports the error.
+        """
         data_fields = ("data.", "model.kind", "model.patch_size")
         if not any(name.startswith(data_fields) for name in task.overrides):
             return self.dataset.digest
@@ -231,39 +241,44 @@ class Study:
         return self.workdir / "results.jsonl"
 
     def lines(self) -> list[dict]:
-        """The lines of results.jsonl, each with what identifies its run."""
+        """Returns the lines of results.jsonl: one per attempt of a run."""
         return read_lines(self.results, status=str, identity=str, data_digest=str)
 
     def done(self, tasks: list[Task] | None = None) -> dict[str, dict]:
-        """Identity -> the line of each finished run, of `tasks` or of all, on its data as they
-        are now."""
+        """Returns {identity: line of results.jsonl} of finished runs whose data are unchanged.
+
+        Args:
+          tasks: which tasks to look at; None means all.
+        """
         tasks = self.tasks if tasks is None else tasks
         by_identity = {task.identity: task for task in tasks}
-        ended = [line for line in self.lines() if line["status"] == "done"]
+        finished = [line for line in self.lines() if line["status"] == "done"]
         return {
             line["identity"]: line
-            for line in ended
+            for line in finished
             if line["identity"] in by_identity
             and line["data_digest"] == self.digest(by_identity[line["identity"]])
         }
 
     def pending(self) -> list[Task]:
-        """Tasks that are not finished."""
+        """Returns the tasks that are not finished."""
         tasks = self.tasks
         done = self.done(tasks)
         return [task for task in tasks if task.identity not in done]
 
     def _environment(self) -> dict:
-        """Where the first run that ended was trained, as it told itself."""
+        """Returns the device and versions from run.json of the first run that has them."""
         for line in self.lines():
-            facts = read_json(self.workdir / str(line.get("workdir")) / "run.json")
-            if facts.get("environment"):
-                return facts["environment"]
+            run = read_json(self.workdir / str(line.get("workdir")) / "run.json")
+            if run.get("environment"):
+                return run["environment"]
         return {}
 
     def listing(self) -> str:
-        """A line a task: number, state, seed, identity, label, folder; in a tuned study its phase
-        too."""
+        """Returns a table, one line per task: number, state, seed, identity, label, folder.
+
+        The lines of a tuned study name the phase too.
+        """
         tasks = self.tasks
         done = self.done(tasks)
         failed = {line["identity"] for line in self.lines() if line["status"] == "failed"}
@@ -283,14 +298,14 @@ class Study:
         return "\n".join(lines)
 
     def remarks(self) -> list[str]:
-        """Returns what a reader of the study must know about what was tuned, a sentence each."""
+        """Returns one sentence for each best value that lies at the edge of the tried values."""
         if not self.tuning:
             return []
-        found = [self.tuning.remark(*group, value) for group, value in self.chosen().items()]
-        return [sentence for sentence in found if sentence]
+        remarks = [self.tuning.remark(*group, value) for group, value in self.chosen().items()]
+        return [remark for remark in remarks if remark]
 
     def _tuned(self) -> dict:
-        """What study.json says about tuning."""
+        """Returns the entry of study.json about tuning, {} for a study that tunes nothing."""
         if not self.tuning:
             return {}
         chosen = [
@@ -300,11 +315,15 @@ class Study:
         return {"tuned": {**self.tuning._asdict(), "chosen": chosen}}
 
     def claim(self, command: str, keep_command: bool = False) -> None:
-        """Refuses a workdir of another study, then writes study.json for the report.
+        """Writes study.json, which the report reads.
 
         Args:
-          command: what was typed, for those who want to repeat it.
-          keep_command: leave the command that is there.
+          command: the command line, so that readers of the report can repeat it.
+          keep_command: keep the command that study.json has already.
+
+        Raises:
+          UserError: the workdir has results of a study with another base configuration or with
+            other data.
         """
         path = self.workdir / "study.json"
         old = read_json(path)
@@ -315,15 +334,16 @@ class Study:
             after = configs.identity(self._base_config())
             if old["data"]["digest"] == self.dataset.digest:
                 before |= {name: after[name] for name in LOCATIONS}
-            if self.tuning:  # each run has a seed of its own; the tuning ones may have been there
+            if self.tuning:
+                # An untuned study may have trained the tuning runs here, from another base seed.
                 before |= {"seed": after["seed"]}
             lines = configs.differing(before, after)
             if old["data"]["digest"] != self.dataset.digest:
                 lines.append(f"data: {old['data']['digest'][:12]} -> {self.dataset.digest[:12]}")
             if lines and self.lines():
                 raise UserError(
-                    f"{self.workdir} holds runs of a study with another base; choose another"
-                    " --workdir, delete this one, or go on with its own values:\n  "
+                    f"{self.workdir} has runs of a study with another base; choose another"
+                    " --workdir, delete this one, or continue with its values:\n  "
                     + "\n  ".join(lines)
                 )
         measured = read_json(self.workdir / "measurements.json")
@@ -355,16 +375,20 @@ class Study:
 
 
 def _grid(name: str, points) -> tuple[list[dict], list[str]]:
-    """The points of a grid of the config, checked, and their labels."""
+    """Returns the points of a grid of the config and their labels.
+
+    Raises:
+      UserError: it is not a list of dicts, a point sets the seed, or two labels are equal.
+    """
     if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
         raise UserError(
-            f"study.{name}={points!r} is no grid: make it with qkvjax.sweep, one dict a point"
+            f"study.{name}={points!r} is not a grid: make it with qkvjax.sweep, one dict per point"
         )
     for point in points:
         if not all(isinstance(text, str) for text in (*point, point.get("label", ""))):
-            raise UserError(f"the grid's point {point!r}: fields and label are texts")
+            raise UserError(f"the grid's point {point!r}: field names and label must be strings")
     if any("seed" in point for point in points):
-        raise UserError("a point of the grid sets `seed`: study.seeds says how many there are")
+        raise UserError("a point of the grid sets `seed`: study.seeds is the number of seeds")
     points = [
         {
             field: canonical_sharing(value) if field == "model.sharing" else value
@@ -375,5 +399,7 @@ def _grid(name: str, points) -> tuple[list[dict], list[str]]:
     labels = [sweep.label(point) for point in points]
     twins = {label for label in labels if labels.count(label) > 1}
     if twins:
-        raise UserError(f"two points of the grid are called {sorted(twins)[0]!r}: give labels")
+        raise UserError(
+            f"two points of the grid are called {sorted(twins)[0]!r}: give labels that differ"
+        )
     return points, labels

@@ -1,8 +1,9 @@
-"""One run of a study: train, sample, and a line in results.jsonl."""
+"""One run of a study: trains a model, samples from it, and appends a line to results.jsonl."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from qkvjax.errors import UserError
 from qkvjax.files import append_line, read_json, read_lines
@@ -13,8 +14,8 @@ from qkvjax.training.guard import DIVERGED
 from qkvjax.training.signals import Stopped
 
 SAMPLE_TOKENS = 240
-# What a line says of its last evaluation: of text, of labels, of both.
-_FACTS = (
+# Metrics of the last evaluation that a line repeats, if the evaluator has them.
+_METRICS = (
     "perplexity",
     "num_bytes",
     "pad_fraction",
@@ -27,13 +28,16 @@ _FACTS = (
 
 
 def train_point(study: Study, number: int) -> int:
-    """Trains task `number` in this process; a failure is recorded before it is raised.
+    """Trains task `number` in this process and returns 0.
+
+    A failure gets its line in results.jsonl before it is raised.
 
     Raises:
-      UserError: no such point, or the tuning runs that choose its value are not finished.
+      UserError: the number is out of range, or the tuning runs that choose the value of this
+        point are not finished.
     """
     if not 0 <= number < len(study):
-        raise UserError(f"--point={number} is none of 0 to {len(study) - 1}: see --list")
+        raise UserError(f"--point={number} is not one of 0 to {len(study) - 1}: see --list")
     task = study.task(number)
     if task.waits:
         raise UserError(_missing(study, task))
@@ -44,7 +48,7 @@ def train_point(study: Study, number: int) -> int:
     try:
         append_line(study.results, _train(study, task))
     except Stopped:
-        raise  # saved; the next start goes on with it
+        raise  # a checkpoint is saved: the next start continues this run
     except Exception as error:
         append_line(study.results, failure(study, task, f"{type(error).__name__}: {error}"))
         raise
@@ -52,7 +56,7 @@ def train_point(study: Study, number: int) -> int:
 
 
 def _missing(study: Study, task: Task) -> str:
-    """Which tuning runs a run of the second phase waits for."""
+    """Returns an error message that names the tuning runs a task waits for."""
     runs = study.tuning_runs(task.label, task.setting)
     done = study.done(runs)
     missing = [
@@ -66,7 +70,7 @@ def _missing(study: Study, task: Task) -> str:
 
 
 def heading(study: Study, task: Task) -> dict:
-    """What every line about a run says first."""
+    """Returns the first entries of every line about a run: which run of the study it is."""
     line = {
         "label": task.label,
         "setting": task.setting,
@@ -80,33 +84,34 @@ def heading(study: Study, task: Task) -> dict:
 
 
 def take_over(study: Study, tasks: list[Task]) -> None:
-    """Writes the lines of finished runs anew where another study of this workdir named them.
+    """Appends lines under this study's names for runs that another study of the workdir finished.
 
-    A run with a value of a tuned field is also a point of an ordinary study, called
-    "Q-K=V learning_rate=0.002" there, and its identity is the same.
+    A tuning run is also a point of an ordinary study, which calls it "Q-K=V learning_rate=0.002".
+    The identity is the same in both, so the run is not repeated.
     """
     done = study.done(tasks)
     for task in tasks:
         line = done.get(task.identity)
         if line and (line.get("label"), line.get("phase", "")) != (task.label, task.phase):
-            first = heading(study, task)
-            named = {*first, "phase", "tuned"}
-            rest = {name: value for name, value in line.items() if name not in named}
-            append_line(study.results, first | rest)
+            renamed = heading(study, task)
+            replaced = {*renamed, "phase", "tuned"}
+            rest = {name: value for name, value in line.items() if name not in replaced}
+            append_line(study.results, renamed | rest)
 
 
 def failure(study: Study, task: Task, error: str) -> dict:
-    """The line of a run that did not end."""
+    """Returns the line of a run that failed."""
     return heading(study, task) | {"status": "failed", "error": error}
 
 
 def _train(study: Study, task: Task) -> dict:
+    """Trains a task and returns its line for results.jsonl."""
     from qkvjax.training.train import train
 
     folder = study.workdir / task.folder
     folder.mkdir(parents=True, exist_ok=True)
     summary = train(task.config, folder, log=lambda line: print(line, flush=True))
-    facts = read_json(folder / "run.json")
+    run = read_json(folder / "run.json")
     metric = study.metric
     text = metric == "bits_per_byte"
     curve = [
@@ -118,7 +123,7 @@ def _train(study: Study, task: Task) -> dict:
     score = summary[f"eval/{metric}"]
     if score is None or not math.isfinite(score):
         raise UserError(
-            "training diverged: the score is no finite number; lower optimizer.learning_rate",
+            f"training diverged: the score {score} is not finite; lower optimizer.learning_rate",
             code=DIVERGED,
         )
     return heading(study, task) | {
@@ -127,20 +132,24 @@ def _train(study: Study, task: Task) -> dict:
         "metric": metric,
         "score": score,
         "train_score": summary.get(f"eval_train/{metric}"),
-        **{name: summary[f"eval/{name}"] for name in _FACTS if f"eval/{name}" in summary},
+        **{name: summary[f"eval/{name}"] for name in _METRICS if f"eval/{name}" in summary},
         "tokenizer": task.config.data.tokenizer.partition(":")[0] if text else None,
         "score_pads": task.config.data.score_pads,
         "steps": summary["step"],
         "tokens": summary["step"] * task.config.data.batch_size * task.config.data.seq_len,
         "seconds": summary["seconds"],
         "curve": curve,
-        "costs": facts["costs"],
-        **_look(study, task, folder, summary),
+        "costs": run["costs"],
+        **_inspect(study, task, folder, summary),
     }
 
 
-def _look(study: Study, task: Task, folder, summary: dict) -> dict:
-    """What the report shows of one model: a sample of its text, spectra, the means inside."""
+def _inspect(study: Study, task: Task, folder: Path, summary: dict) -> dict:
+    """Returns what the report shows of one model: a text sample, spectra, means of `inside`.
+
+    Spectra come from the first seed in the first setting alone, samples from every language model.
+    Tuning runs have neither.
+    """
     from qkvjax.evaluation.inside import spectra_of
     from qkvjax.training.restore import load_model
 
@@ -149,23 +158,24 @@ def _look(study: Study, task: Task, folder, summary: dict) -> dict:
         for name, value in summary.items()
         if name.startswith("inside/")
     }
-    found = {"sample": None, "inside": means or None, "spectra": None}
+    views = {"sample": None, "inside": means or None, "spectra": None}
     first = task.seed == study.seeds[0] and task.setting == next(iter(study.settings))
     if task.phase == TUNE or (study.metric != "bits_per_byte" and not first):
-        return found
+        return views
     model, tokenizer, config, _ = load_model(folder)
     if tokenizer is not None:
         text = _sample(study, task, model, tokenizer, config)
-        found["sample"] = {"prompt": study.prompt, "text": text}
-    return found | {"spectra": spectra_of(model) if first else None}
+        views["sample"] = {"prompt": study.prompt, "text": text}
+    return views | {"spectra": spectra_of(model) if first else None}
 
 
 def _sample(study: Study, task: Task, model, tokenizer, config) -> str:
-    from qkvjax.generation.decode import continuation, generate, prompt_ids
+    """Returns text that the model writes after the prompt of the study."""
+    from qkvjax.generation.generate import continuation, generate, prompt_ids
 
     prompt = prompt_ids(tokenizer, study.prompt)[: config.data.seq_len - 1]
     room = config.data.seq_len - len(prompt) if model.spec.bounded else SAMPLE_TOKENS
-    made = generate(
+    samples = generate(
         model,
         prompt,
         num_ids=tokenizer.num_ids,
@@ -174,4 +184,4 @@ def _sample(study: Study, task: Task, model, tokenizer, config) -> str:
         seed=task.seed,
         dtype=config.train.compute_dtype,
     )
-    return continuation(tokenizer, made.ids[0])
+    return continuation(tokenizer, samples.ids[0])

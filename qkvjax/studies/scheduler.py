@@ -1,59 +1,50 @@
-"""The processes of a study: measuring first, then runs side by side.
+"""Trains the runs of a study side by side, each in a process of its own.
 
-Each run is a process of its own, `qkvjax study ... --point=K`: a crash takes nothing with it,
-and a job array does the same with other means. On CPU each process is pinned to a core: small
-models train faster on one core than on two. On GPUs and TPUs each of several gets devices of its
-own (`studies.devices`).
+Such a process is `qkvjax study ... --point=K`. If it crashes the other runs go on, and a job array
+of a cluster can start the same command. On CPU each process is pinned to one core: small models
+train faster on one core than on two. On GPUs and TPUs each process gets its own devices
+(`studies.devices`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import zlib
-from pathlib import Path
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from qkvjax import sweep
-from qkvjax.errors import UserError
-from qkvjax.files import append_line, read_json, write_json
+from qkvjax.files import append_line
 from qkvjax.parallel.mesh import idle_devices
 from qkvjax.progress import duration
-from qkvjax.studies import devices
+from qkvjax.studies import devices, measurements, processes
 from qkvjax.studies.grid import Study
 from qkvjax.studies.live import Live
 from qkvjax.studies.point import failure, take_over
+from qkvjax.studies.processes import Slot
 from qkvjax.studies.task import Task
 from qkvjax.studies.tuning import TUNE
 
-OVERHEAD_SECONDS = 16.0  # of a run's process: imports, compilation, evaluations, saving
-POLL_SECONDS = 0.5
-TERMINATED = 143  # what the shell says of a program that SIGTERM ended
-
-
-def measure_here(study: Study) -> int:
-    """Writes measurements.json: what each point costs on this machine."""
-    from qkvjax.costs.measure import measure
-
-    found = measure(study.configs(), log=lambda line: print(line, flush=True))
-    write_json(study.workdir / "measurements.json", found | {"labels": study.labels})
-    return 0
+OVERHEAD_SECONDS = 16.0  # of one run, beside training: imports, compilation, evaluations, saving
+TERMINATED = 143  # exit code that shells give to a program ended by SIGTERM
 
 
 def run_all(
     study: Study, arguments: list[str], *, jobs: int | None, max_seconds: float | None
 ) -> int:
-    """Trains everything that is pending; returns how many runs failed.
+    """Trains every pending run; returns how many failed.
 
     Args:
-      arguments: the study's own command line, which its processes get with --point=K.
-      jobs: processes at a time; None means one a core on CPU, else one. On accelerators there are
-        at most as many as devices.
-      max_seconds: no run starts that would probably end later than this.
+      study: the runs.
+      arguments: command line of the study, which each process gets with --point=K.
+      jobs: runs at a time; None means one per core on CPU and one on accelerators. There are never
+        more than accelerators.
+      max_seconds: a run that would probably end later than this is not started.
     """
     began = time.monotonic()
     take_over(study, study.tasks)
@@ -62,75 +53,191 @@ def run_all(
         print(f"all {len(study)} runs are finished")
         return 0
     print(f"{_factors(study)}: {len(study)} runs, {len(study) - len(pending)} finished")
-    here = devices.find()
-    on_cpu = here.platform == "cpu"
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    if on_cpu:
-        jobs = min(jobs or len(cores), len(pending))
-    else:
-        jobs = _on_accelerators(jobs, here, pending)
-    slots = devices.environments(here, jobs)
-    measured = _measurements(study, arguments, slots[0])
-    each = _estimates(study, measured)
-    expected = sum(each[task.label] for task in pending) + OVERHEAD_SECONDS * len(pending) / jobs
-    told = f"about {duration(expected)} for " if measured else ""
-    print(f"{told}{len(pending)} runs, {jobs} at a time", flush=True)
+    slots = _slots(jobs, devices.find(), pending)
+    measured = measurements.read_or_measure(study, arguments, slots[0].environment)
+    estimates = measurements.training_seconds(study, measured)
+    expected = sum(estimates[task.label] for task in pending)
+    expected += OVERHEAD_SECONDS * len(pending) / len(slots)
+    start = f"about {duration(expected)} for " if measured else ""
+    print(f"{start}{len(pending)} runs, {len(slots)} at a time", flush=True)
 
-    # A job's end by SIGTERM must not leave its runs behind.
+    live = Live(study, pending, expected, len(slots))
+    deadline = None if max_seconds is None else began + max_seconds
+    schedule = _Schedule(study, arguments, pending, slots, estimates, live, deadline)
+    with _sigterm_exits():
+        schedule.run()
+    study.claim("", keep_command=True)  # adds the environment of the runs to study.json
+    if not schedule.skipped and not schedule.failed and not schedule.blocked:
+        shutil.rmtree(study.workdir / ".compiled", ignore_errors=True)
+    if schedule.skipped:
+        print(
+            f"--max_seconds={max_seconds:g} left no time for {schedule.skipped} runs;"
+            " the same command continues with them"
+        )
+    if schedule.blocked:
+        print(_why_blocked(schedule.blocked))
+    return schedule.failed
+
+
+class _Running(NamedTuple):
+    """A run in progress.
+
+    Attributes:
+      task: the run.
+      process: the process that trains it.
+      began: `time.monotonic()` at its start.
+      num_lines: lines of results.jsonl at its start, which are from earlier attempts.
+    """
+
+    task: Task
+    process: subprocess.Popen
+    began: float
+    num_lines: int
+
+
+class _Schedule:
+    """The runs of one call: which wait for a slot, which wait for tuning, which are in progress.
+
+    Args:
+      study: whose runs they are.
+      arguments: command line of the study.
+      pending: the tasks to train.
+      slots: one for each of the runs at a time.
+      estimates: label -> expected seconds of training of one run.
+      live: shows the progress.
+      deadline: no run starts that would probably end later, by `time.monotonic()`; None: no limit.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        arguments: list[str],
+        pending: list[Task],
+        slots: list[Slot],
+        estimates: dict[str, float],
+        live: Live,
+        deadline: float | None,
+    ):
+        self.study = study
+        self.arguments = arguments
+        self.slots = slots
+        self.estimates = estimates
+        self.live = live
+        self.deadline = deadline
+        self.waiting = [task for task in pending if not task.waits]
+        self.blocked = [task for task in pending if task.waits]
+        self.running: dict[int, _Running] = {}  # slot number -> what runs in it
+        self.failed = 0
+        self.skipped = 0
+
+    def run(self) -> None:
+        """Trains until nothing can start any more; ends all processes if it is interrupted."""
+        try:
+            while self.waiting or self.running:
+                self._fill_slots()
+                time.sleep(processes.POLL_SECONDS)
+                self._collect()
+                self.live.show([run.task for run in self.running.values()])
+        except BaseException:
+            for run in self.running.values():
+                run.process.terminate()
+            for run in self.running.values():
+                run.process.wait()
+            raise
+        finally:
+            self.live.close()
+
+    def _fill_slots(self) -> None:
+        """Starts waiting runs in free slots."""
+        while self.waiting and len(self.running) < len(self.slots):
+            task = self.waiting.pop(0)
+            if self._would_end_late(task):
+                self.skipped += 1
+                continue
+            free = next(number for number in range(len(self.slots)) if number not in self.running)
+            num_lines = len(self.study.lines())
+            process = processes.start_run(self.study, task, self.arguments, self.slots[free])
+            self.running[free] = _Running(task, process, time.monotonic(), num_lines)
+
+    def _would_end_late(self, task: Task) -> bool:
+        if self.deadline is None:
+            return False
+        seconds = self.live.expected_run(task, self.estimates[task.label])
+        return seconds > self.deadline - time.monotonic()
+
+    def _collect(self) -> None:
+        """Takes the runs that ended out of their slots and releases what waited for them."""
+        for slot, run in list(self.running.items()):
+            if run.process.poll() is None:
+                continue
+            del self.running[slot]
+            line = _result_line(self.study, run)
+            self.failed += line["status"] == "failed"
+            self.live.finished(run.task, line, time.monotonic() - run.began)
+            if self.blocked and run.task.phase == TUNE:
+                self._release()
+
+    def _release(self) -> None:
+        """Moves runs whose tuned value is known by now from `blocked` to `waiting`."""
+        tasks = self.study.tasks
+        blocked = [tasks[task.number] for task in self.blocked]
+        self.blocked = [task for task in blocked if task.waits]
+        ready = [task for task in blocked if not task.waits]
+        if not ready:
+            return
+        # With its value a run may turn out to be one that another study of this workdir finished.
+        done = self.study.done(ready)
+        finished = [task for task in ready if task.identity in done]
+        take_over(self.study, finished)
+        self.live.drop(finished)
+        self.waiting += [task for task in ready if task.identity not in done]
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Raises SystemExit at SIGTERM, so that the end of a job ends its runs too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    live = Live(study, pending, expected, jobs)
-    waiting = [task for task in pending if not task.waits]
-    blocked = [task for task in pending if task.waits]
-    running, failed, skipped = {}, 0, 0
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                task = waiting.pop(0)
-                left = None if max_seconds is None else max_seconds - (time.monotonic() - began)
-                if left is not None and live.expected_run(task, each[task.label]) > left:
-                    skipped += 1
-                    continue
-                free = next(slot for slot in range(jobs) if slot not in running)
-                core = cores[free % len(cores)] if on_cpu and jobs > 1 else None
-                known = len(study.lines())
-                process = _start(study, task, arguments, core, slots[free])
-                running[free] = (task, process, time.monotonic(), known)
-            time.sleep(POLL_SECONDS)
-            for slot, (task, process, since, known) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                line = _outcome(study, task, process.returncode, known)
-                failed += line["status"] == "failed"
-                live.finished(task, line, time.monotonic() - since)
-                if blocked and task.phase == TUNE:
-                    blocked, released = _released(study, blocked, live)
-                    waiting += released
-            live.show([task for task, *_ in running.values()])
-    except BaseException:
-        for _, process, *_ in running.values():
-            process.terminate()
-        for _, process, *_ in running.values():
-            process.wait()
-        raise
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        live.close()
-    study.claim("", keep_command=True)  # with the environment that the runs tell
-    if not skipped and not failed and not blocked:
-        shutil.rmtree(study.workdir / ".compiled", ignore_errors=True)
-    if skipped:
-        print(
-            f"--max_seconds={max_seconds:g} left no time for {skipped} runs;"
-            " the same command goes on with them"
-        )
-    if blocked:
-        print(_why_blocked(study, blocked))
-    return failed
+
+
+def _slots(requested: int | None, machine: devices.Devices, pending: list[Task]) -> list[Slot]:
+    """Returns a slot for each of the runs at a time.
+
+    Args:
+      requested: --jobs.
+      machine: devices of this machine.
+      pending: the tasks to train.
+    """
+    if machine.platform != "cpu":
+        jobs = _jobs_on_accelerators(requested, machine, pending)
+        return [Slot(variables, None) for variables in devices.environments(machine, jobs)]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    jobs = min(requested or len(cores), len(pending))
+    if jobs == 1:
+        return [Slot({}, None)]
+    return [Slot({}, cores[number % len(cores)]) for number in range(jobs)]
+
+
+def _jobs_on_accelerators(
+    requested: int | None, machine: devices.Devices, pending: list[Task]
+) -> int:
+    """Returns the runs at a time on accelerators; prints how to use devices that stay idle."""
+    meshes = [task.config.mesh.sizes for task in pending]
+    jobs = devices.jobs_at_a_time(requested, machine, meshes)
+    count = len(machine.ids)
+    if requested and requested > jobs:
+        print(f"--jobs={requested}: {count} devices are here, so {jobs} runs at a time")
+    jobs = min(jobs, len(pending))
+    if jobs == 1 and (idle := idle_devices(meshes[0], count)):
+        print(idle)
+    return jobs
 
 
 def _factors(study: Study) -> str:
-    """What multiplies to the runs of a study: "5 variants x 3 seeds"."""
+    """Returns what the number of runs is the product of, such as "5 variants x 3 seeds"."""
     points = f"{len(study.points)} variants"
     if len(study.settings) > 1:
         points += f" x {len(study.settings)} settings"
@@ -138,25 +245,12 @@ def _factors(study: Study) -> str:
     if study.tuning is None:
         return f"{points} x {seeds}"
     values = f"{len(study.tuning.values)} values of {sweep.last_part(study.tuning.field)}"
-    tried = f"{values} x {len(study.tuning.seeds)} tuning seeds"
-    return f"{points} x ({tried}, then the best value x {seeds})"
+    tuning = f"{values} x {len(study.tuning.seeds)} tuning seeds"
+    return f"{points} x ({tuning}, then the best value x {seeds})"
 
 
-def _released(study: Study, blocked: list[Task], live: Live) -> tuple[list[Task], list[Task]]:
-    """Divides runs that waited for tuning into those that still wait and those to train now."""
-    tasks = study.tasks
-    known = [tasks[task.number] for task in blocked]
-    ready = [task for task in known if not task.waits]
-    done = study.done(ready) if ready else {}
-    finished = [task for task in ready if task.identity in done]
-    take_over(study, finished)
-    live.drop(finished)
-    still = [task for task in known if task.waits]
-    return still, [task for task in ready if task.identity not in done]
-
-
-def _why_blocked(study: Study, blocked: list[Task]) -> str:
-    """A sentence about runs that were not trained because their value is not known."""
+def _why_blocked(blocked: list[Task]) -> str:
+    """Returns a sentence about runs that were not trained because their value is not known."""
     labels = ", ".join(dict.fromkeys(task.label for task in blocked))
     return (
         f"{len(blocked)} runs of {labels} wait for tuning runs that are not finished; the same"
@@ -165,135 +259,17 @@ def _why_blocked(study: Study, blocked: list[Task]) -> str:
     )
 
 
-def _on_accelerators(asked: int | None, here: devices.Devices, pending: list[Task]) -> int:
-    """The runs at a time on accelerators; says which devices are left idle, and how to use them."""
-    meshes = [task.config.mesh.sizes for task in pending]
-    jobs = devices.jobs_at_a_time(asked, here, meshes)
-    count = len(here.ids)
-    if asked and asked > jobs:
-        print(f"--jobs={asked}: {count} devices are here, so {jobs} runs at a time")
-    jobs = min(jobs, len(pending))
-    if jobs == 1 and (idle := idle_devices(meshes[0], count)):
-        print(idle)
-    return jobs
-
-
-def _measurements(study: Study, arguments: list[str], environment: dict[str, str]) -> dict:
-    """measurements.json, measured in a process of its own when it is not there."""
-    if len(study.settings) > 1 or study.base["model"]["kind"] != "lm":
-        return {}  # each setting has costs of its own; encoders decode nothing
-    path = study.workdir / "measurements.json"
-    found = read_json(path)
-    if found.get("labels") == study.labels:
-        return found
-    print("measuring what each variant costs on this machine", flush=True)
-    log = study.workdir / "measure.log"
-    command, options = _door(study, arguments, "--measure", environment)
-    if code := _watch(command, options, log, len(study.labels)):
-        print(f"  that failed (exit code {code}, see {log}); the report will say not measured")
-        return found
-    found = read_json(path)
-    study.claim("", keep_command=True)  # with the environment that was measured in
-    return found
-
-
-def _watch(command: list[str], options: dict, log: Path, count: int) -> int:
-    """Runs the measuring process, shows how far it is, and returns its exit code.
-
-    Args:
-      log: gets what it prints.
-      count: variants that it measures.
-    """
-    shown = 0
-
-    def show():
-        nonlocal shown
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        compiled = [line for line in lines if line.startswith("compiled ")]
-        for line in compiled[shown:]:
-            shown += 1
-            then = "; timing all of them side by side" if shown == count else ""
-            print(f"  {line}, {shown} of {count}{then}", flush=True)
-
-    with log.open("w", encoding="utf-8") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
-    try:
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)
-            show()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    show()
-    return process.returncode
-
-
-def _estimates(study: Study, measured: dict) -> dict[str, float]:
-    """Seconds of training of one run of each label, 0 where nothing is known."""
-    step = {row["label"]: row["step_seconds"] for row in measured.get("rows", [])}
-    steps = measured.get("steps", 0)
-    return {label: step.get(label, 0.0) * steps for label in study.labels}
-
-
-def _start(
-    study: Study, task: Task, arguments: list[str], core: int | None, environment: dict[str, str]
-) -> subprocess.Popen:
-    folder = study.workdir / task.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made ({error.strerror}): remove what is in its way"
-        ) from None
-    command, options = _door(study, arguments, f"--point={task.number}", environment)
-    pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
-    with (folder / "train.log").open("a") as log:
-        options |= {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": pin}
-        return subprocess.Popen(command, **options)
-
-
-def _door(
-    study: Study, arguments: list[str], flag: str, environment: dict[str, str]
-) -> tuple[list[str], dict]:
-    """The command and the environment of this study's door in a process of its own.
-
-    With -P the current folder holds no modules: a random.py there is not the library's. The seeds
-    of a variant run one program, which the first of them compiles.
-    """
-    here = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-m", "qkvjax", "study", *arguments, flag]
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(_compiled(study)),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return command, {"env": compiled | os.environ | {"PYTHONPATH": paths} | environment}
-
-
-def _compiled(study: Study) -> Path:
-    """Where compiled programs are kept: they run on machines with this one's instructions."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return study.workdir / ".compiled" / f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-
-
-def _outcome(study: Study, task: Task, code: int, known: int) -> dict:
-    """The run's line; a process that died without writing one gets a line here.
-
-    The first `known` lines of the results are of earlier attempts.
-    """
-    lines = [line for line in study.lines()[known:] if line["identity"] == task.identity]
+def _result_line(study: Study, run: _Running) -> dict:
+    """Returns the line of a run that ended, and writes it if the process died without one."""
+    task = run.task
+    code = run.process.returncode
+    lines = [line for line in study.lines()[run.num_lines :] if line["identity"] == task.identity]
     if lines and (code == 0) == (lines[-1]["status"] == "done"):
         return lines[-1]
     log = study.workdir / task.folder / "train.log"
-    told = (
-        log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        if log.exists()
-        else []
-    )
-    last = f" ({told[-1]})" if told else ""
+    output = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    printed = output.strip().splitlines()
+    last = f" ({printed[-1]})" if printed else ""
     error = f"the process ended with code {code}{last}: see {task.folder}/train.log"
     line = failure(study, task, error)
     append_line(study.results, line)

@@ -16,16 +16,16 @@ from qkvjax.studies.tuning import COMPARE
 
 
 class Part(NamedTuple):
-    """What the number of a task stands for: a point of the grid in one setting with one seed.
+    """What a task number stands for: a point of the grid in one setting with one seed.
 
     Attributes:
       phase: "tune" or "compare" in a tuned study, "" in others.
-      label: the point's.
-      point: its fields.
-      setting: the setting's name; "" where there is only one.
-      fields: of the setting.
+      label: label of the point.
+      point: fields of the point and their values.
+      setting: name of the setting; "" if there is only one.
+      fields: fields of the setting and their values.
       seed: replaces `config.seed`.
-      value: of the tuned field; None where nothing is tuned, and before it is chosen.
+      value: value of the tuned field; None if nothing is tuned or the value is not chosen yet.
     """
 
     phase: str
@@ -41,16 +41,16 @@ class Task(NamedTuple):
     """One run: a point of the grid in one setting with one seed.
 
     Attributes:
-      number: what --point takes.
-      name: the label, in a tuned study with the value behind it.
-      label: the variant's name.
-      setting: the setting's name; "" where there is only one.
-      overrides: the fields that differ from the base, the setting's first.
+      number: the K of --point=K.
+      name: the label; in a tuned study followed by the value.
+      label: name of the variant.
+      setting: name of the setting; "" if there is only one.
+      overrides: fields that replace those of the base config, first those of the setting.
       seed: replaces `config.seed`.
       config: the resolved configuration.
-      identity: hash of the name and of the fields that fix the run and are not at their
-        default; "" while the run waits for its tuning. Two labels may stand for the same run: what
-        both measure is the noise between equals.
+      identity: hash of the name and of the identity fields that are not at their default; ""
+        while the task waits for its tuning. Two labels of one configuration have two identities:
+        such an A/A study measures the noise between equal runs.
       phase, value: see `Part`.
     """
 
@@ -67,19 +67,20 @@ class Task(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """Whether the value that it is compared at is not known yet."""
+        """Whether the best value of the tuned field is not known yet."""
         return not self.identity
 
     @property
     def folder(self) -> str:
-        """The run's workdir, relative to the study's."""
+        """Workdir of the run, relative to that of the study."""
         name = sweep.slug(f"{self.name} {self.setting}")
         return f"runs/{name}-s{self.seed}-{self.identity[:8]}"
 
     @property
     def work(self) -> float:
-        """How long a run should take, in multiply-adds of its model's blocks: what runs of one
-        study compare by. An epoch counts as one step.
+        """Multiply-adds of the blocks over the whole run: what its duration is estimated from.
+
+        Only ratios between runs of one study mean something: an epoch counts as one step.
         """
         c = self.config
         stack = stack_spec(c.model, c.data.seq_len)
@@ -96,14 +97,17 @@ def make_task(number: int, part: Part, base: dict, locations: Mapping, tuned_fie
     """Returns the run that a part stands for.
 
     Args:
-      base: the configuration of all points, as plain values.
-      locations: where the data lie, as it enters the identity.
+      number: of the task.
+      part: point, setting, seed and tuned value.
+      base: the configuration that all points change, as plain values.
+      locations: the fields that locate the data, as they enter the identity.
       tuned_field: the field of `part.value`.
 
     Raises:
-      UserError: the point is not a legal configuration.
+      UserError: the point is not a valid configuration.
     """
-    name, overrides = part.label, _overrides(part)
+    name = part.label
+    overrides = _overrides(part)
     if part.value is not None:
         name = sweep.tuned_label(part.label, tuned_field, part.value)
         overrides[tuned_field] = part.value
@@ -124,16 +128,19 @@ def make_task(number: int, part: Part, base: dict, locations: Mapping, tuned_fie
 
 
 def _overrides(part: Part) -> dict:
-    """The fields of the setting and of the point."""
+    """Returns the fields of the setting followed by those of the point."""
     twice = (part.fields.keys() & part.point.keys()) - {"label"}
     if twice:
-        raise UserError(f"{sorted(twice)[0]} stands in a point and in a setting of the grid")
+        raise UserError(
+            f"{sorted(twice)[0]} is set in a point and in a setting of the grid: remove it from"
+            " one of them"
+        )
     both = {**part.fields, **part.point}
     return {field: value for field, value in both.items() if field != "label"}
 
 
 def _configuration(name: str, overrides: dict, base: dict, seed: int):
-    """The base with the overrides and the seed, checked."""
+    """Returns the base with the overrides and the seed, checked."""
     config = configs.from_dict(base)
     try:
         for field, value in overrides.items():
@@ -146,15 +153,15 @@ def _configuration(name: str, overrides: dict, base: dict, seed: int):
         config.seed = seed
         return configs.resolve(config)
     except (UserError, TypeError, AttributeError) as error:
-        message = f"the grid's point {name!r} is not a legal configuration: {error}"
+        message = f"the grid's point {name!r} is not a valid configuration: {error}"
         raise UserError(message) from None
 
 
 def _identity(name: str, config, overrides: dict, locations: Mapping) -> str:
-    """Hash of what a run is.
+    """Returns the hash of the fields that fix a run.
 
-    Fields at their default are left out: one that is added later leaves old runs what they are. A
-    base whose default has changed is told by `Study.claim`, which compares all of them.
+    Fields at their default are left out: a field that is added later does not change the identity
+    of old runs. `Study.claim` notices a default that changed, since it compares all fields.
     """
     fixed = configs.identity(config)
     for field in locations.keys() - overrides.keys():
@@ -165,5 +172,5 @@ def _identity(name: str, config, overrides: dict, locations: Mapping) -> str:
 
 @functools.cache
 def defaults() -> dict:
-    """The identity of the default configuration."""
+    """Returns the identity fields of the default configuration."""
     return configs.identity(configs.resolve(configs.default()))

@@ -1,9 +1,9 @@
-"""Each variant at its own best value of a field: what is tried, and what is chosen.
+"""Tunes one field for each variant: reads `study.tuned` and chooses the best value.
 
 A tuned study has two phases. The first ("tune") trains every point in every setting with every
-value of the field, on seeds of its own. The second ("compare") trains every point in every setting
-with its best value, on the seeds that are compared: a value that was chosen by the runs that are
-then compared would flatter the variant that gained most from chance.
+value of the field. The second ("compare") trains every point in every setting with its best value.
+The phases use different seeds. If the runs that chose the value were also compared, the result
+would favour the variant whose best run was luckiest.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from qkvjax.errors import UserError
 
 TUNE = "tune"
 COMPARE = "compare"
-# Between the first seed that is compared and the first that tunes, where a study says how many.
+# First tuning seed minus first compared seed, if a study gives only the number of tuning seeds.
 SEED_DISTANCE = 100
 _REMEDY = "make it with qkvjax.sweep.tuned(field, values, seeds)"
 
 
 class Tuning(NamedTuple):
-    """What a study tunes.
+    """The field that a study tunes.
 
     Attributes:
-      field: of the configuration, such as "optimizer.learning_rate".
-      values: what is tried.
-      seeds: of the tuning runs.
+      field: field of the configuration, such as "optimizer.learning_rate".
+      values: the values to try.
+      seeds: seeds of the tuning runs.
     """
 
     field: str
@@ -35,16 +35,19 @@ class Tuning(NamedTuple):
     seeds: list[int]
 
     def best(self, scores: Mapping[object, Sequence[float]]) -> object:
-        """Returns the value with the lowest mean score, of equals the first that was listed.
+        """Returns the value with the lowest mean score; the first of several equal ones.
 
         Args:
-          scores: value -> the scores of its seeds.
+          scores: value -> the score of each seed.
         """
         return min(self.values, key=lambda value: sum(scores[value]) / len(scores[value]))
 
     def remark(self, label: str, setting: str, value: object) -> str | None:
-        """Returns a sentence about a best value at the edge of the values, where the next one could
-        be better; None where it lies inside."""
+        """Returns a sentence if the best value is the smallest or largest that was tried.
+
+        A value outside the tried range may then be better. Returns None for other values, for
+        texts, and for 0: there is no smaller dropout or weight decay.
+        """
         if not all(_is_number(other) for other in self.values) or value == 0:
             return None
         edges = {
@@ -58,7 +61,7 @@ class Tuning(NamedTuple):
 
 
 def read_tuning(options: object, compared: list[int], points: Iterable[dict]) -> Tuning | None:
-    """Returns what `study.tuned` of a config says, checked; None where a study tunes nothing.
+    """Returns the group `study.tuned` of a config, checked; None if the study tunes nothing.
 
     Args:
       options: the group as plain values.
@@ -66,7 +69,8 @@ def read_tuning(options: object, compared: list[int], points: Iterable[dict]) ->
       points: the points and settings of the grid.
 
     Raises:
-      UserError: it is not made as `sweep.tuned` makes it, or a seed would tune and be compared.
+      UserError: the group is not one that `sweep.tuned` makes, the field is in the grid too, or a
+        seed is in both phases.
     """
     if options in (None, {}):
         return None
@@ -77,34 +81,36 @@ def read_tuning(options: object, compared: list[int], points: Iterable[dict]) ->
         raise UserError(f"study.tuned.field={field!r} is not a field: {_REMEDY}")
     if any(field in point for point in points):
         raise UserError(
-            f"{field} stands in the grid and in study.tuned: remove it from one of them"
+            f"{field} is set in the grid and in study.tuned: remove it from one of them"
         )
     tuning = Tuning(field, _values(options["values"]), _seeds(options["seeds"], compared))
     both = sorted(set(tuning.seeds) & set(compared))
     if both:
         raise UserError(
             f"seed {both[0]} tunes and is compared (study.tuned.seeds={options['seeds']!r}; the"
-            f" compared seeds are {compared[0]} to {compared[-1]}): set study.tuned.seeds to a"
-            " number, which takes others, or list other seeds"
+            f" compared seeds are {compared[0]} to {compared[-1]}): list other seeds, or set"
+            " study.tuned.seeds to a number, and other seeds are chosen"
         )
     return tuning
 
 
 def _values(values: object) -> list:
+    """Returns `study.tuned.values`, or raises UserError."""
     if not isinstance(values, list) or len(values) < 2:
         raise UserError(f"study.tuned.values={values!r}: give at least two values to choose from")
     if any(not isinstance(value, (int, float, str)) for value in values):
-        raise UserError(f"study.tuned.values={values!r}: numbers and texts can be tuned")
+        raise UserError(f"study.tuned.values={values!r}: only numbers and texts can be tuned")
     if len(set(values)) < len(values):
         raise UserError(f"study.tuned.values={values!r} has a value twice: remove one")
     return values
 
 
 def _seeds(seeds: object, compared: list[int]) -> list[int]:
+    """Returns the tuning seeds that `study.tuned.seeds` lists or counts, or raises UserError."""
     if isinstance(seeds, int) and seeds >= 1:
         return [compared[0] + SEED_DISTANCE + i for i in range(seeds)]
-    listed = isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)
-    if not listed or len(set(seeds)) < len(seeds):
+    is_list = isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)
+    if not is_list or len(set(seeds)) < len(seeds):
         raise UserError(
             f"study.tuned.seeds={seeds!r}: give a number of at least 1, or a list of different"
             " seeds"

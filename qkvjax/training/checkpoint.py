@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 
 from qkvjax.errors import UserError
 from qkvjax.parallel.distributed import first, together
-from qkvjax.parallel.replicas import came_apart
+from qkvjax.parallel.replicas import differing_copies
 from qkvjax.training import quiet, stacks
 from qkvjax.training.guard import Rollback
 from qkvjax.training.kept import Kept
@@ -361,7 +361,7 @@ def _damage():
 
 def check_copies(state) -> None:
     """Raises Rollback where devices that hold the same numbers hold other bits."""
-    if apart := came_apart(named_arrays(state), fingerprint):
+    if apart := differing_copies(named_arrays(state), fingerprint):
         reason = f"copies of {apart[0]} came apart between devices (of {len(apart)} arrays)"
         raise Rollback(int(state.step), reason, skip=False)
 

@@ -133,8 +133,8 @@ def test_a_study_with_settings(door, task, tmp_path, lines):
     [
         ({"settings": ({"model.d_model": 16}, {"model.d_model": 16})}, "are called"),
         ({"settings": ({"model.sharing": "q-k=v"}, {"seed": 3})}, "sets `seed`"),
-        ({"settings": ({"model.sharing": "q-k=v"}, {})}, "stands in a point and in a setting"),
-        ({"settings": ({"model.d_model": 15}, {})}, "is no legal configuration"),
+        ({"settings": ({"model.sharing": "q-k=v"}, {})}, "is set in a point and in a setting"),
+        ({"settings": ({"model.d_model": 15}, {})}, "is not a valid configuration"),
     ],
 )
 def test_bad_settings(door, task, tmp_path, study, message):

@@ -231,9 +231,9 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(
 
 
 def test_a_killed_process_is_recorded(study, in_process, tmp_path, lines, monkeypatch):
-    from qkvjax.studies import scheduler
+    from qkvjax.studies import processes
 
-    start = scheduler._start
+    start = processes.start_run
     kill = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
 
     def killed_once(study, task, *how):
@@ -241,13 +241,13 @@ def test_a_killed_process_is_recorded(study, in_process, tmp_path, lines, monkey
             return subprocess.Popen([sys.executable, "-c", kill])
         return start(study, task, *how)
 
-    monkeypatch.setattr(scheduler, "_start", killed_once)
+    monkeypatch.setattr(processes, "start_run", killed_once)
     told = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
     assert told.code == 0 and "1 runs failed" in told.out
     by_label = {r["label"]: r for r in lines(tmp_path / "results.jsonl")}
     assert by_label["QKV"]["status"] == "failed" and "code -9" in by_label["QKV"]["error"]
     assert by_label["Q-K=V"]["status"] == "done"
-    monkeypatch.setattr(scheduler, "_start", start)
+    monkeypatch.setattr(processes, "start_run", start)
     told = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
     assert told.code == 0 and "2 runs, 1 finished" in told.out
     assert [r["status"] for r in lines(tmp_path / "results.jsonl")].count("done") == 2
@@ -309,7 +309,7 @@ def test_a_torn_line_of_results_is_trained_again(study, by_points, copy, lines):
 def test_another_base_is_refused(study, by_points, checksums):
     before = checksums(by_points)
     told = study(by_points, "--point=0", "--config.optimizer.b1=0.8", "--config.seed=1")
-    assert told.code == 2 and "holds runs of a study with another base" in told.err
+    assert told.code == 2 and "has runs of a study with another base" in told.err
     assert "optimizer.b1: 0.9 -> 0.8" in told.err and "seed: 0 -> 1" in told.err
     assert checksums(by_points) == before
 
@@ -317,18 +317,18 @@ def test_another_base_is_refused(study, by_points, checksums):
 @pytest.mark.parametrize(
     ("points", "flags", "message"),
     [
-        ("illegal", [], "point 'num_heads=3' is no legal.*does not divide d_model=16"),
+        ("illegal", [], "point 'num_heads=3' is not a valid.*does not divide d_model=16"),
         ("misspelt", [], "point 'sharng=q-k=v'.*did you mean 'model.sharing'"),
         ("wrong_type", [], "point 'd_model=wide'.*is not of type int"),
         ("seeded", [], "sets `seed`: study.seeds"),
-        ("numbered", [], "fields and label are texts"),
+        ("numbered", [], "field names and label must be strings"),
         ("grouped", [], "'model' is not a field"),
-        ("unset", [], "point .* is no legal configuration"),
+        ("unset", [], "point .* is not a valid configuration"),
         ("sharing", ["--config.study.seeds=99999999999"], "at most 10,000"),
         ("twins", [], "two points of the grid are called 'one': give labels"),
-        ("numbers", [], "is no grid: make it with qkvjax.sweep"),
+        ("numbers", [], "is not a grid: make it with qkvjax.sweep"),
         ("none", [], "has no grid.*configs/quickstart.py"),
-        ("sharing", ["--point=4"], "--point=4 is none of 0 to 3: see --list"),
+        ("sharing", ["--point=4"], "--point=4 is not one of 0 to 3: see --list"),
         ("sharing", ["--jobs=0"], "--jobs=0: 0 is not a positive integer"),
         ("sharing", ["--config.study.seeds=0"], "study.seeds=0 must be at least 1"),
         ("sharing", ["--config.study.sedes=3"], "did you mean 'study.seeds'"),
@@ -360,7 +360,7 @@ def test_damaged_json_is_told_with_its_path(study, by_points, copy, name):
 )
 def test_each_run_at_a_time_sees_its_own_gpu(study, tmp_path, monkeypatch, jobs, message, visible):
     """The environment of the processes, which end at once here, on a machine with two GPUs."""
-    from qkvjax.studies import devices, scheduler
+    from qkvjax.studies import devices, measurements, processes
 
     started = []
 
@@ -378,9 +378,9 @@ def test_each_run_at_a_time_sees_its_own_gpu(study, tmp_path, monkeypatch, jobs,
             return self.returncode if self.polls > 1 else None
 
     monkeypatch.setattr(devices, "find", lambda: devices.Devices("cuda", ("4", "6")))
-    monkeypatch.setattr(scheduler, "_measurements", lambda *arguments: {})
-    monkeypatch.setattr(scheduler.subprocess, "Popen", Process)
-    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(measurements, "read_or_measure", lambda *arguments: {})
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)
     told = study(tmp_path, jobs)
     assert re.search(message, told.out), told.out + told.err
     assert len(started) == 4 and {process.gpu for process in started} == visible

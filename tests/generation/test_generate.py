@@ -8,7 +8,8 @@ import pytest
 from qkvjax.data.tokenizers import load_tokenizer
 from qkvjax.errors import UserError
 from qkvjax.generation import decode as decoding
-from qkvjax.generation.decode import generate
+from qkvjax.generation.generate import continuation, generate, prompt_ids
+from qkvjax.parallel import host
 
 PROMPT = np.array([7, 3, 11], np.int32)
 IDS, NEW = 61, 8
@@ -125,15 +126,15 @@ def test_bad_options(sample, options, message):
 
 
 def test_a_cache_beyond_the_machine_is_refused_before_it_is_made(sample, monkeypatch):
-    monkeypatch.setattr(decoding.host, "free_memory", lambda: 1000)
+    monkeypatch.setattr(host, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="takes 1,408 bytes, more than is free here"):
         sample()
 
 
 def test_text_in_and_out():
     tokenizer = load_tokenizer("bytes")
-    ids = decoding.prompt_ids(tokenizer, "né")
+    ids = prompt_ids(tokenizer, "né")
     assert ids.tolist() == [tokenizer.separator, *"né".encode()] and ids.dtype == np.int32
-    assert decoding.continuation(tokenizer, ids[1:]) == "né"
+    assert continuation(tokenizer, ids[1:]) == "né"
     cut = np.array([*b"ab", tokenizer.separator, *b"cd", tokenizer.separator])
-    assert decoding.continuation(tokenizer, cut) == "ab"
+    assert continuation(tokenizer, cut) == "ab"

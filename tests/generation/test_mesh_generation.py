@@ -20,7 +20,7 @@ from qkvjax.costs.measure import peak_bytes
 from qkvjax.costs.program import Program
 from qkvjax.fields import Model
 from qkvjax.generation import decode as decoding
-from qkvjax.generation.decode import generate
+from qkvjax.generation.generate import generate
 from qkvjax.generation.serving import compile_generation, serve
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec

@@ -1,4 +1,4 @@
-"""The launch files that nothing here can run, checked by what knows their formats."""
+"""Checks launch files that cannot run here, with the tools and schemas of their formats."""
 
 import re
 import shutil
@@ -18,11 +18,11 @@ NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
 
 
 def strict(**properties):
-    """A schema of an object that has these keys and no others."""
+    """A JSON schema of an object that has no other keys than these."""
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-# Of jobset.x-k8s.io/v1alpha2 the fields in use, as its Go types name them.
+# The fields of jobset.x-k8s.io/v1alpha2 that the file uses, with the names of its Go types.
 JOBSET = strict(
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
     kind={"const": "JobSet"},
@@ -67,7 +67,7 @@ JOBSET = strict(
 
 
 def tool(name):
-    """A program that the test extra brings, beside this Python."""
+    """The path of a program that the test extra installs beside this Python."""
     return shutil.which(name, path=str(Path(sys.executable).parent)) or name
 
 
@@ -129,7 +129,7 @@ def test_jobset():
         (("spec", "replicatedJobs", 0), "replica", "replicas"),
     ],
 )
-def test_a_misspelt_field_would_be_found(where, wrong, right):
+def test_a_misspelt_field_is_reported(where, wrong, right):
     jobset, policy = documents()
     part = jobset
     for key in where:
@@ -140,7 +140,7 @@ def test_a_misspelt_field_would_be_found(where, wrong, right):
 
 
 def test_skypilot_reads_its_file():
-    """By its own parser, where SkyPilot is installed; its flags, anywhere."""
+    """With its own parser where SkyPilot is installed; the flags are checked everywhere."""
     text = (LAUNCH / "skypilot.yaml").read_text()
     task = yaml.safe_load(text)
     assert task["num_nodes"] == 2 and "--process_id" in task["run"]
@@ -148,16 +148,18 @@ def test_skypilot_reads_its_file():
     sky.Task.from_yaml_config(task)
 
 
-def test_the_quickstart_takes_as_long_wherever_it_is_said():
-    """One duration: whoever measures another one changes all of them."""
+def test_every_file_gives_the_same_duration_of_the_quickstart():
+    """Whoever measures another duration must change all of them."""
     number = {"four": "4", "five": "5", "six": "6", "seven": "7", "ten": "10"}
     files = [ROOT / "README.md", LAUNCH / "quickstart.sh", ROOT / "configs" / "quickstart.py"]
     pattern = r"(\w+)\s+minutes\s+on\s+(?:two|2)\s+CPU\s+cores"
-    found = {}
+    files_by_minutes = {}
     for file in files:
         for word in re.findall(pattern, file.read_text()):
-            found.setdefault(number.get(word.lower(), word), []).append(file.name)
-    assert len(found) == 1 and len(next(iter(found.values()))) == len(files), found
+            minutes = number.get(word.lower(), word)
+            files_by_minutes.setdefault(minutes, []).append(file.name)
+    assert len(files_by_minutes) == 1, files_by_minutes
+    assert len(next(iter(files_by_minutes.values()))) == len(files), files_by_minutes
 
 
 def test_tpu_vm_dry_run():
@@ -176,8 +178,8 @@ def test_tpu_vm_dry_run():
     [
         (("launch/tpu_vm.sh", "--dry_run", "slice"), "NAME ZONE --config"),
         (("launch/tpu_vm.sh", "--config=x", "zone", "y"), "NAME ZONE --config"),
-        (("launch/local.sh",), "how many processes?"),
-        (("launch/local.sh", "two"), "how many processes?"),
+        (("launch/local.sh",), "must be the number of processes"),
+        (("launch/local.sh", "two"), "must be the number of processes"),
         (("launch/slurm.sbatch", "train"), "submit this file"),
     ],
 )
@@ -197,16 +199,17 @@ def test_usage(command, message):
         ("SLURM_NTASKS=1 SLURM_GPUS_ON_NODE=8", 0, "qkvjax study --jobs=2"),
     ],
 )
-def test_a_point_of_an_array_takes_one_device(tmp_path, variables, code, message):
-    """The script of a job, with an srun that only prints what it would start."""
+def test_a_point_of_an_array_uses_one_device(tmp_path, variables, code, message):
+    """Runs the script of a job with an srun that only prints the command."""
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\necho "$@"\n')
     srun.chmod(0o755)
-    given = dict(word.split("=") for word in variables.split())
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(ROOT)} | given
+    slurm = dict(word.split("=") for word in variables.split())
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(ROOT)} | slurm
     command = ("bash", "launch/slurm.sbatch", "study", "--jobs=2")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == code and message in done.stdout + done.stderr, done.stderr
+    assert done.returncode == code, done.stderr
+    assert message in done.stdout + done.stderr
     assert ("qkvjax study" in done.stdout) == (code == 0)
 
 
@@ -216,10 +219,10 @@ def test_the_array_of_the_example_asks_for_one_device():
     assert examples and all("--gpus-per-node=1 " in line for line in examples)
 
 
-def test_each_file_says_what_was_run():
+def test_each_file_says_where_it_ran():
     for file in LAUNCH.iterdir():
         if file.name in ("environment.sh", "test.sh", "quickstart.sh"):
-            continue  # run whole by tests or by hand on every machine
+            continue  # tests or people run these as they are, on any machine
         text = file.read_text()
         head = text[:2000]
         assert re.search(r"^# (Ran|Built): ", head, re.M), file

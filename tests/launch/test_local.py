@@ -1,4 +1,4 @@
-"""launch/local.sh: several processes on this machine."""
+"""launch/local.sh starts several processes on this machine."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what local.sh needs, whose .venv is a stand-in that is this Python."""
+    """A copy of local.sh that uses this Python instead of making an environment."""
     for name in ("launch", "configs", "qkvjax", "setup.cfg", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     script = tmp_path / "local.sh"
@@ -31,8 +31,10 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def job(checkout, tmp_path):
-    """job(act, *flags) -> (exit code, stdout, stderr) of two processes that train without end,
-    once act(process of local.sh) was called while they did."""
+    """job(act, *flags) -> (exit code, stdout, stderr) of local.sh with two processes.
+
+    They train without end until act(process of local.sh) is called.
+    """
     workdir = tmp_path / "run"
     (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     common = (
@@ -82,10 +84,10 @@ def test_a_frozen_process_is_killed_once_the_other_has_ended(job):
     frozen = []
 
     def freeze(process):
-        of_job = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         frozen.extend(
             int(pid)
-            for pid in of_job
+            for pid in children
             if "--process_id=1" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         )
         os.kill(*frozen, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a real SLURM: its controller and one node of this machine.
+"""launch/slurm.sbatch under a real SLURM, whose controller and only node are this machine.
 
 Needs root and Debian's packages: apt-get install slurm-wlm munge.
 """
@@ -22,8 +22,8 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 MISSING = [name for name in NEEDED if not shutil.which(name)]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"SLURM is not here: no {', '.join(MISSING)}"),
-    pytest.mark.skipif(os.getuid() != 0, reason="a SLURM node of one's own needs root"),
+    pytest.mark.skipif(bool(MISSING), reason=f"SLURM is not installed: no {', '.join(MISSING)}"),
+    pytest.mark.skipif(os.getuid() != 0, reason="starting a SLURM node needs root"),
 ]
 CONFIG = """
 ClusterName=test
@@ -72,13 +72,14 @@ TRAIN = (
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Runs a command of SLURM on a cluster of this machine: its stdout."""
-    folder = Path("/tmp") / f"qkvjax-slurm-{os.getpid()}"  # a socket's path is short
+    """cluster(*command) -> the stdout of a command of SLURM, on a cluster of this machine."""
+    folder = Path("/tmp") / f"qkvjax-slurm-{os.getpid()}"  # the path of a socket must be short
     (folder / "state").mkdir(parents=True)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    host, port = socket.gethostname().partition(".")[0], random.randrange(10_000, 20_000)
+    host = socket.gethostname().partition(".")[0]
+    port = random.randrange(10_000, 20_000)
     conf = folder / "slurm.conf"
     conf.write_text(CONFIG.format(host=host, port=port, node_port=port + 1, folder=folder))
     environment = os.environ | {
@@ -135,16 +136,17 @@ def cluster():
 
 
 def submit(cluster, *flags, log):
-    """Submits launch/slurm.sbatch to a cluster without GPUs: the job's number."""
+    """Submits launch/slurm.sbatch to a cluster without GPUs; returns the number of the job."""
     given = ("--parsable", "--gpus-per-node=0", "--cpus-per-task=2", f"--output={log}")
     at = next(i for i, flag in enumerate(flags) if not flag.startswith("-"))
     return cluster("sbatch", *given, *flags[:at], "launch/slurm.sbatch", *flags[at:]).strip()
 
 
-def wait(what, holds, seconds=180):
+def wait(describe, condition, seconds=180):
+    """Waits until condition() holds; fails with describe() after `seconds`."""
     until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, what()
+    while not condition():
+        assert time.monotonic() < until, describe()
         time.sleep(0.2)
 
 
@@ -158,25 +160,29 @@ def fingerprints(workdir):
     return json.loads(text)["arrays"]
 
 
-def test_a_preempted_run_goes_on_by_itself(cluster, tmp_path):
-    """Two tasks; saved at the signal, put back in the queue, ended as the undisturbed run."""
+def test_a_preempted_run_resumes_by_itself(cluster, tmp_path):
+    """Two tasks: saved at the signal, requeued, and equal to an undisturbed run in the end."""
     (tmp_path / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     flags = ("--ntasks-per-node=2", *TRAIN, f"--config.data.source=text:{tmp_path}/corpus.txt")
-    log, workdir = tmp_path / "log", tmp_path / "preempted"
+    log = tmp_path / "log"
+    workdir = tmp_path / "preempted"
     job = submit(cluster, *flags, f"--workdir={workdir}", log=log)
-    told = lambda: log.read_text()[-3000:] if log.exists() else state(cluster, job)  # noqa: E731
-    wait(told, lambda: read_lines(workdir / "metrics.jsonl"))
+
+    def output():
+        return log.read_text()[-3000:] if log.exists() else state(cluster, job)
+
+    wait(output, lambda: read_lines(workdir / "metrics.jsonl"))
     cluster("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    wait(told, lambda: "ended with 42" in log.read_text())
-    wait(told, lambda: state(cluster, job)["JobState"] == "PENDING")
+    wait(output, lambda: "ended with 42" in log.read_text())
+    wait(output, lambda: state(cluster, job)["JobState"] == "PENDING")
     cluster("scontrol", "update", f"jobid={job}", "StartTime=now")  # SLURM waits two minutes
-    wait(told, lambda: state(cluster, job)["JobState"] == "COMPLETED")
+    wait(output, lambda: state(cluster, job)["JobState"] == "COMPLETED")
     text = log.read_text()
     assert text.count("stopped: saved after step") == 1 and text.count("resumed after step") == 1
     assert state(cluster, job)["Restarts"] == "1" and text.rstrip().endswith("ended with 0")
 
     other = submit(cluster, *flags, f"--workdir={tmp_path}/undisturbed", log=tmp_path / "log2")
-    wait(told, lambda: state(cluster, other)["JobState"] == "COMPLETED")
+    wait(output, lambda: state(cluster, other)["JobState"] == "COMPLETED")
     assert fingerprints(workdir) == fingerprints(tmp_path / "undisturbed")
     steps = [line["step"] for line in read_lines(workdir / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == 500

@@ -16,7 +16,7 @@ from processes import found
 from qkvjax import config as configs
 from qkvjax.commands import cli
 from qkvjax.costs.program import Program
-from qkvjax.parallel import distributed
+from qkvjax.parallel import distributed, job
 from qkvjax.training.checkpoint import digest
 from qkvjax.training.run import prepare_run
 
@@ -98,9 +98,9 @@ def train(folder, model, mesh, accumulation):
 def main(folder, points):
     """What one process of those with 8 devices does; it prints what it found."""
     values = flags.FlagValues()
-    cli.define(values, distributed.FLAGS)
+    cli.define(values, job.FLAGS)
     values(sys.argv)
-    with distributed.job(values):
+    with job.join(values):
         print("found: " + json.dumps([train(folder, *point) for point in points]), flush=True)
 
 

@@ -9,7 +9,7 @@ PROGRAM = """
 import json, os, pathlib, sys, time
 from qkvjax.commands import cli
 from qkvjax.errors import UserError
-from qkvjax.parallel import distributed, folders
+from qkvjax.parallel import distributed, folders, job
 
 folders._Board.SIGN = 0.1
 folder = pathlib.Path(os.environ["FOLDER"].replace("{process}", sys.argv[-1][-1]))
@@ -27,14 +27,14 @@ def call(sign):
     return "prepared"
 
 def body(values):
-    with distributed.job(values):
+    with job.join(values):
         result = folders.by_folder(folder, call, lambda: signs.append(time.monotonic()))
         longest = max(b - a for a, b in zip(signs, signs[1:]))
         left = sorted(path.name for path in folder.iterdir())
         print(json.dumps([result, len(signs), longest, left]))
     return 0
 
-sys.exit(cli.run(["test", *sys.argv[1:]], "", distributed.FLAGS, body))
+sys.exit(cli.run(["test", *sys.argv[1:]], "", job.FLAGS, body))
 """
 
 

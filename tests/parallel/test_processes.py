@@ -164,7 +164,7 @@ from absl import flags
 from qkvjax.commands import cli
 from qkvjax.kernels import choice
 from qkvjax.kernels.trial import Problem
-from qkvjax.parallel import distributed
+from qkvjax.parallel import distributed, job
 from qkvjax.parallel.target import Target
 
 def failure(kernel, problem):
@@ -182,9 +182,9 @@ def trace():
         choice.choose("auto", each)
 
 values = flags.FlagValues()
-cli.define(values, distributed.FLAGS)
+cli.define(values, job.FLAGS)
 values(sys.argv)
-with distributed.job(values):
+with job.join(values):
     names = choice.settle(trace)
     choice._proven.discard("triton")  # nothing was agreed on what comes later
     print("chosen:", names, "then", choice.choose("auto", unknown))

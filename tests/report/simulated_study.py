@@ -1,4 +1,4 @@
-"""A simulated study for tests: plausible numbers, drawn from a formula. Nothing was trained."""
+"""A simulated study for tests: plausible numbers from a formula. Nothing was trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FACTS = {
 
 
 def name(sharing: str) -> str:
-    """'q-k=v' -> 'Q-K=V'."""
+    """Returns the label of a sharing: "Q-K=V" for "q-k=v"."""
     return "QKV" if sharing == "q-k-v" else sharing.upper()
 
 
@@ -31,14 +31,14 @@ def result(
     facts=_FACTS["q-k-v"],
     noise: float = 0.004,
 ) -> dict:
-    """One line of results.jsonl; `loss` is the variant's relative loss at the end."""
-    shared = np.random.default_rng(seed).normal(0, 0.02)
-    own = np.random.default_rng([seed, sum(map(ord, label))]).normal(0, noise)
+    """Returns one line of results.jsonl; `loss` is the variant's relative loss at the end."""
+    seed_noise = np.random.default_rng(seed).normal(0, 0.02)
+    run_noise = np.random.default_rng([seed, sum(map(ord, label))]).normal(0, noise)
     curve = []
     for step in range(0, 1001, 100):
         gap = loss * (1 + 2.5 * np.exp(-step / 300)) * (step > 0)
-        base = 1.93 + 6.07 * np.exp(-step / 90) + 0.55 * np.exp(-step / 420) + shared
-        score = base * (1 + gap) + own * (step > 0)
+        base = 1.93 + 6.07 * np.exp(-step / 90) + 0.55 * np.exp(-step / 420) + seed_noise
+        score = base * (1 + gap) + run_noise * (step > 0)
         curve.append(
             {
                 "step": step,
@@ -81,7 +81,7 @@ def result(
 
 
 def failed(label: str, overrides: dict, seed: int, error: str) -> dict:
-    """A line for a run that failed."""
+    """Returns a line for a run that failed."""
     return {
         "label": label,
         "overrides": overrides,
@@ -94,7 +94,7 @@ def failed(label: str, overrides: dict, seed: int, error: str) -> dict:
 
 
 def study(labels: dict[str, dict], baseline: str, seeds: list[int]) -> dict:
-    """study.json; labels: label -> overrides."""
+    """Returns study.json; labels: label -> overrides."""
     return {
         "title": "Simulated study (made-up numbers for tests)",
         "baseline": baseline,
@@ -137,7 +137,7 @@ def study(labels: dict[str, dict], baseline: str, seeds: list[int]) -> dict:
 
 
 def measurements() -> dict:
-    """measurements.json."""
+    """Returns measurements.json."""
     rows = []
     for sharing, (_, params, _, _, step, decode) in _FACTS.items():
         rows.append(

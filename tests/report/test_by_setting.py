@@ -1,4 +1,4 @@
-"""Studies of accuracy, in several settings, beside the figures of a paper."""
+"""Studies of accuracy in several settings, beside the figures of a paper."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def summary_of(workdir):
     return summarize(files.read(workdir))
 
 
-def test_settings_are_what_is_drawn(tmp_path):
+def test_a_setting_is_one_observation(tmp_path):
     summary = summary_of(simulated.accuracy_study(tmp_path))
     row = summary.variants.loc["Q=K-V"]
     assert summary.metric.key == "error" and summary.planned == 9
@@ -49,8 +49,9 @@ def test_other_settings_may_have_other_data(tmp_path):
 def test_each_setting_stands_beside_the_reference(tmp_path):
     summary = summary_of(simulated.accuracy_study(tmp_path, reference=REFERENCE))
     parts = by_setting(summary)
-    said = parts["agreement"]
-    assert "overlap in 4 of 6 cells" in said and "above in 1 and below in 1" in said
+    agreement = parts["agreement"]
+    assert "overlap in 4 of 6 cells" in agreement and "above in 1 and below in 1" in agreement
+    assert "a distance of 0.005 counts as equal" in agreement
     means, solved = parts["tables"]
     assert [row[0].text for row in means.rows] == [
         "sort (2 settings)",
@@ -77,7 +78,7 @@ def test_how_many_learned_the_task_without_settings_or_reference(tmp_path):
     assert [cell.text for cell in solved.rows[0][1:]] == ["100\u00a0%", "0\u00a0%", "100\u00a0%"]
 
 
-def test_classes_that_count_alike_have_a_table_of_their_own(tmp_path):
+def test_class_accuracy_has_a_second_table(tmp_path):
     workdir = simulated.accuracy_study(tmp_path, ("",))
     lines = [json.loads(line) for line in open(workdir / "results.jsonl")]
     lines = [json.dumps(line | {"class_accuracy": 0.5}) + "\n" for line in lines]
@@ -91,19 +92,22 @@ def test_classes_that_count_alike_have_a_table_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pads", "told"),
+    ("pads", "message"),
     [
-        (True, "overlap in 1 of 2 cells (variant and setting; ranges over seeds, 1 % counted"),
-        (False, "Padding is not scored here, unlike there: figures do not compare."),
+        (
+            True,
+            "overlap in 1 of 2 cells (a cell is a variant in a setting; a distance of 1 % counts",
+        ),
+        (False, "Padding is not scored here and scored there: the figures do not compare."),
     ],
 )
-def test_perplexities_beside_a_reference(tmp_path, pads, told):
-    """Of a single run each: within one percent they are the same; padding must be scored alike."""
+def test_perplexities_beside_a_reference(tmp_path, pads, message):
+    """Single runs within one percent count as equal; padding must be scored in both or in none."""
     labels = {"QKV": {"model.sharing": "q-k-v"}, "Q-K=V": {"model.sharing": "q-k=v"}}
-    found = {"QKV": 5.15, "Q-K=V": 5.40}
+    perplexities = {"QKV": 5.15, "Q-K=V": 5.40}
     results = [
         simulated.result(label, labels[label], 0)
-        | {"perplexity": found[label], "score_pads": pads, "pad_fraction": 0.0}
+        | {"perplexity": perplexities[label], "score_pads": pads, "pad_fraction": 0.0}
         for label in labels
     ]
     reference = {
@@ -114,7 +118,7 @@ def test_perplexities_beside_a_reference(tmp_path, pads, told):
     }
     study = simulated.study(labels, "QKV", [0]) | {"reference": reference}
     parts = by_setting(summary_of(simulated.write(tmp_path, study, results)))
-    assert told in parts["agreement"]
+    assert message in parts["agreement"]
 
 
 def test_sizes_that_settings_change_are_not_given(tmp_path):

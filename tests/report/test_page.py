@@ -1,3 +1,5 @@
+"""The report as HTML and Markdown: whole, identical in content, escaped, reproducible."""
+
 import json
 import re
 import shutil
@@ -11,7 +13,7 @@ import pytest
 import simulated_study as simulated
 
 from qkvjax import formats
-from qkvjax.report import drawing, files, page, plots, tables
+from qkvjax.report import drawing, files, page, plots, rendering, tables
 from qkvjax.report.summary import summarize
 
 VOID = {"meta", "br", "link", "img", "hr"}
@@ -69,8 +71,8 @@ def test_the_sections_stand_in_order(workdir):
         "The answer",
         "What each variant costs and loses",
         "Plots",
-        "Which one to take",
-        "A sample of each model",
+        "Which variant to choose",
+        "A sample from each model",
         "What was run",
     ]
     assert "the loss is \\<nan\\> at step 310" in markdown and "cut short" in markdown
@@ -87,8 +89,8 @@ def test_plots_are_files_that_parse_and_are_linked(workdir):
 def test_both_forms_say_the_same(workdir):
     summary = summarize(files.read(workdir))
     words = page.context(summary, plots.draw(summary))
-    html = " ".join(" ".join(Page(page.render("report.html.j2", words)).texts).split())
-    markdown = re.sub(r"\\(?=[^A-Za-z0-9\s])", "", page.render("report.md.j2", words))
+    html = " ".join(" ".join(Page(rendering.render("report.html.j2", words)).texts).split())
+    markdown = re.sub(r"\\(?=[^A-Za-z0-9\s])", "", rendering.render("report.md.j2", words))
     markdown = " ".join(markdown.split())
 
     def check(value):
@@ -226,12 +228,12 @@ def test_the_report_looks_inside(tmp_path):
     assert (workdir / "plots/spectra.svg").is_file()
 
 
-def test_the_title_says_how_many_labels_were_scored(workdir):
+def test_the_subtitle_says_how_many_labels_were_scored(workdir):
     subtitle = (workdir / "report.md").read_text(encoding="utf-8").splitlines()[2]
     assert "200k labels scored" in subtitle
 
 
-def test_runs_of_other_data_or_length_are_said(tmp_path):
+def test_runs_of_other_data_or_length_raise_a_warning(tmp_path):
     lines = [
         simulated.result("A", {}, 0),
         simulated.result("A", {}, 1) | {"data_digest": "other", "steps": 7},
@@ -241,7 +243,7 @@ def test_runs_of_other_data_or_length_are_said(tmp_path):
     assert "not comparable" in text and "The runs of A have different lengths (7, 1000" in text
 
 
-def test_what_the_paper_found_stands_beside_ours(workdir):
+def test_the_figures_of_the_paper_stand_beside_ours(workdir):
     text = (workdir / "report.md").read_text(encoding="utf-8").replace(formats.NBSP, " ")
     row = next(
         line for line in text.splitlines() if line.startswith("| Q=K=V |") and "+14 %" in line

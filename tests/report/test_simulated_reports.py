@@ -1,4 +1,4 @@
-"""Made-up results through the whole report: what results.csv and the page say of them."""
+"""Simulated results through the whole report: what results.csv and the page say about them."""
 
 import csv
 import math
@@ -30,6 +30,7 @@ def study_of(workdir, scores):
 
 
 def verdicts(workdir):
+    """Returns the verdicts of results.csv, without the baseline's."""
     write_csv(summarize(files.read(workdir)), workdir / "results.csv")
     lines = csv.DictReader((workdir / "results.csv").open(encoding="utf-8"))
     return [line["verdict"] for line in lines][1:]
@@ -48,22 +49,21 @@ def test_null_studies_raise_few_alarms(tmp_path, variants, settings, seeds, sett
     for number in range(studies):
         scores = 2 + rng.normal(0, 0.015, (variants, settings, seeds))
         scores += 0.015 * setting_effects * rng.normal(size=(variants, settings, 1))
-        found = verdicts(study_of(tmp_path / str(number), scores))
-        alarms += set(found) != {"no difference shown"}
+        alarms += set(verdicts(study_of(tmp_path / str(number), scores))) != {"no difference shown"}
     assert alarms <= studies * 0.05 + 3 * math.sqrt(studies * 0.05 * 0.95)
 
 
 def test_effects_of_four_standard_errors_are_found(tmp_path):
     rng = np.random.default_rng(1)
-    found = []
+    words = []
     for number in range(20):
         scores = 2 + rng.normal(0, 0.01, (4, 1, 12))
         scores[1:] += 4 * 0.01 * math.sqrt(2 / 12)
-        found += verdicts(study_of(tmp_path / str(number), scores))
-    assert found.count("worse") >= 0.9 * len(found)
+        words += verdicts(study_of(tmp_path / str(number), scores))
+    assert words.count("worse") >= 0.9 * len(words)
 
 
-def test_a_ceiling_is_called_one(tmp_path):
+def test_a_ceiling_is_named(tmp_path):
     """Of 60 pairs 48 are exactly equal, as in a task that all variants solve."""
     rng = np.random.default_rng(2)
     scores = np.zeros((2, 20, 3))
@@ -73,4 +73,4 @@ def test_a_ceiling_is_called_one(tmp_path):
     (line,) = list(csv.DictReader((workdir / "results.csv").open(encoding="utf-8")))[1:]
     assert line["ceiling"] == "True" and line["ties"] == "48"
     text = (workdir / "report.md").read_text(encoding="utf-8")
-    assert "A ceiling." in text and "48 of 60" in text
+    assert "The task has a ceiling." in text and "48 of 60" in text

@@ -1,4 +1,4 @@
-"""Simulated studies: how often a table of differences is wrong, and how often it finds."""
+"""Simulated studies: how often a table of differences raises a false alarm or finds an effect."""
 
 import math
 
@@ -14,7 +14,7 @@ from qkvjax.report.statistics import BETTER, NOT_SHOWN, WORSE, compare
 
 
 def frame(scores):
-    """A frame of runs from scores [variants, settings, seeds]; variant v0 is the baseline."""
+    """Returns a frame of runs from scores [variants, settings, seeds]; v0 is the baseline."""
     variant, setting, seed = np.indices(scores.shape).reshape(3, -1)
     return pd.DataFrame(
         {
@@ -27,7 +27,7 @@ def frame(scores):
 
 
 def pairs(baseline, other):
-    """A frame of two variants from seed -> score."""
+    """Returns a frame of two variants from seed -> score."""
     rows = [("base", seed, score) for seed, score in baseline.items()]
     rows += [("other", seed, score) for seed, score in other.items()]
     table = pd.DataFrame(rows, columns=["label", "seed", "score"])
@@ -35,10 +35,10 @@ def pairs(baseline, other):
 
 
 def simulated(variants, settings, seeds, rng, interaction=0.0, effect=0.0, where=slice(1, None)):
-    """Scores of a study: seeds differ, settings differ, and variants by `effect` where told.
+    """Returns scores of a study: seeds and settings differ, and variants at `where` by `effect`.
 
     Args:
-      interaction: deviation of what a variant gains in a setting, in deviations of the noise.
+      interaction: standard deviation of a variant's gain in a setting, over that of the noise.
       effect: in standard errors of a difference over the units.
     """
     shape = (variants, settings, seeds)
@@ -51,7 +51,7 @@ def simulated(variants, settings, seeds, rng, interaction=0.0, effect=0.0, where
 
 
 def alarms(studies, *args, **kwargs):
-    """The part of null studies that name some variant."""
+    """Returns the part of null studies that name some variant."""
     rng = np.random.default_rng(0)
     named = [
         (compare(frame(simulated(*args, rng, **kwargs)), "v0")["verdict"] != NOT_SHOWN).any()
@@ -78,8 +78,8 @@ def test_studies_without_a_difference_name_one_in_twenty_at_most(
 ):
     """Bound: 5 % and three standard errors of the simulation."""
     studies = 120
-    found = alarms(studies, variants, settings, seeds, interaction=interaction)
-    assert found <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
+    rate = alarms(studies, variants, settings, seeds, interaction=interaction)
+    assert rate <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
 
 
 @pytest.mark.parametrize("settings, seeds", [(1, 3), (1, 12), (2, 12), (3, 3)])
@@ -111,19 +111,19 @@ def test_the_best_is_chosen_on_the_runs_that_all_have():
     """A variant that finished only the easy seeds is not the best for that."""
     easy = {0: 2.0, 1: 2.3, 2: 2.6, 3: 2.9}
     table = pairs(easy, {0: 2.05, 1: 2.34})
-    found = statistics.compare_best(table)
-    assert list(found.index) == ["base", "other"] and found["pairs"].iloc[1] == 2
+    result = statistics.compare_best(table)
+    assert list(result.index) == ["base", "other"] and result["pairs"].iloc[1] == 2
     assert statistics.compare_best(pairs({0: 1.0}, {1: 1.0})) is None
 
 
 @pytest.mark.parametrize("variants", [2, 4, 5])
 def test_twelve_seeds_find_four_standard_errors_nine_times_in_ten(variants):
     rng = np.random.default_rng(2)
-    found = [
+    detected = [
         (compare(frame(simulated(variants, 1, 12, rng, effect=4.0)), "v0")["verdict"] == WORSE)
         for _ in range(150)
     ]
-    assert np.mean(found) >= 0.9
+    assert np.mean(detected) >= 0.9
 
 
 def test_the_detectable_effect_is_found_four_times_in_five():
@@ -131,11 +131,11 @@ def test_the_detectable_effect_is_found_four_times_in_five():
     for units in (3, 12):
         effect = statistics.detectable(statistics.dunnett(3, units - 1), units - 1)
         one = slice(1, 2)
-        found = [
+        tables = [
             compare(frame(simulated(4, 1, units, rng, effect=effect, where=one)), "v0")
             for _ in range(150)
         ]
-        power = np.mean([table.loc["v1", "verdict"] == WORSE for table in found])
+        power = np.mean([table.loc["v1", "verdict"] == WORSE for table in tables])
         assert power >= 0.65  # four times in five, in 150 simulations
 
 

@@ -1,3 +1,5 @@
+"""Summaries: a row for each variant, frames of runs and curves, results.csv."""
+
 import csv
 import json
 
@@ -38,7 +40,7 @@ def test_the_last_line_of_a_seed_counts(tmp_path):
     assert row["score"] == 1.25 and row["num_runs"] == 1 and row["num_failed"] == 0
 
 
-def test_a_truncated_last_line_is_said_and_the_rest_is_read(tmp_path):
+def test_a_truncated_last_line_gives_a_note_and_the_rest_is_read(tmp_path):
     summary = summary_of(simulated.sharing_study(tmp_path, tail='{"label": "QKV", "score": 1.'))
     assert len(summary.done) == 15
     assert any("cut short" in note for note in summary.files.notes)
@@ -53,7 +55,7 @@ def test_a_score_that_is_not_a_number_is_a_failure(tmp_path, score):
     assert "finite" in summary.runs["error"].iloc[0]
 
 
-def test_lines_of_other_variants_are_said(tmp_path):
+def test_lines_of_other_variants_give_a_note(tmp_path):
     lines = [simulated.result("A", {}, 0), simulated.result("gone", {}, 0)]
     workdir = simulated.write(tmp_path, simulated.study({"A": {}}, "A", [0, 1]), lines)
     assert "left out" in " ".join(summary_of(workdir).files.notes)
@@ -140,10 +142,10 @@ def with_items(workdir, num_items=40, spread=0.02):
     gaps = {"QKV": 0.0, "Q-K=V": 0.1}
     lines = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
     for line in lines:
-        own = gaps.get(line["label"], 0.2) * rng.normal(1, spread, num_items)
+        gap = gaps.get(line["label"], 0.2) * rng.normal(1, spread, num_items)
         folder = workdir / line["workdir"] / "items"
         folder.mkdir(parents=True)
-        value = (hard + own) * weight
+        value = (hard + gap) * weight
         np.savez(folder / "eval.npz", item=np.arange(num_items), value=value, weight=weight)
     return workdir
 

@@ -191,11 +191,11 @@ def test_claim_notices_other_data(study, tmp_path):
     ("points", "seeds", "message"),
     [
         ((), 2, "no grid"),
-        ((1,), 2, "is no grid"),
+        ((1,), 2, "is not a grid"),
         (SHARED, 0, "study.seeds=0 must be at least 1"),
         ((*SHARED, SHARED[0]), 1, "two points of the grid are called 'QKV'"),
         (axis("seed", (1, 2)), 1, "sets `seed`"),
-        (axis("model.num_heads", (2, 3)), 1, "point 'num_heads=3' is not a legal"),
+        (axis("model.num_heads", (2, 3)), 1, "point 'num_heads=3' is not a valid"),
         (axis("model.layer_overrides", ((), 3)), 1, "point 'layer_overrides=3'"),
         (axis("model.d_model", (16, "wide")), 1, "point 'd_model=wide'.*not of type int"),
         (axis("modle.d_model", (16,)), 1, "did you mean 'model.d_model'"),

@@ -44,7 +44,7 @@ def test_zipped_pairs(length, width):
 
 @given(lengths.filter(lambda counts: len(set(counts)) > 1))
 def test_zipped_needs_equal_lengths(counts):
-    with pytest.raises(UserError, match="make them equal"):
+    with pytest.raises(UserError, match="make them equally long"):
         zipped(*axes(counts))
 
 
@@ -55,7 +55,7 @@ def test_the_last_axis_varies_fastest():
 
 @pytest.mark.parametrize("combine", [product, zipped])
 def test_a_field_on_two_axes_clashes(combine):
-    with pytest.raises(UserError, match="model.sharing stands on two axes"):
+    with pytest.raises(UserError, match="model.sharing is on two axes"):
         combine(axis("model.sharing", SHARINGS), axis("model.sharing", SHARINGS))
 
 
@@ -103,8 +103,8 @@ BASE = configs.plain(Model(num_layers=2, num_heads=4))
 
 def spec_of(point, **fields):
     """The spec of a point of the quickstart's model."""
-    own = {name.removeprefix("model."): v for name, v in point.items() if name != "label"}
-    return model_spec(Model(**(BASE | fields | own)), 257, 128)
+    overrides = {name.removeprefix("model."): v for name, v in point.items() if name != "label"}
+    return model_spec(Model(**(BASE | fields | overrides)), 257, 128)
 
 
 def test_the_control_of_a_tie_has_half_the_heads():
@@ -205,9 +205,9 @@ def test_a_larger_point_gets_a_narrower_feed_forward():
 
 
 def test_what_equal_params_refuses():
-    with pytest.raises(UserError, match="match='macs' is none of parameters, flops"):
+    with pytest.raises(UserError, match="match='macs' is not one of parameters, flops"):
         sweep.equal_params(SMALLER, BASE, "macs")
-    with pytest.raises(UserError, match="give seq_len=config.data.seq_len"):
+    with pytest.raises(UserError, match="set seq_len=config.data.seq_len"):
         sweep.equal_params(SMALLER, BASE, "flops")
     with pytest.raises(UserError, match="'d_model=512' is larger than the baseline"):
         sweep.equal_params(({}, {"model.d_model": 512}), BASE)

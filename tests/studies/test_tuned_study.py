@@ -10,7 +10,7 @@ import pytest
 from qkvjax.commands import study as door
 from qkvjax.errors import UserError
 from qkvjax.report import page
-from qkvjax.studies import point, scheduler
+from qkvjax.studies import point, processes
 
 RECIPE = """
 import ml_collections
@@ -108,14 +108,14 @@ def best(records, label):
 
 
 def test_both_phases_in_one_command_and_after_a_kill_between_them(study, tmp_path, monkeypatch):
-    start = scheduler._start
+    start = processes.start_run
 
     def killed(made, task, *how):
         if task.phase == "compare":
             raise KeyboardInterrupt
         return start(made, task, *how)
 
-    monkeypatch.setattr(scheduler, "_start", killed)
+    monkeypatch.setattr(processes, "start_run", killed)
     code, *_ = study(tmp_path, "--jobs=1")
     assert code == 130
     tuning = lines(tmp_path)
@@ -123,7 +123,7 @@ def test_both_phases_in_one_command_and_after_a_kill_between_them(study, tmp_pat
     _, listed, _ = study(tmp_path, "--list")
     assert states(listed) == ["done"] * 8 + ["-"] * 4
 
-    monkeypatch.setattr(scheduler, "_start", start)
+    monkeypatch.setattr(processes, "start_run", start)
     code, told, _ = study(tmp_path, "--jobs=1")
     assert code == 0 and "12 runs, 8 finished" in told
     assert "2 variants x (2 values of learning_rate x 2 tuning seeds, then" in told

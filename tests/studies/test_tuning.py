@@ -195,15 +195,15 @@ def test_an_empty_group_tunes_nothing(study):
         ({"field": 3, "values": (1, 2), "seeds": 1}, "study.tuned.field=3 is not a field"),
         (rates(values=(1e-3,)), "give at least two values"),
         (rates(values=(1e-3, 1e-3)), "has a value twice"),
-        (rates(values=(1e-3, None)), "numbers and texts"),
+        (rates(values=(1e-3, None)), "only numbers and texts"),
         (rates(seeds=0), "study.tuned.seeds=0: give a number of at least 1"),
         (rates(seeds=()), "list of different seeds"),
         (rates(seeds=(5, 5)), "list of different seeds"),
-        (rates(seeds=(100, 1)), r"seed 1 tunes and is compared.*\[100, 1\].*are 0 to 1\): set"),
-        (sweep.tuned("model.sharing", ("q-k-v", "q-k=v"), 1), "model.sharing stands in the grid"),
+        (rates(seeds=(100, 1)), r"seed 1 tunes and is compared.*\[100, 1\].*are 0 to 1\): list"),
+        (sweep.tuned("model.sharing", ("q-k-v", "q-k=v"), 1), "model.sharing is set in the grid"),
         (sweep.tuned("optimizer.learning_rat", (1, 2), 1), "did you mean 'optimizer.learning_rate"),
         (sweep.tuned("seed", (1, 2), 1), "'seed' is not a field"),
-        (sweep.tuned("model.dropout", (0.5, 1.5), 1), "point 'QKV dropout=1.5' is not a legal"),
+        (sweep.tuned("model.dropout", (0.5, 1.5), 1), "point 'QKV dropout=1.5' is not a valid"),
     ],
 )
 def test_bad_tunings_are_refused_before_anything_is_prepared(study, tmp_path, tuned, message):
@@ -213,7 +213,7 @@ def test_bad_tunings_are_refused_before_anything_is_prepared(study, tmp_path, tu
 
 
 def test_a_field_of_a_setting_is_not_tuned_as_well(study):
-    with pytest.raises(UserError, match="train.steps stands in the grid and in study.tuned"):
+    with pytest.raises(UserError, match="train.steps is set in the grid and in study.tuned"):
         study(sweep.tuned("train.steps", (1, 2), 1), settings=SETTINGS)
 
 
