@@ -242,7 +242,8 @@ def plain(value):
     if isinstance(value, config_dict.FieldReference):
         value = value.get()
     if isinstance(value, Evaluator):
-        return {key: item for key, item in dataclasses.asdict(value).items() if item is not None}
+        options = dataclasses.asdict(value) if value.kind != "inside" else {"kind": value.kind}
+        return {key: option for key, option in options.items() if option is not None}
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (ml_collections.ConfigDict, Mapping)):

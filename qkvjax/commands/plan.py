@@ -29,7 +29,6 @@ from absl import flags
 
 from qkvjax import files
 from qkvjax.commands import cli
-from qkvjax.config import resolve
 from qkvjax.costs import roofline, sharings
 from qkvjax.errors import UserError
 
@@ -108,11 +107,14 @@ def plan_recipe(values: flags.FlagValues) -> tuple[list[str], dict]:
     """The same for --config."""
     if given := [name for name in ("all_sharings", "batches") if values[name].present]:
         raise UserError(f"--{given[0]} goes with --topology: give both or none")
+    from qkvjax.config import resolve
+
     return sharings.recipe_costs(resolve(values.config))
 
 
 def plan_topology(values: flags.FlagValues) -> tuple[list[str], dict]:
     """The same for --config with --topology."""
+    from qkvjax.config import resolve
     from qkvjax.costs import compiled
 
     try:
