@@ -42,6 +42,8 @@ RECIPES_PAGE = "reference/recipes.md"
 # README.md has no page of its own: the site begins with docs/index.md.
 SAME_PAGE = {"README.md": "index.md"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+# The line of `qkvjax train --help` between the flags and the fields.
+FIELDS_HEADING = re.compile(r"^fields of a config.*$", re.MULTILINE)
 
 
 def on_files(files, config):
@@ -120,40 +122,49 @@ def commands() -> dict[str, str]:
 
 
 def commands_page() -> str:
-    """Returns the page of all commands: the text of their --help."""
+    """Returns the page of all commands: the text of their --help, its flags as a table."""
     lines = ["# Commands", "", "What `qkvjax COMMAND --help` prints.", ""]
     for name, summary in commands().items():
-        text = help_of(name).split("\nfields of a config")[0].rstrip()
+        text, _, rest = help_of(name).partition("\nflags:\n")
+        flags = listed(FIELDS_HEADING.split(rest)[0])
         lines += [f"## {name}", "", f"{summary[0].upper()}{summary[1:]}.", ""]
-        lines += ["```text", text, "```", ""]
+        lines += ["```text", text.rstrip(), "```", "", *table("flag", flags[""])]
     return "\n".join(lines)
 
 
-def fields() -> dict[str, list[tuple[str, str, str]]]:
-    """Returns group -> (field, default, meaning), as `qkvjax train --help` lists them."""
-    text = help_of("train").partition("\nfields of a config")[2]
-    groups: dict[str, list[tuple[str, str, str]]] = {}
-    rows: list[tuple[str, str, str]] = []
+def listed(text: str) -> dict[str, list[tuple[str, str, str]]]:
+    """Returns group -> (name, default, meaning) of a list as --help prints it.
+
+    An entry is `  --NAME   MEANING (default VALUE)`, and goes on in indented lines. A line without
+    indentation that ends in ":" begins a group; what stands before the first is in the group "".
+    """
+    groups: dict[str, list[tuple[str, str, str]]] = {"": []}
+    rows = groups[""]
     entry = ""
-
-    def finish() -> None:
-        if match := re.match(r"--config\.(\S+)\s+(.*?)(?: \(default (.*)\))?$", entry):
-            rows.append((match[1], match[3] or "", match[2]))
-
-    for line in text.splitlines():
+    for line in [*text.splitlines(), ""]:
         if line.startswith(" " * 8):
             entry += " " + line.strip()
             continue
-        finish()
+        if match := re.match(r"(--\S+)\s*(.*?)(?: \(default (.*)\))?$", entry):
+            rows.append((match[1], match[3] or "", match[2]))
         entry = line.strip()
         if line.endswith(":") and not line.startswith(" "):
             rows = groups.setdefault(line.rstrip(":"), [])
-    finish()
-    return {group: rows for group, rows in groups.items() if rows}
+    return groups
+
+
+def table(title: str, rows: list[tuple[str, str, str]]) -> list[str]:
+    """Returns the lines of a Markdown table of flags or fields."""
+    lines = [f"| {title} | default | meaning |", "| --- | --- | --- |"]
+    for name, default, meaning in rows:
+        shown = f"`{default}`" if default else ""
+        text = re.sub(r"([|*])", r"\\\1", html.escape(meaning, quote=False))
+        lines.append(f"| `{name}` | {shown} | {text} |")
+    return [*lines, ""]
 
 
 def configuration_page() -> str:
-    """Returns the page of every field of a configuration."""
+    """Returns the page of every field of a configuration, as `qkvjax train --help` lists them."""
     lines = [
         "# Configuration",
         "",
@@ -163,12 +174,11 @@ def configuration_page() -> str:
         "(`5%`).",
         "",
     ]
-    for group, rows in fields().items():
-        lines += [f"## {group}", "", "| field | default | meaning |", "| --- | --- | --- |"]
-        for name, default, meaning in rows:
-            shown = f"`{default}`" if default else ""
-            lines.append(f"| `{name}` | {shown} | {_cell(meaning)} |")
-        lines.append("")
+    fields = FIELDS_HEADING.split(help_of("train"))[-1]
+    for group, rows in listed(fields).items():
+        if rows:
+            rows = [(name.removeprefix("--config."), *rest) for name, *rest in rows]
+            lines += [f"## {group}", "", *table("field", rows)]
     return "\n".join(lines)
 
 
@@ -181,9 +191,3 @@ def recipes_page() -> str:
             path = file.relative_to(ROOT).as_posix()
             lines += [f"## `{path}`", "", "```text", doc, "```", ""]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """Returns a text for a cell of a Markdown table."""
-    text = html.escape(text, quote=False)
-    return re.sub(r"([|*])", r"\\\1", text)

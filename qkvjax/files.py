@@ -1,4 +1,8 @@
-"""Reading and writing JSON and JSONL files, whole or not at all."""
+"""Reads and writes JSON and JSONL files; a crash never leaves half a file.
+
+"Atomic" below means that a file is first written under another name and then renamed: a reader sees
+the old content or the new one.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from qkvjax.errors import UserError
 
 
 def parse_object(text: bytes | str) -> dict | None:
-    """The JSON object of a text, or None."""
+    """Returns the JSON object in a text; None if the text is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -22,10 +27,14 @@ def parse_object(text: bytes | str) -> dict | None:
 
 
 def read_object(path: Path, remedy: str = "restore it from a copy") -> dict:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
+
+    Args:
+      path: of the file.
+      remedy: end of the error message, what the user can do.
 
     Raises:
-      UserError: it cannot be read, or holds something else; `remedy` says what helps.
+      UserError: the file cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -34,17 +43,20 @@ def read_object(path: Path, remedy: str = "restore it from a copy") -> dict:
             f"{path} cannot be read (there is no such file): check the path, or {remedy}"
         ) from None
     except OSError as error:
-        why = f"{path} cannot be read ({error.strerror})"
-        raise UserError(f"{why}: check the path, or {remedy}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path} is no JSON ({error}): {remedy}") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check the path, or {remedy}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+        raise UserError(f"{path} is not JSON ({error}): {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object: {remedy}")
+        raise UserError(f"{path} is not a JSON object: {remedy}")
     return value
 
 
 def append_line(path: Path, record: Mapping) -> None:
-    """Appends one JSON object as one line; a lock keeps the lines of several processes apart.
+    """Appends one JSON object as one line.
+
+    Several processes may append to one file: a lock keeps their lines apart.
 
     Raises:
       UserError: the file cannot be written.
@@ -53,15 +65,19 @@ def append_line(path: Path, record: Mapping) -> None:
     try:
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            _end_last_line(file)
+            _repair_last_line(file)
             file.write(line.encode())
     except OSError as error:
         raise unwritable(path, error) from None
 
 
-def _end_last_line(file) -> None:
-    """Cuts off a line that a crash left torn, on which the next one would be lost."""
-    if not file.seek(0, os.SEEK_END):
+def _repair_last_line(file: BinaryIO) -> None:
+    """Ends the last line, or removes it if a crash cut it off in the middle.
+
+    Without this the next line would be appended to the broken one and be lost with it.
+    """
+    is_empty = file.seek(0, os.SEEK_END) == 0
+    if is_empty:
         return
     file.seek(-1, os.SEEK_END)
     if file.read() == b"\n":
@@ -75,13 +91,16 @@ def _end_last_line(file) -> None:
 
 
 def read_lines(path: Path, **needed: type) -> list[dict]:
-    """The objects of a JSONL file; a torn last line, from a crash in mid-write, is left out.
+    """Returns the objects of a JSONL file; [] if the file does not exist.
+
+    An incomplete last line, which a crash leaves, is ignored.
 
     Args:
-      needed: keys that each object has, with their types.
+      path: of the file.
+      needed: keys that each object must have, with their types.
 
     Raises:
-      UserError: a line that is no such object.
+      UserError: a line is not a JSON object, or lacks a key.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -91,7 +110,7 @@ def read_lines(path: Path, **needed: type) -> list[dict]:
     for number, line in enumerate(lines, 1):
         record = parse_object(line)
         if record is None and line.strip() and number < len(lines):
-            raise UserError(f"{path}, line {number}, is no JSON object: repair or delete it")
+            raise UserError(f"{path}, line {number}, is not a JSON object: repair or delete it")
         if record is not None:
             require_keys(f"{path}, line {number},", record, **needed)
             records.append(record)
@@ -99,7 +118,13 @@ def read_lines(path: Path, **needed: type) -> list[dict]:
 
 
 def require_keys(where: str, record: object, **needed: type) -> None:
-    """Raises UserError unless `record`, read from `where`, is an object with these keys."""
+    """Raises UserError unless a record is an object with certain keys.
+
+    Args:
+      where: the file, and the part of it, for the message.
+      record: what was read.
+      needed: keys, with the types of their values.
+    """
     for key, kind in needed.items():
         if not isinstance(record, Mapping) or not isinstance(record.get(key), kind):
             raise UserError(
@@ -108,11 +133,11 @@ def require_keys(where: str, record: object, **needed: type) -> None:
             )
 
 
-def write_json(path: Path, value) -> None:
-    """Writes a JSON file whole or not at all.
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file atomically.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     _write(path, json.dumps(value, indent=1, default=float) + "\n")
 
@@ -122,12 +147,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file atomically.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
-    # A name of its own: on a network folder two machines may have equal process numbers.
+    # A random name, not the process id: on a network folder two machines may have equal ids.
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         draft.write_bytes(content)
@@ -138,23 +163,27 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_lines(path: Path, records: Iterable[Mapping]) -> None:
-    """Writes a JSONL file whole or not at all.
+    """Writes a JSONL file atomically.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     _write(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file that `write_json` wrote and that can be made again; {} without it.
+    """Returns the object in a file; {} if the file does not exist.
+
+    For files that qkvjax writes again when they are missing: the error advises to delete them.
 
     Raises:
-      UserError: it holds something else.
+      UserError: the file cannot be read, or is not a JSON object.
     """
-    return read_object(path, "restore it from a copy, or delete it") if path.exists() else {}
+    if not path.exists():
+        return {}
+    return read_object(path, "restore it from a copy, or delete it")
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """Returns the error of a file or folder that cannot be written."""
+    """Returns the error for a file or folder that cannot be written."""
     return UserError(f"{path} cannot be written ({error.strerror}): make room or check its folder")

@@ -1,4 +1,7 @@
-"""Progress of long work, for the user and for the watchdog."""
+"""Reports the progress of long work to the user and to the watchdog.
+
+The watchdog ends a process that shows no sign of life for too long; `alive` is such a sign.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,18 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts work that is done and reports it; use it in a `with` statement.
+    """Counts work that is done and shows it; to be used in a `with` statement.
 
-    On a terminal a bar shows how far the work is, from its third second on. Elsewhere a line says
-    so every SECONDS_BETWEEN_LINES, with speed and time left.
+    On a terminal it is a bar, which appears after two seconds. Elsewhere it is a line every
+    SECONDS_BETWEEN_LINES, with speed and time left.
 
     Args:
       what: the work, such as "scoring".
-      total: amount of work in all; 0 where it is not known.
+      total: amount of work in all; 0 if it is not known.
       unit: of the amount, such as "labels" or "MB".
-      log: gets the lines; None shows nothing, neither bar nor lines.
+      log: is called with each line; None shows neither lines nor a bar.
       alive: is called at each `add`, for the watchdog.
-      at_most: the total is an upper limit.
+      at_most: whether the total is only an upper limit.
     """
 
     def __init__(
@@ -76,7 +79,12 @@ class Progress:
             self._bar.close()
 
     def add(self, amount: float, skipped: bool = False) -> None:
-        """Counts work that is done; work that is `skipped` was done before, and has no speed."""
+        """Counts work that is done.
+
+        Args:
+          amount: of work, in `unit`.
+          skipped: whether it was done in an earlier run, so that it does not count for the speed.
+        """
         self._alive()
         self._done += amount
         if skipped:
@@ -90,7 +98,7 @@ class Progress:
             self._log(self._line(now - self._began))
 
     def _line(self, seconds: float) -> str:
-        """Such as "scoring: 12 of 50 labels, 3.1 labels a second, 12 s left"."""
+        """Returns a line such as "scoring: 12 of 50 labels, 3.1 labels a second, 12 s left"."""
         speed = (self._done - self._skipped) / max(seconds, 1e-9)
         done = f"{self._what}: {self._done:,.0f}"
         pace = f"{speed:,.3g} {self._unit} a second"
@@ -111,31 +119,32 @@ def working(
     alive: Callable[[], None] = lambda: None,
     limit: float = 3600.0,
 ) -> Iterator[None]:
-    """Shows that one long call, such as compiling, lives: a line every SECONDS_BETWEEN_LINES.
+    """Reports one long call, such as compiling, from a thread beside it.
 
     Args:
       what: the work, such as "compiling".
-      log: gets the lines.
+      log: is called with a line every SECONDS_BETWEEN_LINES.
       alive: is called every second, for the watchdog.
-      limit: seconds after which `alive` is called no more, so that a call that hangs ends.
+      limit: seconds after which `alive` is not called any more, so that the watchdog can end a call
+        that hangs.
     """
-    over = threading.Event()
+    finished = threading.Event()
     began = time.monotonic()
 
-    def watch() -> None:
+    def report() -> None:
         next_line = SECONDS_BETWEEN_LINES
-        while not over.wait(1.0):
-            passed = time.monotonic() - began
-            if passed < limit:
+        while not finished.wait(1.0):
+            seconds = time.monotonic() - began
+            if seconds < limit:
                 alive()
-            if passed >= next_line:
-                log(f"{what}: {duration(passed)} so far")
+            if seconds >= next_line:
+                log(f"{what}: {duration(seconds)} so far")
                 next_line += SECONDS_BETWEEN_LINES
 
-    thread = threading.Thread(target=watch, name=what, daemon=True)
+    thread = threading.Thread(target=report, name=what, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        finished.set()
         thread.join()

@@ -1,25 +1,31 @@
-"""The folder of a run or a study: made, checked, and held by one process."""
+"""The folder of a run or a study: makes it, checks it, and locks it for one process."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from qkvjax.errors import UserError
 
 
 def open_workdir(workdir: str | None) -> Path:
-    """The workdir as a folder that can be written to; made when absent."""
+    """Returns the workdir as a path, and makes the folder if it does not exist.
+
+    Raises:
+      UserError: there is no name, it has unprintable characters, or the folder cannot be written.
+    """
     if not workdir:
         raise UserError("--workdir=DIR is missing: where should the run be kept?")
     path = Path(workdir)
-    if not workdir.isprintable():  # Orbax and TensorBoard take UTF-8 only
-        raise UserError(f"--workdir={workdir!r} holds characters that cannot be printed: rename it")
+    if not workdir.isprintable():  # Orbax and TensorBoard accept UTF-8 only
+        raise UserError(f"--workdir={workdir!r} has characters that cannot be printed: rename it")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # a name of its own: others may be probing too
+        # A file without a name: other processes may test the same folder at the same time.
+        with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise UserError(
@@ -30,11 +36,11 @@ def open_workdir(workdir: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def only_one(workdir: Path):
-    """Holds a workdir for this process; the system frees it when the process ends, however.
+def only_one(workdir: Path) -> Iterator[None]:
+    """Locks a workdir for this process; the system releases the lock when the process ends.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process has the lock.
     """
     with open(workdir / ".lock", "w") as lock:
         try:

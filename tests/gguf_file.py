@@ -17,7 +17,7 @@ SHAPES = {
 
 
 def tokens():
-    from qkvjax.data.tokenizers import _byte_of_character
+    from qkvjax.data.bpe import _byte_of_character
 
     return [*_byte_of_character(), "Ġt", "he", "Ġthe", "<|endoftext|>"]
 

@@ -13,7 +13,7 @@ def test_a_missing_file_is_to_be_looked_for(tmp_path):
         read_object(path)
     assert "or delete it" not in str(refused.value)
     path.write_text("{")
-    with pytest.raises(UserError, match="no JSON.*restore it from a copy"):
+    with pytest.raises(UserError, match="is not JSON.*restore it from a copy"):
         read_object(path)
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: lines with speed and time left, and signs of life."""
+"""Progress of long work: lines with speed and time left, and signs of life for the watchdog."""
 
 import time
 

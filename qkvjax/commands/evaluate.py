@@ -146,7 +146,7 @@ def score(task: str, model, dataset, config, batch_size: int | None, items: Item
         log=print,
     )
     common = {"num_items": int(found["num_labels"]), "data_digest": dataset.digest}
-    if hasattr(dataset, "tokenizer"):
+    if dataset.tokenizer is not None:
         common["tokenizer"] = dataset.tokenizer.name
         common["num_bytes"] = found.get("num_bytes")
         common["pad_fraction"] = found.get("pad_fraction", 0)

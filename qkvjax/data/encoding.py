@@ -21,7 +21,8 @@ from typing import Protocol
 import numpy as np
 
 from qkvjax.data.encoding_worker import receive, send
-from qkvjax.data.tokenizers import Tokenizer, Unfit
+from qkvjax.data.tokenizers import Tokenizer
+from qkvjax.data.unencodable import Unfit
 
 _ALONE = 4 << 20  # bytes that are tokenised here before other processes are worth their start
 _MOST_WORKERS = 32  # of about 150 MB each; reading does not keep more of them busy

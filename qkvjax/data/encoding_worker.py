@@ -52,7 +52,8 @@ def _all(data, length):
 
 def main(spec: str, fingerprint: str, dtype: str) -> int:
     """Answers until stdin ends; 2 when the tokenizer is not the one of this fingerprint."""
-    from qkvjax.data.tokenizers import Unfit, load_tokenizer
+    from qkvjax.data.tokenizers import load_tokenizer
+    from qkvjax.data.unencodable import Unfit
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process gets it too, and decides
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

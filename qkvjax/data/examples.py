@@ -1,6 +1,4 @@
-"""Labelled examples in memory: symbols, images or sets, with batches as a function of
-(seed, step).
-"""
+"""Labelled examples in memory (symbols, images or sets), read as batches by (seed, step)."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ class Labelled:
     """Examples of one split.
 
     Attributes:
-      inputs: [n, ...], as they are kept.
+      inputs: [n, ...], as they are stored.
       targets: int [n, labels].
-      weights: [n, labels], which labels count; None means all.
+      weights: [n, labels], 1 for labels that count and 0 for others; None: all count.
     """
 
     inputs: np.ndarray
@@ -34,24 +32,25 @@ class Labelled:
 
     @property
     def num_labels(self) -> int:
-        """Labels that count."""
+        """Number of labels that count."""
         return int(self.targets.size if self.weights is None else self.weights.sum())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """A training and a validation split of labelled examples.
+    """A training and a validation split of labelled examples, a `DatasetLike`.
 
     Attributes:
       name: as in the configuration.
       train, validation: the splits.
       seq_len: T, tokens that the model sees of an example.
-      num_inputs: symbols, or the width of the input vectors.
-      num_outputs: classes; 1 where the tokens are what is chosen from.
-      output: "tokens", "sequence" or "choice", as `qkvjax.models.spec.OUTPUTS` says.
-      show: from kept inputs [B, ...] to what the model reads, int32 [B, T] or float32
-        [B, tokens, V]; with a random generator, augmented.
-      causal: whether a model that sees no later token can know the labels.
+      num_inputs: number of symbols, or the width of the input vectors.
+      num_outputs: classes; 1 if the model chooses one of the tokens.
+      output: "tokens", "sequence" or "choice", see `qkvjax.models.spec.OUTPUTS`.
+      show: maps stored inputs [B, ...] to what the model reads, int32 [B, T] or float32
+        [B, tokens, V]; it augments them if it gets a random generator.
+      causal: whether the label of a token follows from that token and earlier ones, so that a
+        causal model can learn it.
     """
 
     name: str
@@ -63,6 +62,7 @@ class Examples:
     output: str
     show: Callable[[np.ndarray, np.random.Generator | None], np.ndarray] = lambda x, _: x
     causal: bool = False
+    tokenizer = None  # examples are not text
 
     @functools.cached_property
     def digest(self) -> str:
@@ -78,26 +78,26 @@ class Examples:
     @property
     def description(self) -> str:
         """One line for the log."""
+        num_classes = self.seq_len if self.output == "choice" else self.num_outputs
         return (
             f"{self.name}, {len(self.train):,} examples to train on and {len(self.validation):,}"
-            f" to score, {self.seq_len} tokens each,"
-            f" {self.seq_len if self.output == 'choice' else self.num_outputs} classes, sha256"
+            f" to score, {self.seq_len} tokens each, {num_classes} classes, sha256"
             f" {self.digest[:12]}"
         )
 
     @property
     def num_documents(self) -> int:
-        """Examples of both splits."""
+        """Number of examples of both splits."""
         return len(self.train) + len(self.validation)
 
     @property
     def num_train_tokens(self) -> int:
-        """Labels of one epoch."""
+        """Number of labels of one epoch."""
         return self.train.num_labels
 
     @property
     def num_validation_tokens(self) -> int:
-        """Labels that `scored_batches` scores."""
+        """Number of labels that `scored_batches` scores."""
         return self.validation.num_labels
 
     def batch(
@@ -108,11 +108,11 @@ class Examples:
         accumulation: int = 1,
         part: slice = slice(None),
     ) -> dict[str, np.ndarray]:
-        """The batch of a step, a pure function of the arguments.
+        """Returns the batch of a step, a pure function of the arguments.
 
         Args:
-          part: which rows of each micro-batch to return. All are made: what augments them is
-            drawn for a batch.
+          part: which rows of each micro-batch to return. All rows are computed, because one
+            random generator augments the whole batch.
 
         Returns:
           inputs: int32 [A, batch_size / A, T] or float32 [A, batch_size / A, tokens, V] with
@@ -126,45 +126,55 @@ class Examples:
         rows = training_rows(numbers, len(self.train), seed)
         arrays = self._read(self.train, rows, np.random.default_rng([seed, step]))
         shape = (accumulation, batch_size // accumulation)
-        return {name: a.reshape(*shape, *a.shape[1:])[:, part] for name, a in arrays.items()}
+        return {
+            name: array.reshape(*shape, *array.shape[1:])[:, part] for name, array in arrays.items()
+        }
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in one pass over the training examples, at least 1."""
+        """Returns the number of whole batches in one epoch, at least 1."""
         return max(1, len(self.train) // batch_size)
 
     def scored_batches(
         self, batch_size: int, max_labels: int | None = None, split: str = "validation"
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What is scored: the arrays of `batch` without its first axis, nothing augmented; and
-        items, int32 [batch_size, labels], the number of the example of each label.
+        """Yields the batches that are scored; nothing is augmented.
 
         Args:
-          batch_size: examples of a batch; the last one is filled up with examples of weight 0.
-          max_labels: about so many labels, from examples spaced evenly; None scores all.
+          batch_size: examples of a batch; examples of weight 0 fill up the last batch.
+          max_labels: score about this many labels, from examples spaced evenly; None scores all.
           split: "validation" or "train".
+
+        Yields:
+          The arrays of `batch` without its first axis; and items, int32 [batch_size, labels], the
+          number of the example that each label belongs to.
         """
         check_split(split)
         labelled = self.train if split == "train" else self.validation
         chosen = scored_rows(len(labelled), labelled.num_labels, max_labels)
         for start in range(0, len(chosen), batch_size):
             rows = chosen[start : start + batch_size]
-            arrays = self._read(labelled, np.resize(rows, batch_size), None)
+            # `resize` repeats the examples of a short batch; the repeated ones get weight 0.
+            filled = np.resize(rows, batch_size)
+            arrays = self._read(labelled, filled, None)
             arrays["weights"][len(rows) :] = 0
             shape = arrays["targets"].shape
-            numbers = np.resize(rows, batch_size).astype(np.int32)
+            numbers = filled.astype(np.int32)
             arrays["items"] = np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), shape)
             yield arrays
 
     def num_labels(self, split: str) -> int:
-        """Labels of a split that count."""
+        """Returns the number of labels of a split that count."""
         return (self.train if split == "train" else self.validation).num_labels
 
     def _read(self, labelled: Labelled, rows, rng) -> dict[str, np.ndarray]:
+        """Returns the arrays of a batch, [B, ...]; `rng` is None where nothing is augmented."""
         targets = labelled.targets[rows]
-        ones = np.ones(targets.shape, np.float32)
+        weights = np.ones(targets.shape, np.float32)
+        if labelled.weights is not None:
+            weights = labelled.weights[rows] * weights
         return {
             "inputs": self.show(labelled.inputs[rows], rng),
             "targets": targets.astype(np.int32),
             "positions": np.tile(np.arange(self.seq_len, dtype=np.int32), (len(rows), 1)),
-            "weights": ones if labelled.weights is None else labelled.weights[rows] * ones,
+            "weights": weights,
         }

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from qkvjax.data.dataset import Dataset, prepare
 from qkvjax.data.examples import Examples
-from qkvjax.data.images import open_images, patches_of, sets_of
+from qkvjax.data.image_examples import patches_of, sets_of
+from qkvjax.data.images import open_images
 from qkvjax.data.tasks import TASKS, open_task
 from qkvjax.errors import UserError
 

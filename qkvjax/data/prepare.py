@@ -24,7 +24,8 @@ from qkvjax.data.packing import packed_rows, window_rows
 from qkvjax.data.parts import Parts
 from qkvjax.data.sources import Source
 from qkvjax.data.split import SPLITS, Divider, Split
-from qkvjax.data.tokenizers import Tokenizer, Unfit
+from qkvjax.data.tokenizers import Tokenizer
+from qkvjax.data.unencodable import Unfit
 from qkvjax.errors import UserError
 from qkvjax.progress import Progress
 

@@ -14,7 +14,9 @@ import numpy as np
 from qkvjax.data.sources import TokenFiles
 from qkvjax.data.split import HELD_OUT
 from qkvjax.data.store import damaged, find_or_make
-from qkvjax.data.token_shards import Ids, doubt, open_shard, recognise
+from qkvjax.data.token_ids import Ids
+from qkvjax.data.token_shards import open_shard
+from qkvjax.data.token_widths import doubt, recognise
 from qkvjax.data.tokenizers import Tokenizer
 from qkvjax.errors import UserError
 

@@ -105,7 +105,7 @@ def compile_evaluators(evaluators: Mapping[str, Evaluator], model) -> list:
     """
     compiled = {}
     for evaluator in evaluators.values():
-        if evaluator.kind not in PROGRAMS or not hasattr(evaluator.dataset, "tokenizer"):
+        if evaluator.kind not in PROGRAMS or evaluator.dataset.tokenizer is None:
             continue
         key = evaluator.kind, evaluator.rows
         if key not in compiled:
@@ -138,5 +138,5 @@ def num_scored(dataset, split: str = "validation", max_labels: int | None = None
 
 def check_text(where: str, kind: str, dataset) -> None:
     """Raises UserError when `kind` of score needs text and the data have none."""
-    if kind == "bits_per_byte" and not hasattr(dataset, "tokenizer"):
+    if kind == "bits_per_byte" and dataset.tokenizer is None:
         raise UserError(f"{where}='bits_per_byte' needs text, which the data are not: use accuracy")

@@ -210,7 +210,7 @@ def sequences(dataset, count: int) -> np.ndarray:
     Raises:
       UserError: no validation document is as long as a sequence.
     """
-    if hasattr(dataset, "tokenizer"):
+    if dataset.tokenizer is not None:
         return whole_rows(dataset, count)
     count = min(count, len(dataset.validation))
     return next(dataset.scored_batches(count))["inputs"]

@@ -1,22 +1,22 @@
-"""Reads models of Llama's architecture from GGUF files, llama.cpp's format, into our words.
+"""Reads models of Llama's architecture from GGUF files, the format of llama.cpp.
 
-Numbers are widened to float32 whatever they were quantised to. Two things differ from ours:
+All numbers become float32, whatever they were quantised to. Two conventions differ from ours:
 
-- llama.cpp rotates neighbours, (0, 1), (2, 3), ..., and keeps the rows of W_q and W_k in that
-  order; we rotate halves, as the checkpoints do that the files were made from.
-- the file's norms add `layer_norm_rms_epsilon` to the mean square, ours NORM_EPSILON. A residual
-  stream that is scaled by c = sqrt(NORM_EPSILON / epsilon) gives the same model: the embedding and
-  both output maps are multiplied by c, and the last norm's gain divided by it where the embedding
-  is the head as well.
+- llama.cpp rotates neighbours, (0, 1), (2, 3), ..., and orders the rows of W_q and W_k for that. We
+  rotate halves, (0, H/2), (1, H/2 + 1), ..., as the checkpoints do that the files were made from.
+- The file's norms add `layer_norm_rms_epsilon` to the mean square, ours NORM_EPSILON. Scaling the
+  residual stream by c = sqrt(NORM_EPSILON / epsilon) makes both models the same: the embedding and
+  both output maps of each layer are multiplied by c. Where the embedding is also the head, the gain
+  of the last norm is divided by c.
 
-Letters: D model width, N query heads, K key-value heads, H head width, V vocabulary, L layers.
+Letters: D model width, N query heads, K key-value heads, H head width, F feed-forward width,
+V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -26,34 +26,13 @@ import numpy as np
 from qkvjax.data.compression import first_bytes
 from qkvjax.data.formats import HEAD, identify
 from qkvjax.errors import UserError
+from qkvjax.interop.gguf_file import GgufFile
+from qkvjax.interop.gguf_tokenizer import tokenizer_json
 from qkvjax.kernels.stored import NORM_EPSILON
 from qkvjax.models.spec import scan_period
 
-# Keys that stand for something our model does not compute, with the values that do not.
-_PLAIN = {
-    "expert_count": (0,),
-    "rope.scaling.type": ("none",),
-    "attention.sliding_window": (0,),
-    "attention.logit_softcapping": (0,),
-    "embedding_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "logit_scale": (0, 1),
-    "attention.scale": (0,),
-}
-# How the texts of a byte-level BPE are cut before they are merged, as tokenizer.json says it.
-_BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-_DIGITS = {"type": "Digits", "individual_digits": True}
-PRE_TOKENIZERS = {
-    "gpt-2": _BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTE_LEVEL]},
-}
-_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
-# What a layer is made of: our name -> the file's.
+D_FF_MULTIPLE = 8  # of the feed-forward widths that our model has
+# Arrays of a layer: our name -> the name in the file.
 _LAYER = {
     "attention_norm.gain": "attn_norm",
     "attention.projections.q.weight": "attn_q",
@@ -71,11 +50,11 @@ class Imported(NamedTuple):
     """A model from a file.
 
     Attributes:
-      fields: of the config's `model` group.
-      context: tokens of the longest sequence it was made for.
-      arrays: float32, by the names that checkpoints use, without "model.".
-      tokenizer: the content of a tokenizer.json.
-      quantization: types of the file's matrices, as "Q4_1, Q8_0".
+      fields: fields of the group `model` of a config.
+      context: tokens of the longest sequence that it was made for.
+      arrays: in float32, by their names in checkpoints without "model.".
+      tokenizer: content of a tokenizer.json.
+      quantization: types of the matrices in the file, such as "Q4_1, Q8_0".
     """
 
     fields: dict
@@ -89,8 +68,8 @@ def read(path: str | Path) -> Imported:
     """Reads a GGUF file.
 
     Raises:
-      UserError: no such file, a damaged or truncated one, another architecture, or a model that
-        ours is not equal to.
+      UserError: the file does not exist, is damaged or truncated, has another architecture, or
+        describes a model that ours cannot be equal to.
     """
     try:
         import gguf
@@ -100,219 +79,173 @@ def read(path: str | Path) -> Imported:
     if not path.is_file():
         raise UserError(f"there is no file {path}: give --source a .gguf file")
     try:
-        reader = gguf.GGUFReader(path)
-        file = _File(path, reader)
-        file.require_plain()
-        return _model(file, gguf.dequantize)
+        file = GgufFile(path, gguf.GGUFReader(path), gguf.dequantize)
+        file.check()
+        return _model(file)
     except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, struct.error) as error:
         raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    """What is said of a file that the library cannot read."""
-    if "GGMLQuantizationType" in str(error) or "which we cannot handle" in str(error):
-        return UserError(
-            f"{path} is newer than the installed gguf {importlib.metadata.version('gguf')}"
-            f" ({error}): pip install --upgrade gguf, or take the model in another quantisation, as"
-            " Q8_0 or F16"
-        )
-    text = f"{path} is damaged, truncated or no GGUF file ({type(error).__name__}: {error})"
-    head = first_bytes(path, HEAD)
-    if head and not head.startswith(b"GGUF"):
-        return UserError(f"{text}: it is {identify(head).name}; give --source a .gguf file")
-    return UserError(f"{text}: copy it again")
-
-
-class _File:
-    """A file's keys and tensors, and messages about them."""
-
-    def __init__(self, path: Path, reader):
-        self.path = path
-        self.values = {name: field.contents() for name, field in reader.fields.items()}
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def get(self, name: str, default=None):
-        return self.values.get(f"llama.{name}", default)
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, default)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.path}: llama.{name} is {value!r}, and must be a whole number")
-        return value
-
-    def require_plain(self) -> None:
-        count = self.values.get("split.count", 1)
-        if isinstance(count, int) and count > 1:
-            number = int(self.values.get("split.no", 0)) + 1
-            raise UserError(
-                f"{self.path} is shard {number} of {count} of a model: merge them with"
-                f" llama-gguf-split --merge FIRST_SHARD {_merged(self.path)}, and import that"
-            )
-        architecture = self.values.get("general.architecture")
-        if architecture != "llama":
-            raise UserError(
-                f"{self.path} holds a model of architecture {architecture!r}: convert import reads"
-                " 'llama' with a byte-level BPE (SmolLM, SmolLM2 and others of that form)"
-            )
-        for name, plain in _PLAIN.items():
-            if self.get(name, plain[0]) not in plain:
-                raise UserError(
-                    f"{self.path} has llama.{name}={self.get(name)!r}, which our model does not"
-                    " compute: convert import reads models without it"
-                )
-
-
-def _model(file: _File, dequantize) -> Imported:
-    tokenizer = _tokenizer(file)  # first: it refuses at once what takes minutes to widen
-    layers, d = file.whole("block_count"), file.whole("embedding_length")
-    heads = file.whole("attention.head_count")
-    kv_heads = file.whole("attention.head_count_kv", heads)
-    width = file.whole("attention.key_length", d // heads)
-    rotary = file.whole("rope.dimension_count", width)
-    inner = file.whole("feed_forward_length")
-    if inner % 8:
-        raise UserError(f"{file.path}: a feed-forward width of {inner} is no multiple of 8")
-    epsilon = file.get("attention.layer_norm_rms_epsilon", 1e-5)
-    scale = (NORM_EPSILON / epsilon) ** 0.5
-    types, taken = set(), set()
-
-    def array(name: str, *shape: int) -> np.ndarray:
-        tensor = file.tensors.get(f"{name}.weight")
-        if tensor is None:
-            raise UserError(f"{file.path} has no tensor {name}.weight: copy it again")
-        taken.add(tensor.name)
-        kind = tensor.tensor_type.name
-        try:
-            found = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        except RuntimeError as error:  # what the library does not implement
-            raise UserError(
-                f"{file.path}: {tensor.name} is quantised as {kind}, which the installed gguf"
-                f" {importlib.metadata.version('gguf')} cannot widen ({error}): pip install"
-                " --upgrade gguf, or take the model in another quantisation, as Q8_0 or F16"
-            ) from None
-        if found.shape != shape:
-            raise UserError(f"{file.path}: {tensor.name} is {found.shape}, where {shape} was due")
-        if len(shape) == 2:
-            types.add(kind)
-        return found
-
-    def halves(rows: np.ndarray) -> np.ndarray:
-        """Rows [n * H, D] from neighbours to halves."""
-        by_head = rows.reshape(-1, width, d)
-        turned = by_head[:, :rotary].reshape(-1, rotary // 2, 2, d).swapaxes(1, 2)
-        parts = [turned.reshape(-1, rotary, d), by_head[:, rotary:]]
-        return np.concatenate(parts, axis=1).reshape(rows.shape)
-
-    rows = {"attn_q": heads * width, "attn_k": kv_heads * width, "attn_v": kv_heads * width}
-    shapes = {name: (n, d) for name, n in rows.items()} | {
-        "attn_output": (d, heads * width),
-        "ffn_gate": (inner, d),
-        "ffn_up": (inner, d),
-        "ffn_down": (d, inner),
-        "attn_norm": (d,),
-        "ffn_norm": (d,),
-    }
-
-    def layer(i: int, name: str) -> np.ndarray:
-        found = array(f"blk.{i}.{name}", *shapes[name])
-        if name in ("attn_q", "attn_k"):
-            found = halves(found)
-        if name in ("attn_output", "ffn_down"):
-            found = found * np.float32(scale)
-        return found.T  # ours map from the left
-
-    period = scan_period((None,) * layers)  # all are alike
-    arrays = {
-        f"stack.blocks.{j}.{ours}": np.stack([layer(i, name) for i in range(j, layers, period)])
-        for ours, name in _LAYER.items()
-        for j in range(period)
-    }
-    tokens = file.values["tokenizer.ggml.tokens"]
-    embedding = array("token_embd", len(tokens), d)
-    gain = array("output_norm", d)
-    tied = "output.weight" not in file.tensors
-    if not tied:
-        arrays["head.weight"] = array("output", len(tokens), d).T
-    arrays["embedding"] = embedding * np.float32(scale)
-    arrays["norm.gain"] = gain / np.float32(scale) if tied else gain
-    if unknown := sorted(set(file.tensors) - taken):
-        raise UserError(
-            f"{file.path} has tensors that our model has no place for, the first {unknown[0]!r}:"
-            " convert import reads Llama's architecture without biases and other additions"
-        )
-    fields = {
-        "kind": "lm",
-        "d_model": d,
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": width,
-        "sharing": "q-k-v",
-        "position": "rope",
-        "rotary_fraction": rotary / width,
-        "rotary_base": float(file.get("rope.freq_base", 1e4)),
-        "qk_norm": False,
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "mlp_ratio": inner / d,
-        "tie_embeddings": tied,
-        "init": "normal",
-    }
-    context = file.whole("context_length")
-    return Imported(fields, context, arrays, tokenizer, ", ".join(sorted(types)))
-
-
-def _merged(path: Path) -> str:
-    """A name for the file that its shards are merged into."""
-    return re.sub(r"-\d+-of-\d+$", "", path.stem) + ".gguf"
-
-
-def _tokenizer(file: _File) -> dict:
-    """The content of a tokenizer.json."""
-    kind, cut = (file.values.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    cut = {None: "gpt-2", "default": "gpt-2"}.get(cut, cut)
-    if kind in ("llama", "t5"):
-        raise UserError(
-            f"{file.path} has a tokenizer of kind {kind!r}, which is SentencePiece, as Llama 2,"
-            " TinyLlama and Mistral have: bits per byte need a byte-level BPE, so convert import"
-            " reads models with one, as SmolLM and SmolLM2 are"
-        )
-    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-        raise UserError(
-            f"{file.path} has a tokenizer of kind {kind!r}, cut as {cut!r}: convert import reads"
-            f" byte-level BPE ('gpt2') that is cut as {' or '.join(map(repr, PRE_TOKENIZERS))}"
-        )
-    tokens = file.values["tokenizer.ggml.tokens"]
-    types = file.values.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == _CONTROL,
-        }
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    model = {
-        "type": "BPE",
-        "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": file.values["tokenizer.ggml.merges"],
-    }
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[cut],
-        "post_processor": None,
-        "decoder": _BYTE_LEVEL,
-        "model": model,
-    }
 
 
 def write_tokenizer(content: dict, path: Path) -> None:
     """Writes a tokenizer.json."""
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """Returns the error for a file that the library cannot read."""
+    if "GGMLQuantizationType" in str(error) or "which we cannot handle" in str(error):
+        return UserError(
+            f"{path} is newer than the installed gguf {importlib.metadata.version('gguf')}"
+            f" ({error}): pip install --upgrade gguf, or take the model in another quantisation,"
+            " such as Q8_0 or F16"
+        )
+    message = f"{path} is damaged, truncated or not a GGUF file ({type(error).__name__}: {error})"
+    head = first_bytes(path, HEAD)
+    if head and not head.startswith(b"GGUF"):
+        return UserError(f"{message}: it is {identify(head).name}; give --source a .gguf file")
+    return UserError(f"{message}: copy it again")
+
+
+class _Sizes(NamedTuple):
+    """Sizes of the model.
+
+    Attributes:
+      d_model: D.
+      num_layers: L.
+      num_heads: N.
+      num_kv_heads: K.
+      head_dim: H.
+      rotary_dim: numbers of a head that are rotated, from its first on.
+      d_ff: F.
+      scale: c, by which the residual stream is scaled (see the module's docstring).
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    d_ff: int
+    scale: np.float32
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each array of a layer, by its name in the file."""
+        d = self.d_model
+        q_width = self.num_heads * self.head_dim
+        kv_width = self.num_kv_heads * self.head_dim
+        return {
+            "attn_norm": (d,),
+            "attn_q": (q_width, d),
+            "attn_k": (kv_width, d),
+            "attn_v": (kv_width, d),
+            "attn_output": (d, q_width),
+            "ffn_norm": (d,),
+            "ffn_gate": (self.d_ff, d),
+            "ffn_up": (self.d_ff, d),
+            "ffn_down": (d, self.d_ff),
+        }
+
+
+def _sizes(file: GgufFile) -> _Sizes:
+    num_layers = file.whole("block_count")
+    d_model = file.whole("embedding_length")
+    num_heads = file.whole("attention.head_count")
+    num_kv_heads = file.whole("attention.head_count_kv", num_heads)
+    head_dim = file.whole("attention.key_length", d_model // num_heads)
+    d_ff = file.whole("feed_forward_length")
+    if d_ff % D_FF_MULTIPLE:
+        raise UserError(
+            f"{file.path}: the feed-forward width {d_ff} is not a multiple of {D_FF_MULTIPLE}:"
+            " convert import reads models where it is"
+        )
+    epsilon = file.get("attention.layer_norm_rms_epsilon", 1e-5)
+    return _Sizes(
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=file.whole("rope.dimension_count", head_dim),
+        d_ff=d_ff,
+        scale=np.float32((NORM_EPSILON / epsilon) ** 0.5),
+    )
+
+
+def _model(file: GgufFile) -> Imported:
+    # The tokenizer first: it refuses a file at once, and arrays may take minutes.
+    tokenizer = tokenizer_json(file)
+    sizes = _sizes(file)
+    arrays = _layer_arrays(file, sizes) | _other_arrays(file, sizes)
+    file.check_all_read()
+    fields = {
+        "kind": "lm",
+        "d_model": sizes.d_model,
+        "num_layers": sizes.num_layers,
+        "num_heads": sizes.num_heads,
+        "num_kv_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "sharing": "q-k-v",
+        "position": "rope",
+        "rotary_fraction": sizes.rotary_dim / sizes.head_dim,
+        "rotary_base": float(file.get("rope.freq_base", 1e4)),
+        "qk_norm": False,
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "mlp_ratio": sizes.d_ff / sizes.d_model,
+        "tie_embeddings": "head.weight" not in arrays,
+        "init": "normal",
+    }
+    quantization = ", ".join(sorted(file.matrix_types))
+    return Imported(fields, file.whole("context_length"), arrays, tokenizer, quantization)
+
+
+def _layer_arrays(file: GgufFile, sizes: _Sizes) -> dict[str, np.ndarray]:
+    """Returns the arrays of all layers, stacked as the model scans over them."""
+    period = scan_period((None,) * sizes.num_layers)  # all layers are alike
+    arrays = {}
+    for ours, name in _LAYER.items():
+        for first in range(period):
+            numbers = range(first, sizes.num_layers, period)
+            layers = [_layer_array(file, sizes, number, name) for number in numbers]
+            arrays[f"stack.blocks.{first}.{ours}"] = np.stack(layers)
+    return arrays
+
+
+def _layer_array(file: GgufFile, sizes: _Sizes, number: int, name: str) -> np.ndarray:
+    """Returns one array of one layer: a gain [D], or a matrix [inputs, outputs]."""
+    array = file.array(f"blk.{number}.{name}", *sizes.shapes()[name])
+    if name in ("attn_q", "attn_k"):
+        array = _rows_for_halves(array, sizes.head_dim, sizes.rotary_dim)
+    if name in ("attn_output", "ffn_down"):
+        array = array * sizes.scale
+    return array.T  # the file has [outputs, inputs]
+
+
+def _rows_for_halves(rows: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Reorders the rows of W_q or W_k from rotating neighbours to rotating halves.
+
+    In each head the rows 0, 1, 2, 3, ... become 0, 2, ..., 1, 3, ...; rows that are not rotated
+    stay.
+
+    Args:
+      rows: [heads * H, D].
+      head_dim: H.
+      rotary_dim: how many rows of each head are rotated.
+    """
+    by_head = rows.reshape(-1, head_dim, rows.shape[1])
+    rotated = by_head[:, :rotary_dim]
+    halves = [rotated[:, 0::2], rotated[:, 1::2], by_head[:, rotary_dim:]]
+    return np.concatenate(halves, axis=1).reshape(rows.shape)
+
+
+def _other_arrays(file: GgufFile, sizes: _Sizes) -> dict[str, np.ndarray]:
+    """Returns embedding, last norm, and the head where it is not the embedding."""
+    num_tokens = len(file.values["tokenizer.ggml.tokens"])
+    embedding = file.array("token_embd", num_tokens, sizes.d_model)
+    gain = file.array("output_norm", sizes.d_model)
+    arrays = {"embedding": embedding * sizes.scale}
+    if "output.weight" not in file.tensors:
+        return arrays | {"norm.gain": gain / sizes.scale}
+    head = file.array("output", num_tokens, sizes.d_model)
+    return arrays | {"norm.gain": gain, "head.weight": head.T}

@@ -1,7 +1,7 @@
-"""Recognises, by its keys, what a file describes that plan does not count, whatever its name.
+"""Recognises models that plan cannot count, by the keys of their files.
 
-`model_type` is a word anybody may choose; what a model's layers cache shows in other keys. A family
-of the table names the kinds that it is counted with; everything else here is a refusal.
+Anybody may choose any `model_type`; what the layers cache shows in other keys. A file with the keys
+of a `Kind` is refused, unless its family is counted with that kind.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from qkvjax.interop.families import Family
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One thing that changes what a layer is.
+    """A feature that changes what a layer is or caches.
 
     Attributes:
-      name: a family with this name among its `kinds` is counted with it.
-      keys: regular expressions of whole keys; one with a value is enough.
-      text: what such a file describes.
+      name: what `Family.kinds` has for a family that is counted with this feature.
+      keys: regular expression of keys, matched as a whole; one such key with a value is enough.
+      text: what such a file describes, for messages.
     """
 
     name: str
@@ -103,14 +103,14 @@ KINDS = (
         "a mixture of experts",
     ),
 )
-# Only of keys nobody here knows: words of a layout that Llama's does not have.
+# Parts of keys that Llama's layout does not have; for files of unknown families only.
 _UNLIKE_LLAMA = re.compile(
     r"expert|moe|latent|lora|conv|chunk|cross|encoder|decoder_(?!start)|sparse|loop|recur|interval"
     r"|pattern|per_layer|layer_norm|layernorm_eps|norm_epsilon|expansion|parallel_(attn|residual)"
     r"|patch_size|image_size|num_channels|mel_bins|codebook|_cycles"
     r"|alibi|^n_(inner|embd|layer|head)|^d_(model|ff)|kv_channels|group_num|^ffn_"
 )
-# Numbers that say how a model was trained or is sharded, not what its layers are.
+# Keys about how a model was trained, not about what its layers are.
 _HARMLESS = re.compile(r"router_(aux|z)_loss.*|aux_loss.*|.*_dropout|.*_pdrop|pretraining_.*")
 _DEEPSEEK_KEYS = (
     "kv_lora_rank",
@@ -121,11 +121,22 @@ _DEEPSEEK_KEYS = (
     "moe_intermediate_size",
     "moe_layer_freq",
 )
-_LLAMA_SIGNS = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
-_LLAMA_SIGNS += ("rope_parameters",)
-_LLAMA_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-_LLAMA_KEYS += ("intermediate_size", "vocab_size")
+_LLAMA_SIGNS = (
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+_LLAMA_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 _GATED_ACTIVATIONS = (None, "silu", "swish", "swiglu")
+# Classes of models without a head that predicts the next token.
 _HEADLESS = re.compile(
     r".*(For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering"
     r"|MultipleChoice|NextSentencePrediction|ImageClassification|AudioClassification|CTC"
@@ -135,13 +146,13 @@ _HEADLESS = re.compile(
 
 
 def refusal(values: Mapping, architectures: list[str], family: Family | None) -> str | None:
-    """Returns what the file describes that plan cannot count, with the key that says so.
+    """Returns what the file describes, with the keys that show it; None if plan can count it.
 
     Args:
       values: keys of the language model.
-      architectures: class names of the file, of all its levels.
-      family: of the table; None for a `model_type` that is not in it, which is counted with
-        nothing special but DeepSeek's latents and experts.
+      architectures: class names of the file, from all its levels.
+      family: family of the file; None for an unknown one, which may have no features but
+        DeepSeek's latents and experts.
     """
     for name in architectures:
         if _HEADLESS.fullmatch(name):
@@ -156,18 +167,18 @@ def refusal(values: Mapping, architectures: list[str], family: Family | None) ->
     for kind in KINDS:
         if kind.name in allowed:
             continue
-        found = [key for key in values if re.fullmatch(kind.keys, key) and _says(key, values[key])]
-        if found:
-            return f"{kind.text} ({', '.join(map(repr, found[:3]))})"
+        matches = [key for key in values if re.fullmatch(kind.keys, key) and _is_on(key, values)]
+        if matches:
+            return f"{kind.text} ({', '.join(map(repr, matches[:3]))})"
     return None
 
 
 def unlike_llama(values: Mapping, latent: bool) -> str | None:
-    """Returns why the keys of an unknown family cannot be read like Llama's; None if they can.
+    """Returns why a file of an unknown family cannot be counted like Llama; None if it can.
 
     Args:
       values: keys of the language model.
-      latent: whether they are read like DeepSeek-V3's instead, experts and latents included.
+      latent: whether to compare with DeepSeek-V3, which has latents and experts, instead.
     """
     if re.search(r"(^|_)encoder|_vision$|bert", str(values.get("model_type", "")).lower()):
         return "its model_type is that of an encoder"
@@ -175,16 +186,16 @@ def unlike_llama(values: Mapping, latent: bool) -> str | None:
     if missing:
         return f"it has no number under {', '.join(map(repr, missing))}"
     if not any(values.get(key) is not None for key in _LLAMA_SIGNS):
-        return "nothing in it speaks of RMS norms, rotary positions or key-value heads"
+        return "it has no key about RMS norms, rotary positions or key-value heads"
     activation = values.get("hidden_act", values.get("activation_function"))
     if activation not in _GATED_ACTIVATIONS:
-        return f"its activation {activation!r} leaves open how many matrices a feed-forward has"
-    for key, value in values.items():
-        if _HARMLESS.fullmatch(key) or not _says(key, value):
+        return f"its activation {activation!r} does not tell how many matrices a feed-forward has"
+    for key in values:
+        if _HARMLESS.fullmatch(key) or not _is_on(key, values):
             continue
         if key == "sliding_window" and values.get("use_sliding_window") is not False:
             if values.get("layer_types") is None:
-                return "its 'sliding_window' leaves open which layers it binds"
+                return "its 'sliding_window' does not tell which layers have a window"
         if latent and key in _DEEPSEEK_KEYS:
             continue
         if _UNLIKE_LLAMA.search(key):
@@ -199,17 +210,21 @@ def is_latent(values: Mapping) -> bool:
 
 
 def _allowed(values: Mapping, family: Family | None) -> tuple[str, ...]:
+    """Returns the names of the kinds that a file is counted with."""
     if family is None:
         return ("latent", "experts") if is_latent(values) else ()
-    return family.kinds + (("experts",) if family.experts is not None else ())
+    experts = ("experts",) if family.experts is not None else ()
+    return family.kinds + experts
 
 
-def _says(key: str, value) -> bool:
-    """Whether a value switches on what its key names."""
+def _is_on(key: str, values: Mapping) -> bool:
+    """Returns whether the value of a key switches on what the key names."""
+    value = values[key]
     if value is None or value is False or value == 0 or value in ("", [], {}):
         return False
     if key == "attn_type_list":
-        return not isinstance(value, list) or any(one != 1 for one in value)
+        # 1 is full attention, 0 is linear attention (MiniMax).
+        return not isinstance(value, list) or any(entry != 1 for entry in value)
     if key in ("num_experts", "num_local_experts", "n_routed_experts"):
         return value != 1
     return True

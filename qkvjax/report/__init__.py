@@ -1,1 +1,1 @@
-"""The results of a study: DataFrames, statistics, plots and the report."""
+"""The results of a study: DataFrames, statistics, plots, and the report."""

@@ -15,12 +15,13 @@ class StudyFiles(NamedTuple):
     """The files of a study, checked.
 
     Attributes:
-      workdir: the folder that they were read from.
+      workdir: the folder of the files.
       study: study.json.
-      lines: of results.jsonl, the last one of each run that belongs to the study, each with its
-        setting ("" where there is one) and its phase ("compare", or "tune" in a tuned study).
+      lines: the results of the study's runs, from results.jsonl: the last line of each run. Each
+        has a setting ("" in a study with one setting) and a phase ("compare", or "tune" in a tuned
+        study).
       measured: measurements.json; {} when there is none.
-      notes: what a reader must know about the files, one sentence each.
+      notes: sentences about what is missing or damaged, for the reader of the report.
     """
 
     workdir: Path
@@ -39,35 +40,47 @@ def read(workdir: Path) -> StudyFiles:
     workdir = Path(workdir)
     study = _read_study(workdir / "study.json")
     notes: list[str] = []
+    lines = _read_lines(workdir / "results.jsonl", notes)
+    results = _study_results(lines, study, notes)
+    measured = _read_measurements(workdir / "measurements.json", notes)
+    return StudyFiles(workdir, study, results, measured, notes)
+
+
+def _study_results(lines: list[dict], study: dict, notes: list[str]) -> list[dict]:
+    """Returns the last line of each run of the study; counts other lines in a note."""
     labels = [point["label"] for point in study["points"]]
     settings = study.get("settings") or [""]
-    tuning = (study.get("tuned") or {}).get("seeds") or []
-    runs: dict[tuple, dict] = {}
-    others = 0
-    for line in _read_lines(workdir / "results.jsonl", notes):
+    tuning_seeds = (study.get("tuned") or {}).get("seeds") or []
+    results: dict[tuple, dict] = {}
+    num_others = 0
+    for line in lines:
         if _is_replaced(line, study):
             continue
+        label = line.get("label")
         setting = line.get("setting") or ""
+        seed = line.get("seed")
         phase = line.get("phase") or "compare"
-        seeds = tuning if phase == "tune" else study["seeds"]
-        if line.get("label") in labels and line.get("seed") in seeds and setting in settings:
-            value = str(line.get("tuned")) if phase == "tune" else None
-            checked = _checked(line) | {"setting": setting, "phase": phase}
-            runs[line["label"], setting, line["seed"], phase, value] = checked
-        else:
-            others += 1
-    if others:
+        seeds = tuning_seeds if phase == "tune" else study["seeds"]
+        if label not in labels or setting not in settings or seed not in seeds:
+            num_others += 1
+            continue
+        value = str(line.get("tuned")) if phase == "tune" else None
+        run = (label, setting, seed, phase, value)
+        results[run] = _checked(line) | {"setting": setting, "phase": phase}
+    if num_others:
         notes.append(
-            f"{others} lines of results.jsonl belong to variants, settings or seeds that this"
-            " study does not name; they are left out."
+            "The report leaves out lines of results.jsonl that belong to variants, settings or"
+            f" seeds that this study does not have: {num_others}."
         )
-    measured = _read_measurements(workdir / "measurements.json", notes)
-    return StudyFiles(workdir, study, list(runs.values()), measured, notes)
+    return list(results.values())
 
 
 def _is_replaced(line: dict, study: dict) -> bool:
-    """Tells whether a line of a tuned study is of a value that another choice replaced, or of a run
-    of an ordinary study that was taken over and has a line of its own."""
+    """Tells whether a line of a tuned study no longer counts.
+
+    Either the study has chosen another value since, or the line is of an ordinary study whose run
+    was adopted as a tuning run: it has a second line then.
+    """
     tuned = study.get("tuned")
     if not tuned or line.get("phase") == "tune":
         return False
@@ -95,9 +108,11 @@ def _read_study(path: Path) -> dict:
         raise UserError(f"{path} does not describe a study (it lacks {error}): {remedy}") from None
     for what, values in (("labels", labels), ("seeds", seeds), ("settings", settings)):
         if len({*values}) < len(values) or len({type(value) for value in values}) > 1:
-            raise UserError(f"{path}: the {what} {values} must differ and be of one kind: {remedy}")
+            raise UserError(
+                f"{path}: the {what} {values} must differ and have the same type: {remedy}"
+            )
     if any(not str(setting).strip() for setting in settings):
-        raise UserError(f"{path}: a setting has no name: {remedy}")
+        raise UserError(f"{path}: a setting has an empty name: {remedy}")
     if not known:
         raise UserError(
             f"{path}: the baseline {study['baseline']!r} is not one of the points"
@@ -107,12 +122,13 @@ def _read_study(path: Path) -> dict:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict]:
-    """Returns the objects of a JSONL file; lines that are not objects are counted in a note."""
+    """Returns the objects of a JSONL file; a note names the lines that are not objects."""
     if not path.exists():
-        notes.append("There is no results.jsonl: no run has ended yet.")
+        notes.append("There is no results.jsonl, so no run has ended yet.")
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    objects, broken = [], []
+    objects = []
+    broken = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -122,10 +138,11 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict]:
         else:
             objects.append(value)
     if broken:
-        where = f"Unreadable lines of results.jsonl: {', '.join(map(str, broken))}"
+        numbers = ", ".join(map(str, broken))
+        problem = f"These lines of results.jsonl are unreadable: {numbers}."
         if broken == [len(lines)]:
-            where = "The last line of results.jsonl is cut short (a run was stopped while it wrote)"
-        notes.append(f"{where}; what it said is not in this report.")
+            problem = "The last line of results.jsonl is cut short: a run was stopped as it wrote."
+        notes.append(f"{problem} The report leaves this out.")
     return objects
 
 
@@ -135,32 +152,35 @@ def _read_measurements(path: Path, notes: list[str]) -> dict:
     try:
         value = read_object(path)
     except UserError as error:
-        notes.append(f"measurements.json is unreadable ({error}); its columns say “not measured”.")
+        notes.append(
+            f"measurements.json is unreadable ({error}); the report says “not measured” instead."
+        )
         return {}
     rows = value.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        notes.append("measurements.json is damaged; its columns say “not measured”.")
+        notes.append("measurements.json is damaged; the report says “not measured” instead.")
         return {}
     for row in rows:
         for name in ("step_ratio", "decode_ratio"):
             ratio = row.get(name)
             if ratio is not None and not (len(ratio) == 3 and all(map(_is_number, ratio))):
                 notes.append(
-                    f"measurements.json: {name} of {row.get('label')} is not a measurement."
+                    f"measurements.json: {name} of {row.get('label')} is not a list of three"
+                    " numbers and is left out."
                 )
                 row[name] = None
     return value
 
 
 def _is_number(value) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    """Tells whether a JSON value is a finite number."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _checked(line: dict) -> dict:
-    """Returns a result line; one without a finite score counts as failed."""
+    """Returns a result line; one that finished without a finite score counts as failed."""
     score = line.get("score")
-    finite = _is_number(score)
-    if line.get("status") == "done" and not finite:
+    if line.get("status") == "done" and not _is_number(score):
         return line | {"status": "failed", "error": f"the score is {score}, not a finite number"}
     return line

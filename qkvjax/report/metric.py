@@ -1,4 +1,4 @@
-"""What the variants of a study are compared by, and how it is said."""
+"""The scores by which the variants of a study are compared, and their names."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qkvjax import formats
 
 
 class Metric(NamedTuple):
-    """A score of which less is better.
+    """A score; lower is better.
 
     Attributes:
-      key: in results.jsonl and its curves.
-      name: in sentences.
-      of: what a difference in percent is a part of.
-      relative: whether that is the baseline's score; else percent are points of the score.
+      key: its name in results.jsonl.
+      name: its name in sentences.
+      of: follows a difference in percent: "+1 % of the bits".
+      relative: whether percent are parts of the baseline's score; else they are percentage points.
       decimals: of a score in tables.
       definition: for the report's list of words.
     """
@@ -28,7 +28,7 @@ class Metric(NamedTuple):
     definition: str
 
     def text(self, value: float | None) -> str:
-        """Returns a score for people; a dash where there is none."""
+        """Returns a score as text; a dash where there is none."""
         if value is None or math.isnan(value):
             return formats.NONE
         return f"{value:.{self.decimals}f}"

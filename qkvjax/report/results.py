@@ -1,4 +1,4 @@
-"""The results of a study as tables: a row a run, a row an evaluation."""
+"""The results of a study as DataFrames: one with a row for each run, one for each evaluation."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ import pandas as pd
 from qkvjax.config import flatten
 from qkvjax.report import files as study_files
 
-# Columns that stand first, in this order; a run that failed has no figures.
+# The first columns, in this order. A failed run has them too, without figures.
 FIRST = ("label", "setting", "seed", "phase", "status", "metric", "score")
-# Nested parts of a result line; `curves` and the files of the workdir have them.
+# Nested parts of a result line. They are no columns, but the entries of some of them are.
 NESTED = ("overrides", "curve", "costs", "sample", "inside", "spectra")
 
 
 def results(workdir: str | Path) -> pd.DataFrame:
-    """Returns the runs of a study, one a row.
+    """Returns the runs of a study, one in each row.
 
     Columns:
-      label: of the variant; setting: "" where there is one; seed.
+      label: the variant.
+      setting: "" in a study with one setting.
+      seed: an integer.
       phase: "compare", or "tune" for the runs that chose a value in a tuned study.
-      status: "done" or "failed"; error.
-      metric, score: lower is better; and every other measure of the last evaluation by its name
-        (perplexity, accuracy, num_labels, ...).
-      steps, tokens, seconds, identity, data_digest, workdir.
-      Each field that some point of the study overrides, by its name ("model.sharing").
-      num_params, forward_macs, cache_bytes_per_token, train_flops_per_token.
-      What the evaluator `inside` measured, as "inside/rank_q".
-    A value that a run lacks is missing (NaN).
+      status: "done" or "failed".
+      error: of a failed run.
+      metric: the name of the score.
+      score: lower is better.
+      perplexity, accuracy, num_labels, ...: every other measure of the last evaluation.
+      steps, tokens, seconds, identity, data_digest, workdir: of the run.
+      model.sharing, ...: each field that some point of the study overrides.
+      num_params, forward_macs, cache_bytes_per_token, train_flops_per_token: costs.
+      inside/rank_q, ...: what the evaluator `inside` measured.
+    A value that a run does not have is missing (NaN).
 
     Args:
       workdir: of a study, finished or not.
@@ -42,10 +46,10 @@ def results(workdir: str | Path) -> pd.DataFrame:
 
 
 def curves(workdir: str | Path) -> pd.DataFrame:
-    """Returns the evaluations of all finished runs of a study, one a row.
+    """Returns the evaluations of all finished runs of a study, one in each row.
 
-    Columns: label, setting, seed, phase, step, tokens, seconds (of training) and the score by its
-    name.
+    Columns: label, setting, seed, phase, step, tokens, seconds (of training), and the score under
+    its name, such as bits_per_byte.
 
     Args:
       workdir: of a study.
@@ -57,7 +61,7 @@ def curves(workdir: str | Path) -> pd.DataFrame:
 
 
 def frame(files: study_files.StudyFiles) -> pd.DataFrame:
-    """Returns `results` of files that were read."""
+    """Returns what `results` returns, from files that were read."""
     study = files.study
     base = flatten(study.get("config") or {})
     points = {point["label"]: dict(point.get("overrides") or {}) for point in study["points"]}
@@ -76,8 +80,8 @@ def frame(files: study_files.StudyFiles) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows, columns=None if rows else list(FIRST))
     for name in ("score", "steps", "tokens", "seconds"):
-        found = table[name] if name in table else math.nan
-        table[name] = pd.to_numeric(pd.Series(found, index=table.index), errors="coerce")
+        values = table[name] if name in table else math.nan
+        table[name] = pd.to_numeric(pd.Series(values, index=table.index), errors="coerce")
     order = {label: number for number, label in enumerate(points)}
     return table.sort_values(
         ["label", "setting", "seed"],
@@ -88,7 +92,7 @@ def frame(files: study_files.StudyFiles) -> pd.DataFrame:
 
 
 def curves_frame(files: study_files.StudyFiles) -> pd.DataFrame:
-    """Returns `curves` of files that were read."""
+    """Returns what `curves` returns, from files that were read."""
     run = ("label", "setting", "seed", "phase")
     rows = [
         {name: line[name] for name in run} | point
@@ -100,14 +104,23 @@ def curves_frame(files: study_files.StudyFiles) -> pd.DataFrame:
 
 
 def _train_flops(costs: dict) -> float | None:
-    """Returns FLOPs a token of forward and backward: 6 times the forward multiply-adds."""
-    macs, length = costs.get("forward_macs"), costs.get("seq_len")
+    """Returns FLOPs per token of forward and backward: 6 times the forward multiply-adds."""
+    macs = costs.get("forward_macs")
+    length = costs.get("seq_len")
     return 6 * macs / length if macs and length else None
 
 
 def items(workdir: Path, name: str = "eval") -> pd.DataFrame | None:
-    """Returns the scored items of a run, indexed by item, with columns value and weight; None where
-    the run did not keep them. The score is sum(value) / sum(weight)."""
+    """Returns the scored items (documents, examples) of a run; None where it did not keep them.
+
+    Args:
+      workdir: of the run.
+      name: of the evaluator.
+
+    Returns:
+      A frame indexed by item, with columns value and weight. The score of the run is
+      sum(value) / sum(weight).
+    """
     path = workdir / "items" / f"{name}.npz"
     if not path.is_file():
         return None

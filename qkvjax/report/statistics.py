@@ -1,42 +1,45 @@
-"""What a handful of runs allows to say: paired differences, corrected intervals, verdicts.
+"""What few runs can show: paired differences, corrected intervals, verdicts.
 
 Lower scores are better throughout. Runs of one seed share the order of the data and the initial
-draws, so that variants are compared by differences within seeds. What is independent is a seed or,
-where a study has several settings, a setting: the differences of a setting are averaged over its
-seeds first, and its mean is one observation (clustered by setting).
+draws, so variants are compared by differences within seeds. A unit is what is independent: a seed
+or, where a study has several settings, a setting. The differences of a setting are averaged over
+its seeds first, and this mean is one observation (clustered by setting).
 
-The model is d[i, u] = delta_i + noise for variant i and unit u (a seed or a setting):
+The model is d[i, u] = delta_i + noise for variant i and unit u:
 
-  - Below POOLED_BELOW units an interval is the wider of two. One has the larger of the variant's
-    own standard error and the one pooled over all variants (the residual of a two-way table,
-    variants by units), with the degrees of freedom of the table. The other has the variant's own
-    error and its own degrees of freedom. So a variant, a baseline or a setting that varies more
-    than the others raises no false alarm, nor does one that happens to vary little. From
-    POOLED_BELOW units on each variant stands on its own error.
-  - Several variants are compared with one baseline: intervals are widened by the critical value of
-    Dunnett (1955) below POOLED_BELOW units, else of Holm (1979), step by step: the clearest
-    difference is corrected for all comparisons, the next for those that remain, as long as each
-    excludes zero. So no more than 5 % of studies without any difference name one; simulations in
-    the tests hold it to that. Equivalence is judged by intervals that are corrected for all.
-  - Where the best of several is chosen by the same runs (`compare_best`), all pairs are corrected
-    for, by Tukey's studentized range or Bonferroni's bound.
+  - Standard errors. Below POOLED_BELOW units an interval is the wider of two. The first uses the
+    larger of the variant's standard error and the one pooled over all variants (the residual of a
+    two-way table, variants by units), with the degrees of freedom of the table. The second uses the
+    variant's standard error with the variant's degrees of freedom. So there is no false alarm from
+    a variant, a baseline or a setting that varies more than the others, nor from one that happens
+    to vary little. From POOLED_BELOW units on, each variant uses its own standard error.
+  - Several comparisons with one baseline. Intervals are widened by the critical value of Dunnett
+    (1955) below POOLED_BELOW units, and of Holm (1979) from there on. Both go step by step: the
+    clearest difference is corrected for all comparisons, the next one for those that remain, as
+    long as each excludes zero. So at most 5 % of studies without any difference name one;
+    simulations in the tests check this. Equivalence uses intervals that are corrected for all
+    comparisons.
+  - Comparisons with the best variant, which the same runs choose (`compare_best`), are corrected
+    for all pairs, by Tukey's studentized range or Bonferroni's bound.
   - Power follows the noncentral t distribution.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
-LEVEL = 0.95
-POWER = 0.8
-POOLED_BELOW = 16  # units; from here on a variant's own variance is known well enough
-CEILING = 0.5  # from this part of exactly equal pairs on, a comparison is at a ceiling
+from qkvjax.report.critical_values import LEVEL, bonferroni, detectable, dunnett, tukey
+
+BETTER = "better"
+WORSE = "worse"
+NOT_SHOWN = "no difference shown"
+POOLED_BELOW = 16  # units; from here on the variance of a single variant is known well enough
+CEILING = 0.5  # a comparison is at a ceiling if at least this part of its pairs is exactly equal
+MOST_UNITS = 1000  # the report does not ask for more seeds than this: nobody would train them
 COLUMNS = [
     "difference",
     "low",
@@ -51,11 +54,11 @@ COLUMNS = [
     "equivalent",
     "verdict",
 ]
-MOST_UNITS = 1000  # more seeds than this are not asked for: nobody trains them
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """Returns (mean, low, high) of independent values: Student's t; no interval (nan) of one."""
+    """Returns (mean, low, high) of independent values by Student's t; low and high are nan for one
+    value."""
     from scipy import stats
 
     values = np.asarray(values, np.float64)
@@ -67,78 +70,22 @@ def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, floa
     return mean, mean - half, mean + half
 
 
-@functools.cache
-def dunnett(comparisons: int, degrees: float, level: float = LEVEL) -> float:
-    """Returns Dunnett's two-sided critical value for comparisons with one baseline.
-
-    P(max_i |T_i| <= c) = level, where T_i = (Z_i - Z_0) / (sqrt(2) S): Z standard normal, S^2 a
-    chi-square over its degrees of freedom. Integrated over Z_0 (Gauss-Hermite) and S (equally
-    likely quantiles).
-
-    Args:
-      comparisons: variants beside the baseline, at least 1.
-      degrees: of freedom of the pooled variance, above 0.
-    """
-    from scipy import optimize, stats
-
-    if comparisons == 1:
-        return bonferroni(1, degrees, level)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-    weights = weights / weights.sum()
-    parts = (np.arange(400) + 0.5) / 400
-    spread = np.sqrt(stats.chi2.ppf(parts, degrees) / degrees)[:, None]
-
-    def excess(value: float) -> float:
-        reach = math.sqrt(2) * value * spread
-        inside = stats.norm.cdf(nodes + reach) - stats.norm.cdf(nodes - reach)
-        return float((inside**comparisons @ weights).mean()) - level
-
-    low = bonferroni(1, degrees, level) * 0.99
-    high = bonferroni(comparisons, degrees, level) * 1.01
-    return optimize.brentq(excess, low, high)
-
-
-@functools.cache
-def bonferroni(comparisons: int, degrees: float, level: float = LEVEL) -> float:
-    """Returns the two-sided critical value of Student's t for one of several comparisons."""
-    from scipy import stats
-
-    return float(stats.t.isf((1 - level) / 2 / comparisons, degrees))
-
-
-@functools.cache
-def tukey(variants: int, degrees: float, level: float = LEVEL) -> float:
-    """Returns the two-sided critical value for all pairs of variants: the studentized range."""
-    from scipy import stats
-
-    return float(stats.studentized_range.ppf(level, variants, degrees)) / math.sqrt(2)
-
-
-@functools.cache
-def detectable(critical: float, degrees: float) -> float:
-    """Returns how many standard errors a true difference must measure to be found at POWER."""
-    from scipy import optimize, stats
-
-    def missed(effect: float) -> float:
-        return stats.nct.cdf(critical, degrees, effect) - (1 - POWER)
-
-    return optimize.brentq(missed, 0.0, 3 * critical + 20)
-
-
 def _by_run(scores: pd.DataFrame) -> pd.DataFrame:
-    """Returns scores by run: a row a setting and seed, a column a variant; nan where one lacks."""
+    """Returns scores with a row for each setting and seed and a column for each variant."""
     return scores.set_index(["setting", "seed", "label"])["score"].astype(float).unstack("label")
 
 
 def differences(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns paired differences from the baseline: a row a unit, a column a variant.
+    """Returns paired differences from the baseline, a row for each unit, a column for each variant.
 
     Args:
-      scores: columns label, setting, seed, score: a row a finished run.
+      scores: a row for each finished run, with columns label, setting, seed, score.
+      baseline: a label.
 
     Returns:
-      Index: seeds, or settings where there are several, whose differences are averaged over
-      seeds. A value is nan where a variant and the baseline have no seed in common.
+      A frame indexed by seeds or, where there are several settings, by settings, whose differences
+      are averaged over seeds. A value is nan where a variant and the baseline have no seed in
+      common.
     """
     runs = _by_run(scores)
     if baseline not in runs:
@@ -153,62 +100,76 @@ def compare(scores: pd.DataFrame, baseline: str, margin: float = math.nan) -> pd
     """Compares every variant with the baseline.
 
     Args:
-      scores: columns label, setting, seed, score: a row a finished run.
+      scores: a row for each finished run, with columns label, setting, seed, score.
       baseline: a label.
       margin: a difference within which variants count as equivalent, in the score's unit.
 
     Returns:
-      Index: labels of the variants that have a seed in common with the baseline. Columns:
-        difference, low, high: mean and corrected 95 % interval, in the score's unit; no interval
-          (nan) of one unit, or of differences that are equal to the last bit and not zero, which
-          independent runs do not give.
-        standard_error: of the difference; the larger one, where two are looked at.
+      A frame indexed by the labels of the variants that have a seed in common with the baseline.
+      Columns:
+        difference, low, high: mean and corrected 95 % interval, in the score's unit. low and high
+          are nan for one unit, and for differences that are equal to the last bit but not zero,
+          because independent runs do not give such differences.
+        standard_error: of the difference; where there are two, the larger one.
         detectable: about the smallest true difference that is found four times in five.
-        unit, units: "seed" or "setting", and how many of them the interval stands on.
-        pairs, ties: runs compared, and how many of them are exactly equal.
+        unit: "seed" or "setting".
+        units: number of units behind the interval.
+        pairs: number of runs compared with a run of the baseline.
+        ties: how many of the pairs are exactly equal.
         ceiling: at least half of the pairs are exactly equal.
         equivalent: the interval, corrected for all comparisons, lies within the margin, and the
           comparison is not at a ceiling.
         verdict: BETTER or WORSE where the interval excludes zero, else NOT_SHOWN.
     """
-    rows, comparisons = _rows(scores, baseline)
-
-    def critical(row: dict) -> Callable[..., float]:
-        return dunnett if row["degrees"] else bonferroni
-
-    def half_width(row: dict, remaining: int) -> float:
-        own = critical(row)(remaining, row["units"] - 1)
-        shared = dunnett(remaining, row["degrees"]) if row["degrees"] else 0.0
-        return _wider(row, own, shared)
-
+    rows, comparisons = _rows_without_intervals(scores, baseline)
     judged = [row for row in rows.values() if row["standard_error"] > 0]
     for row in judged:
-        row["whole"] = half_width(row, comparisons)
-    judged.sort(key=lambda row: -abs(row["difference"]) / row["whole"])
+        row["full_width"] = _half_width(row, comparisons)  # corrected for all comparisons
+    judged.sort(key=lambda row: -abs(row["difference"]) / row["full_width"])
     remaining = comparisons
     for row in judged:
-        _judge(row, half_width(row, remaining))
-        inside = abs(row["difference"]) + row["whole"] <= margin
-        row["equivalent"] = inside and not row["ceiling"]
-        # By the variant's own degrees of freedom, which limit where there are few units.
-        effect = detectable(critical(row)(comparisons, row["units"] - 1), row["units"] - 1)
-        row["detectable"] = effect * row["standard_error"]
+        _set_verdict(row, _half_width(row, remaining))
         if row["verdict"] != NOT_SHOWN:
             remaining -= 1
+        within_margin = abs(row["difference"]) + row["full_width"] <= margin
+        row["equivalent"] = within_margin and not row["ceiling"]
+        row["detectable"] = _detectable_difference(row, comparisons)
     return _table(rows)
+
+
+def _half_width(row: dict, comparisons: int) -> float:
+    """Returns half the width of a variant's interval, corrected for several comparisons."""
+    critical = _critical_value(row, comparisons)
+    pooled_critical = dunnett(comparisons, row["degrees"]) if row["degrees"] else 0.0
+    return _wider(row, critical, pooled_critical)
+
+
+def _critical_value(row: dict, comparisons: int) -> float:
+    """Returns the critical value for the variant's own degrees of freedom."""
+    correction = dunnett if row["degrees"] else bonferroni
+    return correction(comparisons, row["units"] - 1)
+
+
+def _detectable_difference(row: dict, comparisons: int) -> float:
+    """Returns the true difference that is found with POWER, in the score's unit.
+
+    It uses the variant's own degrees of freedom: with few units these are the limit.
+    """
+    critical = _critical_value(row, comparisons)
+    return detectable(critical, row["units"] - 1) * row["standard_error"]
 
 
 def compare_best(scores: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame | None:
     """Compares variants with the best of them, which the same runs choose.
 
-    Only the seeds and settings that every variant finished are looked at.
+    It uses only the seeds and settings that every variant finished.
 
     Args:
       scores: as in `compare`.
-      level: of all intervals together.
+      level: probability that all intervals together cover the true differences.
 
     Returns:
-      The columns of `compare`, the best variant first, whose difference is missing; None where the
+      The columns of `compare`, the best variant first; its difference is missing. None where the
       variants have no run in common.
     """
     runs = _by_run(scores).dropna()
@@ -217,20 +178,23 @@ def compare_best(scores: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame | N
     means = runs.groupby(level="setting").mean().mean()
     best = means.idxmin()
     common = runs.stack().rename("score").reset_index()
-    rows, _ = _rows(common, best)
+    rows, _ = _rows_without_intervals(common, best)
     variants = runs.shape[1]
     pairs = variants * (variants - 1) // 2
     for row in rows.values():
         if row["standard_error"] > 0:
-            own = bonferroni(pairs, row["units"] - 1, level)
-            shared = tukey(variants, row["degrees"], level) if row["degrees"] else 0.0
-            _judge(row, _wider(row, own, shared))
+            critical = bonferroni(pairs, row["units"] - 1, level)
+            pooled_critical = tukey(variants, row["degrees"], level) if row["degrees"] else 0.0
+            _set_verdict(row, _wider(row, critical, pooled_critical))
     table = _table(rows).sort_values("difference")
     return table.reindex([best, *table.index])
 
 
-def _rows(scores: pd.DataFrame, baseline: str) -> tuple[dict[str, dict], int]:
-    """Returns (label -> differences from the baseline without intervals, how many are compared)."""
+def _rows_without_intervals(scores: pd.DataFrame, baseline: str) -> tuple[dict[str, dict], int]:
+    """Returns (label -> row of `compare` without interval and verdict, number of comparisons).
+
+    A variant whose every run is exactly equal to the baseline's is not counted as a comparison.
+    """
     paired = differences(scores, baseline).dropna(axis="columns", how="all")
     runs = _by_run(scores)
     unit = "setting" if paired.index.name == "setting" else "seed"
@@ -246,21 +210,22 @@ def _rows(scores: pd.DataFrame, baseline: str) -> tuple[dict[str, dict], int]:
     return rows, len(varying)
 
 
-def _wider(row: dict, own: float, shared: float) -> float:
-    """Returns the half-width of the wider of two intervals.
+def _wider(row: dict, critical: float, pooled_critical: float) -> float:
+    """Returns half the width of the wider of two intervals.
 
     Args:
-      row: of `_rows`.
-      own: critical value for the variant's own standard error.
-      shared: for the larger of its own and the pooled one; 0 where nothing is pooled.
+      row: of `_rows_without_intervals`.
+      critical: critical value for the variant's own standard error.
+      pooled_critical: critical value for the larger of this error and the pooled one; 0 where
+        nothing is pooled.
     """
-    return max(own * row["own_error"], shared * row["standard_error"])
+    return max(critical * row["own_error"], pooled_critical * row["standard_error"])
 
 
-def _judge(row: dict, half: float) -> None:
-    """Gives a difference its interval and its verdict."""
-    row["low"] = row["difference"] - half
-    row["high"] = row["difference"] + half
+def _set_verdict(row: dict, half_width: float) -> None:
+    """Gives a row its interval and its verdict."""
+    row["low"] = row["difference"] - half_width
+    row["high"] = row["difference"] + half_width
     if row["high"] < 0:
         row["verdict"] = BETTER
     elif row["low"] > 0:
@@ -274,8 +239,14 @@ def _table(rows: dict[str, dict]) -> pd.DataFrame:
 
 
 def _pooled_variance(paired: np.ndarray) -> tuple[float, float]:
-    """Returns (variance of one unit's difference, its degrees of freedom) of differences
-    [units, variants], from the residual of a two-way table; (nan, 0) of fewer than two units."""
+    """Returns (variance of one unit's difference, its degrees of freedom).
+
+    It comes from the residual of a two-way table, units by variants; (nan, 0) for fewer than two
+    units.
+
+    Args:
+      paired: differences from the baseline [units, variants].
+    """
     units, variants = paired.shape
     if units < 2 or not variants:
         return math.nan, 0
@@ -286,12 +257,12 @@ def _pooled_variance(paired: np.ndarray) -> tuple[float, float]:
 
 
 def _difference(values: np.ndarray, pooled: float, degrees: float, varies: bool) -> dict:
-    """Returns mean and standard errors of one variant's differences; without an interval yet.
+    """Returns mean and standard errors of one variant's differences, without an interval.
 
     Args:
       values: [units], averaged over seeds where the unit is a setting.
       pooled, degrees: of `_pooled_variance`.
-      varies: some run differs from the baseline's.
+      varies: whether some run differs from the baseline's.
     """
     units = len(values)
     row = {
@@ -306,23 +277,25 @@ def _difference(values: np.ndarray, pooled: float, degrees: float, varies: bool)
         "equivalent": False,
         "verdict": NOT_SHOWN,
     }
-    if units > 1 and not varies:  # the same computation, or a ceiling: exactly 0
+    if units > 1 and not varies:  # the same computation, or a ceiling: the difference is exactly 0
         return row | {"low": 0.0, "high": 0.0, "standard_error": 0.0, "detectable": 0.0}
     if units < 2 or (np.ptp(values) == 0 and not pooled > 0):
         return row
-    own = float(values.var(ddof=1))
-    row["own_error"] = math.sqrt(own / units)
+    variance = float(values.var(ddof=1))
+    row["own_error"] = math.sqrt(variance / units)
     if degrees and units < POOLED_BELOW:
-        return row | {"standard_error": math.sqrt(max(own, pooled) / units), "degrees": degrees}
+        error = math.sqrt(max(variance, pooled) / units)
+        return row | {"standard_error": error, "degrees": degrees}
     return row | {"standard_error": row["own_error"] or math.nan}
 
 
 def units_needed(row: pd.Series, comparisons: int, margin: float = 0.0) -> int | None:
-    """Returns about how many seeds (or settings) would tell a difference from `margin`.
+    """Returns about how many seeds (or settings) would separate a difference from `margin`.
 
     Args:
       row: of `compare`.
-      comparisons: variants beside the baseline.
+      comparisons: number of variants beside the baseline.
+      margin: in the score's unit.
 
     Returns:
       None above MOST_UNITS, or where the spread is unknown.
@@ -333,30 +306,37 @@ def units_needed(row: pd.Series, comparisons: int, margin: float = 0.0) -> int |
     spread = row["standard_error"] * math.sqrt(row["units"])
 
     def enough(units: int) -> bool:
-        critical = (dunnett if units < POOLED_BELOW else bonferroni)(comparisons, units - 1)
+        correction = dunnett if units < POOLED_BELOW else bonferroni
+        critical = correction(comparisons, units - 1)
         return detectable(critical, units - 1) * spread <= distance * math.sqrt(units)
 
     if not enough(MOST_UNITS):
         return None
-    low, high = 1, MOST_UNITS  # not enough, enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    too_few = 1
+    sufficient = MOST_UNITS
+    while sufficient - too_few > 1:
+        middle = (too_few + sufficient) // 2
+        if enough(middle):
+            sufficient = middle
+        else:
+            too_few = middle
+    return sufficient
 
 
 def bootstrap_items(
     values: np.ndarray, weights: np.ndarray, comparisons: int = 1, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Returns (difference, low, high) of two models' scores over the items of a test set.
+    """Returns (difference, low, high) of two models' scores, by a bootstrap over the test set.
 
-    The score is a ratio, sum(value) / sum(weight); items (documents, questions) are drawn with
-    replacement, the same for both models. The interval is corrected for several comparisons
-    (Bonferroni).
+    The score is a ratio, sum(value) / sum(weight). Items (documents, questions) are drawn with
+    replacement, the same items for both models.
 
     Args:
-      values: [2, items], summed over the seeds of the baseline and of the variant.
-      weights: [items], of one run, times the number of seeds.
+      values: [2, items], of the baseline and of the variant, each summed over seeds.
+      weights: [items], summed over the same seeds.
+      comparisons: number of intervals that are corrected for (Bonferroni).
+      draws: number of resampled test sets.
+      seed: of the draws.
     """
     generator = np.random.default_rng(seed)
     gap = values[1] - values[0]

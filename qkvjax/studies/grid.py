@@ -8,6 +8,7 @@ from pathlib import Path
 from qkvjax import config as configs
 from qkvjax import sweep
 from qkvjax.attention.spec import canonical_sharing
+from qkvjax.data.dataset_like import dataset_record
 from qkvjax.errors import UserError
 from qkvjax.fields import Config
 from qkvjax.files import read_json, read_lines, require_keys, write_json
@@ -352,8 +353,7 @@ class Study:
             for label, point in zip(self.labels, self.points)
         ]
         environment = measured.get("environment") or old.get("environment") or self._environment()
-        counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
-        data = {name: getattr(self.dataset, name) for name in ("description", "digest", *counts)}
+        data = dataset_record(self.dataset)
         write_json(
             path,
             {

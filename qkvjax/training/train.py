@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from qkvjax import config as configs
+from qkvjax.data.dataset_like import dataset_record
 from qkvjax.data.store import data_folder
 from qkvjax.evaluation.evaluators import compile_evaluators, make_evaluators
 from qkvjax.fields import Config
@@ -127,16 +128,14 @@ def train(
         [train_step] = programs["the train step"]
         compile_seconds = time.perf_counter() - began
         log(f"compiled in {compile_seconds:.1f} s")
-        if hasattr(run.dataset, "tokenizer"):
+        if run.dataset.tokenizer is not None:
             fingerprint = run.dataset.tokenizer.fingerprint
             first(lambda: keep_tokenizer(workdir, config.data.tokenizer, fingerprint))
         first(lambda: write_json(workdir / "config.json", configs.to_dict(config)))
-        counts = ("num_documents", "num_train_tokens", "num_validation_tokens")
-        described = {n: getattr(run.dataset, n) for n in ("description", "digest", *counts)}
         facts = {
             "environment": host.environment(),
             "costs": costs(run),
-            "data": {"source": config.data.source} | described,
+            "data": {"source": config.data.source} | dataset_record(run.dataset),
             "compile_seconds": compile_seconds,
             "peak_bytes": peak_bytes(train_step),
         }

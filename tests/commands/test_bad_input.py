@@ -61,8 +61,8 @@ def refused(told, message):
         (["train.compute_dtype=float16"], "did you mean 'bfloat16'"),
         (["train.max_seconds=-1"], "train.max_seconds=-1"),
         (["train.keep_checkpoints=0"], "keep_checkpoints=0 must be at least 1"),
-        (["mesh.fsdp=3"], "needs a multiple of 3 devices and 1 are here"),
-        (["mesh.fsdp=0"], "sizes are at least 1"),
+        (["mesh.fsdp=3"], "needs a multiple of 3 devices, jax has 1"),
+        (["mesh.fsdp=0"], "sizes must be at least 1"),
         (["evals.eval.split=test"], "'test' is not one of train, validation"),
         (["evals.eval.kind=bits_per_bite"], "did you mean 'bits_per_byte'"),
         (["evals.eval.max_labels=0"], "max_labels=0 must be at least 1"),
@@ -130,12 +130,12 @@ def test_an_unwritable_evaluation(door, tied, copy):
     ("content", "message"),
     [
         (None, "config.json is missing: is this the workdir of a training run?"),
-        (b"", "is no JSON .*: restore it from a copy"),
-        (b'{"model": {', "is no JSON .*: restore it from a copy"),
-        (b"\xff\xfe{}", "is no JSON .*: restore it from a copy"),
-        (b"[1, 2]", "is no JSON object: restore it from a copy"),
-        (b'{"model": 3}', "config.model=3 is not a group"),
-        (b'{"evals": {"eval": 3}}', "config.evals.eval=3 is not an evaluator"),
+        (b"", "is not JSON .*: restore it from a copy"),
+        (b'{"model": {', "is not JSON .*: restore it from a copy"),
+        (b"\xff\xfe{}", "is not JSON .*: restore it from a copy"),
+        (b"[1, 2]", "is not a JSON object: restore it from a copy"),
+        (b'{"model": 3}', "config.model=3 is no group"),
+        (b'{"evals": {"eval": 3}}', "config.evals.eval=3 is no evaluator"),
         (b'{"model": {"sharng": "q-k-v"}}', "did you mean 'model.sharing'"),
         (b'{"model": {"d_model": "wide"}}', "config.model.d_model='wide' is not of type int"),
         (b'{"model": {"d_model": null}}', "config.model.d_model cannot be unset"),
@@ -156,11 +156,11 @@ def test_a_corrupt_config(door, tied, copy, checksums, name, content, message):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", b"{", "config.json is no JSON .*: restore it from a copy"),
-        ("run.json", b"{", "run.json is no JSON .*: restore it from a copy, or delete it"),
-        ("run.json", b"[]", "run.json is no JSON object"),
-        ("metrics.jsonl", b'{"step": 5}\nno\n{"step": 9}\n', "metrics.jsonl, line 2, is no JSON"),
-        ("metrics.jsonl", b"\xff\xff\n3\n", "metrics.jsonl, line 1, is no JSON"),
+        ("config.json", b"{", "config.json is not JSON .*: restore it from a copy"),
+        ("run.json", b"{", "run.json is not JSON .*: restore it from a copy, or delete it"),
+        ("run.json", b"[]", "run.json is not a JSON object"),
+        ("metrics.jsonl", b'{"step": 5}\nno\n{"step": 9}\n', "line 2, is not a JSON object"),
+        ("metrics.jsonl", b"\xff\xff\n3\n", "metrics.jsonl, line 1, is not a JSON"),
     ],
 )
 def test_a_corrupt_workdir(door, tied, tied_flags, copy, checksums, file, content, message):
@@ -245,7 +245,7 @@ def test_a_refused_run_leaves_its_configuration(door, tied, tied_flags, copy, ch
     metrics.write_text("no line\n" + metrics.read_text())
     before = checksums(workdir)
     told = door("train", *tied_flags, f"--workdir={workdir}", "--config.train.log_every=7")
-    refused(told, "line 1, is no JSON object")
+    refused(told, "line 1, is not a JSON object")
     assert checksums(workdir) == before
 
 
@@ -310,7 +310,7 @@ def test_a_device_that_is_not_here(process, recipe, tmp_path, monkeypatch, platf
         (["--config=configs/lm.py", "--config.data.seq_len=" + "9" * 400], "seq_len"),
         (["--config=configs/lm.py", "--config.data.tokenizer=bpe:~nobody-here/x"], "in full"),
         (["--model=config.json", "--context=" + "9" * 400], "context"),
-        (["--model=/dev/zero"], "is no file"),
+        (["--model=/dev/zero"], "is not a file"),
         (["--model=" + "x" * 5000], "too long"),
     ],
 )

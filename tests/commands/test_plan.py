@@ -230,7 +230,7 @@ def test_config_with_layers_that_differ(capsys):
     [
         ([], "give --model="),
         (["--model={m}", CONFIG], "not both"),
-        (["--model=nowhere.json"], "is no file: --model takes"),
+        (["--model=nowhere.json"], "is not a file: --model takes"),
         (["--model={m}", "--memory=80XB"], "--memory='80XB' is no size"),
         (["--model={m}", "--memory=0GB"], "is no size"),
         (["--model={m}", "--memory=-1GB"], "is no size"),

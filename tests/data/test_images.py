@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qkvjax.data.images import open_images, patches_of, sets_of
+from qkvjax.data.image_examples import patches_of, sets_of
+from qkvjax.data.images import open_images
 from qkvjax.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from qkvjax.data.dataset import prepare
-from qkvjax.data.token_shards import Ids, open_shard, recognise
+from qkvjax.data.token_ids import Ids
+from qkvjax.data.token_shards import open_shard
+from qkvjax.data.token_widths import recognise
 from qkvjax.errors import UserError
 
 SEPARATOR = 256

@@ -136,7 +136,7 @@ def test_bpe_refuses_a_tokenizer_that_loses_bytes(tmp_path, bpe_path):
 def test_bpe_refuses_other_files(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{")
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         tokenizer_size(f"bpe:{path}")
     path.write_text('{"model": {"vocab": [["a", 0]]}}')
     with pytest.raises(UserError, match="no BPE vocabulary"):

@@ -63,7 +63,7 @@ def shlex_lines(block: str) -> list[list[str]]:
         if line.endswith("\\"):
             continue
         try:
-            words = shlex.split(text, comments=True)
+            words = shlex.split(re.sub(r"(?m)(^|\s)#\s.*$", "", text))
         except ValueError:  # a quoted argument goes on in the next line
             continue
         if words:

@@ -12,7 +12,7 @@ from qkvjax.config import default, flatten, to_dict
 FIELDS = set(flatten(to_dict(default())))
 OPEN_GROUPS = ("evals.", "study.")  # a recipe names their entries
 # What stands for something of the reader's: `--config=...`, `--workdir=W`.
-PLACEHOLDER = re.compile(r"\.\.\.|FILE\.py")
+PLACEHOLDER = re.compile(r"\.\.\.|FILE\.py|my_\w+\.py")
 
 
 @pytest.fixture(scope="module")

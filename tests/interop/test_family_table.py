@@ -1,9 +1,9 @@
-"""Every family of the table against counts that this project's code did not make.
+"""Every family of the table against counts that are independent of this project's code.
 
-`family_counts.json` holds small made-up configurations with the numbers of `transformers` 5.24:
+`family_counts.json` has small made-up configurations with the numbers of `transformers` 5.24:
 `params` counted over the modules of its model on the meta device, `active` without the experts
 that a token does not use, `windowed` from the layer types of its configuration, `cache` the bytes
-a token in bfloat16 of the cache that its model fills (null where it caches otherwise than engines
+per token in bfloat16 of the cache that its model fills (null where it does not cache as engines
 do: repeated heads of Falcon, the indexer's keys).
 """
 
@@ -19,9 +19,9 @@ from qkvjax.interop.family_table import FAMILIES, SAME
 from qkvjax.interop.latent import LatentSpec
 
 COUNTS = json.loads((Path(__file__).parent / "family_counts.json").read_text())
-PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "model_configs"
-# Models with remote code, by the published numbers of their parameters.
-OWN_CODE = {
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "model_configs"  # may be absent
+# Models with remote code: published number of parameters, and keys.
+REMOTE_CODE = {
     "baichuan": (7_505_973_248, {"vocab_size": 125_696, "intermediate_size": 11_008}),
     "internlm": (7_321_948_160, {"vocab_size": 103_168, "intermediate_size": 11_008, "bias": True}),
     "internlm2": (
@@ -108,16 +108,16 @@ def test_other_attention_put_in_and_taken_out_again_changes_nothing(entry):
 
 
 def test_every_family_is_counted_somewhere():
-    brought = {*OWN_CODE, "chatglm", "deepseek", "minicpm"}
+    remote_code = {*REMOTE_CODE, "chatglm", "deepseek", "minicpm"}
     like_mistral = {"ministral"}
     counted = {name(entry) for entry in COUNTS}
-    assert set(FAMILIES) == counted | brought | like_mistral
+    assert set(FAMILIES) == counted | remote_code | like_mistral
     assert set(SAME.values()) <= set(FAMILIES)
 
 
-@pytest.mark.parametrize("model_type", OWN_CODE)
-def test_models_with_code_of_their_own(model_type):
-    expected, changes = OWN_CODE[model_type]
+@pytest.mark.parametrize("model_type", REMOTE_CODE)
+def test_models_with_remote_code(model_type):
+    expected, changes = REMOTE_CODE[model_type]
     common = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
     values = {"model_type": model_type, "tie_word_embeddings": False} | common | changes
     assert huggingface.from_values(values).num_params == expected
@@ -131,7 +131,7 @@ def test_models_with_code_of_their_own(model_type):
         (MINICPM_2B, 2_724_880_896),
     ],
 )
-def test_further_models_with_code_of_their_own(values, expected):
+def test_further_models_with_remote_code(values, expected):
     model = huggingface.from_values(values)
     assert model.num_params == expected and model.exact
 

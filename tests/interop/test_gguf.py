@@ -26,8 +26,8 @@ def forward(arrays, ids):
 
     def rotate(x):  # [T, n, H]
         angles = np.arange(len(x))[:, None] * BASE ** (-np.arange(0, WIDTH, 2) / WIDTH)
-        turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
-        return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+        rotated = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
+        return np.stack([rotated.real, rotated.imag], axis=-1).reshape(x.shape)
 
     t = {name: array.astype(np.float64) for name, array in arrays.items()}
     x = t["token_embd"][ids]
@@ -35,7 +35,8 @@ def forward(arrays, ids):
         w = {name: t[f"blk.{i}.{name}"] for name in SHAPES}
         h = norm(x, w["attn_norm"])
         q, k, v = ((h @ w[f"attn_{role}"].T).reshape(len(ids), -1, WIDTH) for role in "qkv")
-        q, k = rotate(q), np.repeat(rotate(k), HEADS // KV_HEADS, axis=1)
+        q = rotate(q)
+        k = np.repeat(rotate(k), HEADS // KV_HEADS, axis=1)
         scores = np.einsum("tnh,snh->nts", q, k) / WIDTH**0.5
         scores = np.where(np.tri(len(ids), dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -58,8 +59,8 @@ def test_import_is_the_model_of_the_file(tmp_path, tied, capsys):
     assert step == 0 and config.data.seq_len == 48
     ids = np.random.default_rng(1).integers(0, len(tokens()), 20)
     expected = forward(arrays, ids)
-    found = model(ids[None])[0, :, : len(tokens())]
-    np.testing.assert_allclose(found, expected, atol=1e-5 * abs(expected).max())
+    logits = model(ids[None])[0, :, : len(tokens())]
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * abs(expected).max())
     assert main(argv) == 2 and "holds a model already" in capsys.readouterr().err
 
 
@@ -93,7 +94,7 @@ def test_an_imported_workdir_can_be_moved(tmp_path):
     [
         ({"architecture": "gemma"}, "architecture 'gemma'.*reads 'llama'"),
         ({"without": ["blk.1.ffn_up"]}, r"no tensor blk\.1\.ffn_up\.weight"),
-        ({"extra": ["rope_freqs"]}, r"no place for, the first 'rope_freqs\.weight'"),
+        ({"extra": ["rope_freqs"]}, r"does not have, the first 'rope_freqs\.weight'"),
         ({"llama__rope__scaling__type": "yarn"}, r"rope\.scaling\.type='yarn'"),
         ({"tokenizer": "llama"}, "tokenizer of kind 'llama', which is SentencePiece.*as SmolLM"),
         ({"tokenizer": "bert"}, "tokenizer of kind 'bert'"),
@@ -107,13 +108,14 @@ def test_files_that_ours_is_not_equal_to(tmp_path, options, message):
 
 def test_damaged_files(tmp_path, capsys):
     write(tmp_path / "a.gguf")
-    whole, cut = (tmp_path / "a.gguf").read_bytes(), tmp_path / "cut.gguf"
+    whole = (tmp_path / "a.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
     lengths = [0, 3, 20, 200, len(whole) // 2, len(whole) - 300]
     for content in (*(whole[:n] for n in lengths), b"PK\3\4" + whole[4:]):
         cut.write_bytes(content)
         argv = ["convert", "import", f"--source={cut}", f"--workdir={tmp_path / 'run'}"]
         assert main(argv) == 2
-        assert "damaged, truncated or no GGUF file" in capsys.readouterr().err
+        assert "damaged, truncated or not a GGUF file" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
     assert main(["convert", "import", "--source=nothing.gguf", f"--workdir={tmp_path}/r"]) == 2
     assert "there is no file nothing.gguf" in capsys.readouterr().err
@@ -161,31 +163,33 @@ def test_another_format_is_named(tmp_path):
     path = tmp_path / "a.gguf"
     header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(UserError, match="no GGUF file.*it is a safetensors file"):
+    with pytest.raises(UserError, match="not a GGUF file.*it is a safetensors file"):
         read(path)
 
 
 def test_tied_copies(tmp_path, capsys):
     """K = V by average, decoded through a cache of one tensor."""
-    from qkvjax.commands.cli import main as doors
+    from qkvjax.commands.cli import main as command_line
 
     write(tmp_path / "a.gguf")
-    run, tied = tmp_path / "run", tmp_path / "tied"
+    run = tmp_path / "run"
+    tied = tmp_path / "tied"
     main(["convert", "import", f"--source={tmp_path / 'a.gguf'}", f"--workdir={run}"])
     argv = ["convert", "tie", f"--workdir={run}", f"--output={tied}"]
     assert main([*argv, "--sharing=q-k=v"]) == 0
     assert "nothing was trained" in capsys.readouterr().out
-    before, after = load_arrays(run)[0], load_arrays(tied)[0]
+    before = load_arrays(run)[0]
+    after = load_arrays(tied)[0]
     name = "model.stack.blocks.0.attention.projections.{}.weight"
     mean = (before[name.format("k")] + before[name.format("v")]) / 2
     np.testing.assert_allclose(after[name.format("kv")], mean, rtol=1e-6)
     for same in before.keys() & after.keys():
         np.testing.assert_array_equal(before[same], after[same])
     generate = ["generate", f"--workdir={run}", f"--workdir={tied}", "--prompt=the"]
-    assert doors(["qkvjax", *generate, "--max_tokens=4", "--cache_dtype=bfloat16"]) == 0
-    told = capsys.readouterr().out
-    assert f"tokens x {LAYERS * 2 * KV_HEADS * WIDTH * 2}" in told
-    assert f"tokens x {LAYERS * KV_HEADS * WIDTH * 2}" in told
+    assert command_line(["qkvjax", *generate, "--max_tokens=4", "--cache_dtype=bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert f"tokens x {LAYERS * 2 * KV_HEADS * WIDTH * 2}" in printed
+    assert f"tokens x {LAYERS * KV_HEADS * WIDTH * 2}" in printed
 
 
 @pytest.mark.parametrize(

@@ -184,9 +184,9 @@ def test_layers_that_borrow_a_cache_have_no_key_projection():
     assert 2.2e9 < model.read_params(1) < 2.35e9
     per_layer_tables = 262144 * 35 * 256
     assert model.table_params == per_layer_tables
-    own = dict(GEMMA4_E2B, num_kv_shared_layers=0, use_double_wide_mlp=False)
-    every = huggingface.from_values(own)
-    # 16 sliding and 4 global layers borrow; MLPs of twice the width stand against K and V.
+    unshared = dict(GEMMA4_E2B, num_kv_shared_layers=0, use_double_wide_mlp=False)
+    every = huggingface.from_values(unshared)
+    # 16 sliding and 4 global layers borrow: they have wider MLPs, and no K and V projections.
     absent = 16 * (2 * 1536 * 256 + 256) + 4 * (2 * 1536 * 512 + 512)
     assert model.num_params - every.num_params == 20 * 3 * 1536 * 6144 - absent
 

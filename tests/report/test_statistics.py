@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from qkvjax.report import statistics
+from qkvjax.report import critical_values, statistics
 from qkvjax.report.statistics import BETTER, NOT_SHOWN, WORSE, compare
 
 
@@ -129,7 +129,7 @@ def test_twelve_seeds_find_four_standard_errors_nine_times_in_ten(variants):
 def test_the_detectable_effect_is_found_four_times_in_five():
     rng = np.random.default_rng(3)
     for units in (3, 12):
-        effect = statistics.detectable(statistics.dunnett(3, units - 1), units - 1)
+        effect = critical_values.detectable(critical_values.dunnett(3, units - 1), units - 1)
         one = slice(1, 2)
         tables = [
             compare(frame(simulated(4, 1, units, rng, effect=effect, where=one)), "v0")
@@ -142,8 +142,8 @@ def test_the_detectable_effect_is_found_four_times_in_five():
 def test_critical_values_are_the_published_ones():
     """Dunnett (1964), two-sided, 5 %, as books reprint it."""
     for comparisons, degrees, value in ((2, 10, 2.57), (3, 20, 2.54), (4, 60, 2.51), (9, 20, 2.95)):
-        assert statistics.dunnett(comparisons, degrees) == pytest.approx(value, abs=0.015)
-    assert statistics.dunnett(1, 7) == pytest.approx(stats.t.ppf(0.975, 7))
+        assert critical_values.dunnett(comparisons, degrees) == pytest.approx(value, abs=0.015)
+    assert critical_values.dunnett(1, 7) == pytest.approx(stats.t.ppf(0.975, 7))
 
 
 def test_settings_are_clusters():
@@ -238,7 +238,7 @@ def test_units_needed_would_separate_the_difference():
 
     def reach(units):
         critical = stats.t.ppf(0.975, units - 1)
-        return statistics.detectable(critical, units - 1) * spread / math.sqrt(units)
+        return critical_values.detectable(critical, units - 1) * spread / math.sqrt(units)
 
     assert reach(needed) <= abs(row["difference"]) < reach(needed - 1)
     assert statistics.units_needed(row, 1, margin=row["difference"] + 1e-9) is None  # too close

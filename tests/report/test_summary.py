@@ -58,7 +58,7 @@ def test_a_score_that_is_not_a_number_is_a_failure(tmp_path, score):
 def test_lines_of_other_variants_give_a_note(tmp_path):
     lines = [simulated.result("A", {}, 0), simulated.result("gone", {}, 0)]
     workdir = simulated.write(tmp_path, simulated.study({"A": {}}, "A", [0, 1]), lines)
-    assert "left out" in " ".join(summary_of(workdir).files.notes)
+    assert "leaves out lines" in " ".join(summary_of(workdir).files.notes)
 
 
 def test_a_folder_without_a_study_names_the_remedy(tmp_path):
