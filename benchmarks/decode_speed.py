@@ -3,8 +3,9 @@
   python benchmarks/decode_speed.py --size=124m --dtype=bfloat16 --batch=32 --length=2048 \\
       --output=results/decode.jsonl
 
-Greedy tokens onto a cache that is full but for them; RoPE with raw values, and for K=V also
-with the output rotated back, where one tile serves as key and value. Random weights.
+Decodes TOKENS greedy tokens onto a cache that is full up to them, with random weights. Positions
+are RoPE with raw values; for K=V also with the output rotated back, where one tile serves as key
+and value.
 """
 
 from __future__ import annotations
@@ -24,37 +25,48 @@ from qkvjax.models.build import build
 from qkvjax.models.spec import model_spec
 from qkvjax.parallel import host
 
-TOKENS = 16
+TOKENS = 16  # that one call decodes
 
 
 def decode_call(size, sharing, rotary_values, dtype, batch, length):
-    """(call, cache bytes): `call()` decodes TOKENS tokens."""
+    """Returns (call, cache bytes): `call()` decodes TOKENS tokens.
+
+    Args:
+      size: of the model.
+      sharing: such as "q-k=v".
+      rotary_values: "raw" or "unrotated_output".
+      dtype: of weights, cache and computation.
+      batch: sequences.
+      length: tokens of a sequence that the cache has room for.
+    """
     config = config_of(size, sharing, dtype)
     config.model.update(position="rope", rotary_values=rotary_values)
     spec = model_spec(configs.resolve(config).model, size.vocab, length)
-    model = jax.tree.map(lambda a: a.astype(dtype), build(spec))
+    model = jax.tree.map(lambda array: array.astype(dtype), build(spec))
     layers = model.stack.layers()
-    held = {"cache": empty_caches(model, batch, length, jnp.dtype(dtype))}
-    num_bytes = caches.num_bytes(held["cache"])
+    cache = empty_caches(model, batch, length, jnp.dtype(dtype))
+    num_bytes = caches.num_bytes(cache)
     logits = jnp.zeros((batch, spec.vocab_size))
-    rest = (jnp.int32(length - TOKENS), jax.random.key(0), jnp.float32(1))
+    first_position = jnp.int32(length - TOKENS)
+    rest = (first_position, jax.random.key(0), jnp.float32(1))  # the last is the temperature
     options = {
         "dtype": jnp.dtype(dtype),
         "max_tokens": TOKENS,
         "num_ids": size.vocab,
         "greedy": True,
     }
-    compiled = sample_tokens.lower(model, layers, held["cache"], logits, *rest, **options).compile()
+    compiled = sample_tokens.lower(model, layers, cache, logits, *rest, **options).compile()
 
     def call():
-        ids, held["cache"] = compiled(model, layers, held["cache"], logits, *rest)
+        nonlocal cache
+        ids, cache = compiled(model, layers, cache, logits, *rest)
         return ids
 
     return call, num_bytes
 
 
 def main() -> None:
-    given = arguments(
+    options = arguments(
         __doc__,
         size="shakespeare",
         dtype="float32",
@@ -63,29 +75,33 @@ def main() -> None:
         sharings=list(SHARINGS),
     )
     host.keep_freed_memory()
-    variants = [(sharing, "raw") for sharing in given.sharings]
-    variants += [(s, "unrotated_output") for s in given.sharings if s in ("q-k=v", "q=k=v")]
-    calls = {
-        v: decode_call(SIZES[given.size], *v, given.dtype, given.batch, given.length)
-        for v in variants
-    }
-    seconds = interleaved({v: repeat(call, 0.3) for v, (call, _) in calls.items()})
-    for sharing, rotary_values in variants:
-        variant = sharing, rotary_values
+    tied_kv = [sharing for sharing in options.sharings if sharing in ("q-k=v", "q=k=v")]
+    variants = [(sharing, "raw") for sharing in options.sharings]
+    variants += [(sharing, "unrotated_output") for sharing in tied_kv]
+    timers = {}
+    cache_bytes = {}
+    for variant in variants:
+        call, cache_bytes[variant] = decode_call(
+            SIZES[options.size], *variant, options.dtype, options.batch, options.length
+        )
+        timers[variant] = repeat(call, 0.3)
+    seconds = interleaved(timers)
+    for variant in variants:
+        sharing, rotary_values = variant
         token = float(np.median(seconds[variant])) / TOKENS
         record(
-            given.output,
+            options.output,
             benchmark="decode_speed",
-            size=given.size,
-            batch=given.batch,
-            length=given.length,
-            dtype=given.dtype,
+            size=options.size,
+            batch=options.batch,
+            length=options.length,
+            dtype=options.dtype,
             sharing=sharing,
             rotary_values=rotary_values,
             token_seconds=token,
-            tokens_per_second=given.batch / token,
+            tokens_per_second=options.batch / token,
             ratio=ratio(seconds[variant], seconds[variants[0]]),
-            cache_bytes=calls[variant][1],
+            cache_bytes=cache_bytes[variant],
         )
 
 

@@ -1,11 +1,11 @@
-"""What `kernel_speed.py` times: one call of a kernel, or of what it is compared with."""
+"""The calls that `kernel_speed.py` times: kernels, and what they are compared with."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,14 @@ from qkvjax.kernels.stored import KeyOfState
 from qkvjax.kernels.triton import attention as triton
 from qkvjax.kernels.triton import decode as triton_decode
 
-HEADS = {32: 12, 64: 32, 128: 16, 256: 8}
-# Causal attention does 2 B N T^2 H operations forward; the kernels' passes, so many times that.
+HEADS = {32: 12, 64: 32, 128: 16, 256: 8}  # head width -> query heads
+MINI_WIDTH = 16
+MINI_HEADS = 2
+# FLOPs of a pass, as a multiple of those of causal attention forward, 2 B N T^2 H.
 WORK = {"forward": 1, "keys": 2, "queries": 1.5, "both": 3.5}
-MOSAIC = {"forward": hopper.FORWARD, "keys": hopper.KEYS, "queries": hopper.QUERIES}
-SIZES = {  # of tiles, that are tried
+HOPPER_BLOCKS = {"forward": hopper.FORWARD, "keys": hopper.KEYS, "queries": hopper.QUERIES}
+# Sizes of tiles to try with Triton: the fields of `triton.Blocks`.
+TRITON_BLOCKS = {
     "forward": [
         (64, 64, 4, 2),
         (64, 64, 4, 3),
@@ -63,10 +66,19 @@ class Case:
     """One timed call.
 
     Attributes:
-      what: a pass of a kernel (forward, keys, queries), the op's "forward" or "both"
-        ways, or "decode": a token onto a full cache.
-      impl: hopper, triton, xla or cudnn.
-      blocks: tile sizes; None takes the kernel's own.
+      what: a pass of a kernel ("forward", "keys", "queries"), the whole op ("forward", or "both"
+        for forward and backward), or "decode": one token onto a full cache.
+      impl: "hopper", "triton", "xla" or "cudnn".
+      width: H, head width.
+      tied: whether K = V.
+      batch: B.
+      length: T, tokens of a sequence or of a cache.
+      heads: N.
+      kv_heads: K.
+      blocks: tile sizes; None means the kernel's own.
+      splits: how many programs share a cache; None means the kernel's own.
+      segments: whether sequences have several documents.
+      raw: whether the cache has states without rotation, from which keys are made.
     """
 
     what: str
@@ -84,159 +96,249 @@ class Case:
 
     @property
     def name(self) -> str:
-        facts = dataclasses.asdict(self).values()
-        return "-".join(str(x).replace(" ", "") for x in facts if x not in (None, False))
+        values = dataclasses.asdict(self).values()
+        return "-".join(str(x).replace(" ", "") for x in values if x not in (None, False))
 
 
 def cases(part: str, mini: bool = False) -> Iterator[Case]:
-    """All of a part: "tiles" and "splits" look for sizes, "ops" and "caches" compare."""
-    for width, tied in itertools.product((16,) if mini else (128, 64, 256), (True, False)):
-        heads = HEADS.get(width, 2)
+    """Yields the cases of a part.
 
-        def case(what, impl, batch=2, length=8192, width=width, tied=tied, heads=heads, **rest):
-            return Case(
-                what, impl, width, tied, batch, length, heads, rest.pop("kv_heads", heads), **rest
+    Args:
+      part: "tiles", "splits", "ops" or "caches".
+      mini: a few small ones for a CPU.
+    """
+    if mini:
+        for tied in (True, False):
+            yield from _mini(part, tied)
+        return
+    makers = {"tiles": _tiles, "ops": _ops, "caches": _caches, "splits": _splits}
+    for width, tied in itertools.product((128, 64, 256), (True, False)):
+        yield from makers[part](width, tied)
+
+
+def _case(
+    what: str,
+    impl: str,
+    width: int,
+    tied: bool,
+    *,
+    batch: int = 2,
+    length: int = 8192,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    **rest,
+) -> Case:
+    """Returns a case with as many query heads as its width usually has, and K = N."""
+    heads = heads or HEADS[width]
+    return Case(what, impl, width, tied, batch, length, heads, kv_heads or heads, **rest)
+
+
+def _mini(part: str, tied: bool) -> Iterator[Case]:
+    whats = {"ops": ("forward", "both"), "caches": ("decode",)}
+    for what in whats.get(part, ()):
+        yield _case(what, "xla", MINI_WIDTH, tied, length=32, heads=MINI_HEADS)
+
+
+def _tiles(width: int, tied: bool) -> Iterator[Case]:
+    """Yields the passes of both kernels with every size of tiles, and cuDNN beside them."""
+    for what in ("forward", "both"):
+        yield _case(what, "cudnn", width, tied)
+    for what, sizes in TRITON_BLOCKS.items():
+        for blocks in sizes:
+            yield _case(what, "triton", width, tied, blocks=blocks)
+    for blocks in itertools.product((64, 128), (64, 128, 256), (2, 3, 4)):
+        for what in HOPPER_BLOCKS:
+            yield _case(what, "hopper", width, tied, blocks=blocks)
+
+
+def _ops(width: int, tied: bool) -> Iterator[Case]:
+    """Yields attention over sequences of several lengths, head layouts and numbers of documents."""
+    whats = ("forward", "both")
+    for batch, length in ((64, 256), (16, 1024), (4, 4096), (1, 16384)):
+        for impl, what in itertools.product(("hopper", "triton", "xla", "cudnn"), whats):
+            if impl == "xla" and length > 4096:
+                continue  # its memory grows with the square of the length
+            yield _case(what, impl, width, tied, batch=batch, length=length)
+            if impl != "cudnn" and length in (1024, 4096):
+                yield _case(what, impl, width, tied, batch=batch, length=length, segments=True)
+    if width == 128:
+        for impl in ("hopper", "triton", "cudnn"):
+            yield _case("both", impl, width, tied, heads=32, kv_heads=8)
+    if width == 64:
+        yield from _small_models(tied)
+    for what in ("keys", "queries"):
+        yield _case(what, "triton", width, tied)
+        if (width, tied) in HOPPER_BLOCKS[what]:
+            yield _case(what, "hopper", width, tied)
+
+
+def _small_models(tied: bool) -> Iterator[Case]:
+    """Yields the short sequences and narrow heads of small models, 16384 tokens a batch."""
+    for width, length in ((32, 256), (32, 1024), (64, 64), (64, 128)):
+        # The Hopper kernel has no heads of 32.
+        impls = ("triton", "xla") if width == 32 else ("triton", "xla", "hopper")
+        for impl in impls:
+            yield _case(
+                "both",
+                impl,
+                width,
+                tied,
+                batch=16384 // length,
+                length=length,
+                heads=12,
+                segments=True,
             )
 
-        if mini and part == "ops":
-            yield from (case(what, "xla", length=32) for what in ("forward", "both"))
-        elif mini and part == "caches":
-            yield case("decode", "xla", length=32)
-        elif mini:
-            return
-        elif part == "tiles":
-            for what in ("forward", "both"):
-                yield case(what, "cudnn")
-            for what, sizes in SIZES.items():
-                yield from (case(what, "triton", blocks=blocks) for blocks in sizes)
-            for blocks in itertools.product((64, 128), (64, 128, 256), (2, 3, 4)):
-                yield from (case(w, "hopper", blocks=blocks) for w in MOSAIC)
-        elif part == "ops":
-            for batch, length in ((64, 256), (16, 1024), (4, 4096), (1, 16384)):
-                for impl, what in itertools.product(
-                    ("hopper", "triton", "xla", "cudnn"), ("forward", "both")
-                ):
-                    if impl == "xla" and length > 4096:
-                        continue
-                    yield case(what, impl, batch, length)
-                    if impl != "cudnn" and length in (1024, 4096):
-                        yield case(what, impl, batch, length, segments=True)
-            for impl in ("hopper", "triton", "cudnn"):
-                if width == 128:
-                    yield case("both", impl, heads=32, kv_heads=8)
-            for narrow, length in ((32, 256), (32, 1024), (64, 64), (64, 128)):
-                if width == 64:
-                    for impl in ("triton", "xla", "hopper")[: 2 if narrow == 32 else 3]:
-                        yield case(
-                            "both", impl, 16384 // length, length, narrow, heads=12, segments=True
-                        )
-            for what, table in (("keys", hopper.KEYS), ("queries", hopper.QUERIES)):
-                yield case(what, "triton")
-                if (width, tied) in table:
-                    yield case(what, "hopper")
-        elif width == 128:
-            many = itertools.product((1, 8, 64), (4096, 32768), (1, 8, 32))
-            for batch, length, kv_heads in many:
-                rest = {"batch": batch, "length": length, "heads": 32, "kv_heads": kv_heads}
-                if part == "caches":
-                    yield from (case("decode", impl, **rest) for impl in ("triton", "xla"))
-                    if tied:
-                        yield case("decode", "triton", **rest, raw=True)
-                elif kv_heads == 8:
-                    for sizes in itertools.product((64, 128, 256), (4, 8), (2, 3)):
-                        for programs in (132, 264, 528):
-                            splits = max(1, programs // (batch * kv_heads))
-                            yield case(
-                                "decode", "triton", **rest, blocks=(64, *sizes), splits=splits
-                            )
+
+def _cache_sizes(width: int) -> Iterator[dict[str, int]]:
+    """Yields batch, length and heads of the caches to read; only heads of 128 are timed."""
+    if width != 128:
+        return
+    for batch, length, kv_heads in itertools.product((1, 8, 64), (4096, 32768), (1, 8, 32)):
+        yield {"batch": batch, "length": length, "heads": 32, "kv_heads": kv_heads}
 
 
-def program(case: Case, make):
-    """(function, arguments); `make(shape, kind)` makes an argument of random numbers, or of
-    "places", "segments" or "numbers" of rows."""
-    q = case.batch, case.length, case.heads, case.width
-    kv = case.batch, case.length, case.kv_heads, case.width
+def _caches(width: int, tied: bool) -> Iterator[Case]:
+    """Yields one token onto a cache, by Triton and by XLA."""
+    for sizes in _cache_sizes(width):
+        for impl in ("triton", "xla"):
+            yield _case("decode", impl, width, tied, **sizes)
+        if tied:
+            yield _case("decode", "triton", width, tied, **sizes, raw=True)
+
+
+def _splits(width: int, tied: bool) -> Iterator[Case]:
+    """Yields one token onto a cache by Triton, with every size of tiles and number of splits."""
+    for sizes in _cache_sizes(width):
+        if sizes["kv_heads"] != 8:
+            continue
+        for blocks in itertools.product((64, 128, 256), (4, 8), (2, 3)):
+            for programs in (132, 264, 528):  # 1, 2 and 4 for each processor of an H200
+                splits = max(1, programs // (sizes["batch"] * sizes["kv_heads"]))
+                yield _case(
+                    "decode", "triton", width, tied, **sizes, blocks=(64, *blocks), splits=splits
+                )
+
+
+def program(case: Case, make: Callable) -> tuple[Callable, tuple]:
+    """Returns a function that does the work of a case, and its arguments.
+
+    Args:
+      case: what to time.
+      make: `make(shape, kind)` returns an argument; kinds are "random", "positions", "segments"
+        and "numbers", one for each query and head.
+    """
     if case.what == "decode":
         return _decode(case, make)
-    segments = make(q[:2], "segments") if case.segments else None
-    arrays = make(q, "random"), make(kv, "random"), *([] if case.tied else [make(kv, "random")])
     if case.blocks is None and case.what in ("forward", "both"):
-        return _op(case), (segments, make(q, "random"), *arrays)
-    blocks = case.blocks
-    if case.impl == "hopper":
-        blocks = hopper_block.Blocks(
-            *blocks or dataclasses.astuple(MOSAIC[case.what][case.width, case.tied])
-        )
-        options = triton.Options(
-            True, None, case.width**-0.5, case.length, blocks, (blocks, blocks), None
-        )
-    else:
-        blocks = blocks and triton.Blocks(*blocks)
-        options = triton.settings(
-            arrays[0],
-            None if case.tied else arrays[2],
-            causal=True,
-            window=None,
-            scale=None,
-            forward=blocks if case.what == "forward" else None,
-            backward=None if case.what == "forward" else blocks,
-            interpret=False,
-        )
-    wrap = (lambda x: x) if case.impl == "hopper" else (lambda x: (x,))
-    if case.what == "forward":
-        run = {"hopper": hopper, "triton": triton}[case.impl].forward_pass
-        return (lambda segments, q, k, v=None: run(options, wrap(q), wrap(k), v, segments)), (
-            segments,
-            *arrays,
-        )
-    numbers = make((case.batch, case.heads, case.length), "numbers")
-    run = getattr(hopper_backward if case.impl == "hopper" else triton, f"{case.what}_pass")
-
-    def gradients(segments, slope, normaliser, delta, q, k, v=None):
-        return run(options, wrap(q), wrap(k), v, segments, slope, normaliser, delta)
-
-    return gradients, (segments, make(q, "random"), numbers, numbers, *arrays)
+        return _op(case, make)
+    return _pass(case, make)
 
 
-def _op(case):
-    """The op, forward or with its gradients."""
+def _sequences(case: Case, make: Callable) -> tuple:
+    """Returns (segments, (q, k, v)) of a case; v is left out where K = V."""
+    q_shape = (case.batch, case.length, case.heads, case.width)
+    kv_shape = (case.batch, case.length, case.kv_heads, case.width)
+    segments = make(q_shape[:2], "segments") if case.segments else None
+    shapes = [q_shape, kv_shape] if case.tied else [q_shape, kv_shape, kv_shape]
+    return segments, tuple(make(shape, "random") for shape in shapes)
+
+
+def _op(case: Case, make: Callable) -> tuple[Callable, tuple]:
+    """Returns attention as a whole, forward or with its gradients."""
 
     def attend(segments, q, k, v=None):
         if case.impl == "cudnn":
             value = k if v is None else v
             return jax.nn.dot_product_attention(q, k, value, is_causal=True, implementation="cudnn")
-        kernel = {"hopper": hopper.attention, "triton": triton.attention}.get(
-            case.impl, functools.partial(dispatch.attention, impl=case.impl)
-        )
-        return kernel(q, k, v, segment_ids=segments)
+        kernels = {"hopper": hopper.attention, "triton": triton.attention}
+        default = functools.partial(dispatch.attention, impl=case.impl)
+        return kernels.get(case.impl, default)(q, k, v, segment_ids=segments)
 
-    def op(segments, slope, *arrays):
+    def op(segments, cotangent, *arrays):
         if case.what == "forward":
             return attend(segments, *arrays)
-        out, back = jax.vjp(functools.partial(attend, segments), *arrays)
-        return out, back(slope)
+        output, backward = jax.vjp(functools.partial(attend, segments), *arrays)
+        return output, backward(cotangent)
 
-    return op
+    segments, arrays = _sequences(case, make)
+    cotangent = make((case.batch, case.length, case.heads, case.width), "random")
+    return op, (segments, cotangent, *arrays)
 
 
-def _decode(case, make):
-    """Layers one after the other, so that neither their start nor what a cache of the processor
-    holds of one of them counts."""
-    held = case.batch, case.kv_heads, case.length, case.width
-    size = 2 * case.batch * case.kv_heads * case.length * case.width
-    layers = max(1, min(16, int(3e8 / size)))
+def _pass(case: Case, make: Callable) -> tuple[Callable, tuple]:
+    """Returns one pass of a kernel, with the tiles of the case."""
+    segments, arrays = _sequences(case, make)
+    is_hopper = case.impl == "hopper"
+    options = _hopper_options(case) if is_hopper else _triton_options(case, *arrays)
+
+    def parts(x):
+        """Returns the parts of queries or keys: the Triton kernel takes a tuple of them."""
+        return x if is_hopper else (x,)
+
+    if case.what == "forward":
+        forward_pass = (hopper if is_hopper else triton).forward_pass
+
+        def forward(segments, q, k, v=None):
+            return forward_pass(options, parts(q), parts(k), v, segments)
+
+        return forward, (segments, *arrays)
+    backward_pass = getattr(hopper_backward if is_hopper else triton, f"{case.what}_pass")
+
+    def gradients(segments, cotangent, normaliser, delta, q, k, v=None):
+        return backward_pass(options, parts(q), parts(k), v, segments, cotangent, normaliser, delta)
+
+    numbers = make((case.batch, case.heads, case.length), "numbers")
+    cotangent = make((case.batch, case.length, case.heads, case.width), "random")
+    return gradients, (segments, cotangent, numbers, numbers, *arrays)
+
+
+def _hopper_options(case: Case) -> triton.Options:
+    sizes = case.blocks
+    if sizes is None:
+        sizes = dataclasses.astuple(HOPPER_BLOCKS[case.what][case.width, case.tied])
+    blocks = hopper_block.Blocks(*sizes)
+    scale = case.width**-0.5
+    return triton.Options(True, None, scale, case.length, blocks, (blocks, blocks), None)
+
+
+def _triton_options(case: Case, q, k, v=None) -> triton.Options:
+    blocks = triton.Blocks(*case.blocks) if case.blocks else None
+    is_forward = case.what == "forward"
+    return triton.settings(
+        q,
+        v,
+        causal=True,
+        window=None,
+        scale=None,
+        forward=blocks if is_forward else None,
+        backward=None if is_forward else blocks,
+        interpret=False,
+    )
+
+
+def _decode(case: Case, make: Callable) -> tuple[Callable, tuple]:
+    """Returns one token through several layers.
+
+    One layer would be too short to time, and its cache could stay in the processor's cache.
+    """
+    num_bytes = 2 * case.batch * case.kv_heads * case.length * case.width
+    num_layers = max(1, min(16, int(3e8 / num_bytes)))
     options = {"key": KeyOfState(1e4, case.width, None)} if case.raw else {}
-    run = functools.partial(dispatch.decode_attention, impl=case.impl)
     if case.impl == "triton":
-        blocks = case.blocks and triton.Blocks(*case.blocks)
-        run = functools.partial(triton_decode.decode, block=blocks, splits=case.splits)
+        blocks = triton.Blocks(*case.blocks) if case.blocks else None
+        attend = functools.partial(triton_decode.decode, block=blocks, splits=case.splits)
+    else:
+        attend = functools.partial(dispatch.decode_attention, impl=case.impl)
 
     def decode(q, positions, *caches):
         for cache in caches:
-            cache = [jnp.swapaxes(x, 1, 2) for x in cache]
-            q = run(q, *cache, positions=positions, **options)
+            states = [jnp.swapaxes(x, 1, 2) for x in cache]
+            q = attend(q, *states, positions=positions, **options)
         return q
 
-    caches = [[make(held, "random") for _ in range(2 - case.tied)] for _ in range(layers)]
-    one = case.batch, 1, case.heads, case.width
-    return decode, (make(one, "random"), make((case.batch, 1), "places"), *caches)
+    cache_shape = (case.batch, case.kv_heads, case.length, case.width)
+    num_tensors = 1 if case.tied else 2
+    caches = [[make(cache_shape, "random") for _ in range(num_tensors)] for _ in range(num_layers)]
+    q = make((case.batch, 1, case.heads, case.width), "random")
+    return decode, (q, make((case.batch, 1), "positions"), *caches)

@@ -1,4 +1,4 @@
-"""Our side of the benchmarks: the framework's own train step and decoding, on random ids."""
+"""Parts that the benchmarks share: qkvjax's model and train step, options, records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from qkvjax.parallel import host
 
 
 def config_of(size: Size, sharing: str, dtype: str):
-    """The twin's recipe: LayerNorm, GELU, learned positions, no biases, no query-key norm."""
+    """Returns a config of the model that `torch_model` has too.
+
+    LayerNorm, GELU, learned positions, no biases, no query-key norm.
+    """
     config = configs.default()
     config.model.update(
         d_model=size.width,
@@ -36,7 +39,7 @@ def config_of(size: Size, sharing: str, dtype: str):
 
 
 def spec_of(size: Size, sharing: str, implementation: str = "auto"):
-    """The model's spec."""
+    """Returns the spec of that model."""
     from qkvjax.models.spec import model_spec
 
     model = configs.resolve(config_of(size, sharing, "float32")).model
@@ -44,7 +47,17 @@ def spec_of(size: Size, sharing: str, implementation: str = "auto"):
 
 
 def train_call(size: Size, sharing: str, dtype: str, implementation: str = "auto"):
-    """(call, peak bytes): `call()` starts one train step on one device and returns its loss."""
+    """Compiles a train step on one device; its batch is of random ids.
+
+    Args:
+      size: of the model and its batch.
+      sharing: such as "q-k=v".
+      dtype: of the computation.
+      implementation: of attention.
+
+    Returns:
+      (call, peak bytes): `call()` starts one step and returns its loss; the peak is the compiler's.
+    """
     import jax
     import numpy as np
 
@@ -73,34 +86,48 @@ def train_call(size: Size, sharing: str, dtype: str, implementation: str = "auto
         leaves, tree = jax.tree.flatten(state)
         step = on_leaves(make_train_step(config, optimizer, rate), tree)
         compiled = jax.jit(step, donate_argnums=0).lower(leaves, batch).compile()
-    held = {"leaves": leaves}
 
     def call():
-        held["leaves"], metrics = compiled(held["leaves"], batch)
+        nonlocal leaves
+        leaves, metrics = compiled(leaves, batch)
         return metrics["loss"]
 
     return call, peak_bytes(compiled)
 
 
 def arguments(doc: str, **defaults) -> argparse.Namespace:
-    """Parses --output and the given options; lists are written with commas."""
+    """Parses the command line of a benchmark.
+
+    Args:
+      doc: help text of the script.
+      defaults: option -> default value, which fixes the type; a list is written with commas.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", help="a JSONL file that the records are added to")
     for name, value in defaults.items():
-        kind = (lambda text: text.split(",")) if isinstance(value, list) else type(value)
+        kind = _split if isinstance(value, list) else type(value)
         parser.add_argument(f"--{name}", type=kind, default=value)
-    found = parser.parse_args()
-    if getattr(found, "size", "tiny") not in SIZES:
-        print(f"error: --size={found.size} is none of {', '.join(SIZES)}", file=sys.stderr)
+    options = parser.parse_args()
+    if getattr(options, "size", "tiny") not in SIZES:
+        print(f"error: --size={options.size} is not one of {', '.join(SIZES)}", file=sys.stderr)
         sys.exit(2)
-    return found
+    return options
+
+
+def _split(text: str) -> list[str]:
+    return text.split(",")
 
 
 def record(file: str | None, /, **values) -> None:
-    """Prints a record, and adds it to a JSONL file with date, device, versions and the command."""
-    facts = {
+    """Prints a record; adds it to a JSONL file with date, device, versions and command.
+
+    Args:
+      file: path of the JSONL file; None or "" writes none.
+      values: the record.
+    """
+    environment = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": host.device_name(),
         "jax": importlib.metadata.version("jax"),
@@ -113,4 +140,4 @@ def record(file: str | None, /, **values) -> None:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as lines:
-            lines.write(json.dumps(facts | values) + "\n")
+            lines.write(json.dumps(environment | values) + "\n")

@@ -1,11 +1,11 @@
-"""What a save costs a run of the quickstart's model.
+"""Measures what saving a checkpoint costs a run of the quickstart's model.
 
   python benchmarks/save_cost.py
 
-Stretches of 36 steps, with a save at their beginning and without, take turns. A save holds up
-training while it takes the state; then it is written beside the steps, which on few cores take
-longer for it. `all_seconds` is what a stretch with a save takes more, writing to its end included.
-The quickstart saves once in 360 steps.
+Stretches of 36 steps with a save at their beginning alternate with stretches without. A save stops
+training while it copies the state (`held_seconds`). The copy is then written while training goes
+on, which makes the steps slower on few cores. `all_seconds` is how much longer a stretch with a
+save takes, until the save is written. The quickstart saves once in 360 steps.
 """
 
 from __future__ import annotations
@@ -25,42 +25,49 @@ from qkvjax.report.statistics import interval
 from qkvjax.training.checkpoint import Checkpoints
 from qkvjax.training.run import prepare_run
 
-STEPS, ROUNDS = 36, 100
+STEPS = 36  # of a stretch
+ROUNDS = 100  # pairs of stretches that count
+WARM_UP = 2  # pairs of stretches before these
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 def main() -> None:
-    given = arguments(__doc__)
+    options = arguments(__doc__)
     host.keep_freed_memory()
     config = configs.from_dict(configs.to_dict(runpy.run_path(str(RECIPE))["get_config"]()))
     run = prepare_run(configs.resolve(config))
-    plain, saving, held = [], [], []
+    plain = []  # seconds of each stretch without a save
+    saving = []  # seconds of each stretch with one
+    stopped = []  # seconds that a save stops training
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         state = run.init()
-        step, batch = run.compile_step(state), run.batch(0)
+        step = run.compile_step(state)
+        batch = run.batch(0)
         checkpoints.prepare(state)
         leaves, tree = jax.tree.flatten(state)
-        for i in range(2 * ROUNDS + 4):
+        for i in range(2 * (WARM_UP + ROUNDS)):
+            saves = i % 2 == 1
             began = time.perf_counter()
-            if i % 2:
+            if saves:
                 checkpoints.save(i, jax.tree.unflatten(tree, leaves))
-                held.append(time.perf_counter() - began)
+                stopped.append(time.perf_counter() - began)
             for _ in range(STEPS):
                 leaves, metrics = step(leaves, batch)
             jax.block_until_ready(metrics)
             checkpoints.wait()
-            (saving if i % 2 else plain).append(time.perf_counter() - began)
+            stretches = saving if saves else plain
+            stretches.append(time.perf_counter() - began)
         checkpoints.close()
-    plain, saving, held = (np.array(seconds[2:]) for seconds in (plain, saving, held))
+    plain, saving, stopped = (np.array(times[WARM_UP:]) for times in (plain, saving, stopped))
     mean, low, high = interval(saving - plain)
     record(
-        given.output,
+        options.output,
         bench="save_cost",
-        state_mib=sum(x.nbytes for x in leaves) / 2**20,
+        state_mib=sum(array.nbytes for array in leaves) / 2**20,
         step_seconds=float(np.median(plain)) / STEPS,
-        held_seconds=float(np.median(held)),
-        longest_held_seconds=float(held.max()),
+        held_seconds=float(np.median(stopped)),
+        longest_held_seconds=float(stopped.max()),
         all_seconds=mean,
         all_seconds_interval=[low, high],
     )

@@ -1,4 +1,4 @@
-"""Shapes of the models that are timed: small enough for a CPU, and GPT-2's for a GPU."""
+"""Sizes of the models that are timed: small ones for a CPU, GPT-2's for a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A decoder: L layers, width D, N heads, T tokens a sequence, B sequences, V ids."""
+    """A decoder and its batch.
+
+    Attributes:
+      layers: L.
+      width: D.
+      heads: N.
+      length: T, tokens per sequence.
+      batch: B, sequences per step.
+      vocab: V, number of ids.
+    """
 
     layers: int
     width: int

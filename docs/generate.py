@@ -25,8 +25,6 @@ import re
 import sys
 from pathlib import Path
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -48,6 +46,8 @@ FIELDS_HEADING = re.compile(r"^fields of a config.*$", re.MULTILINE)
 
 def on_files(files, config):
     """Adds the generated pages and the files from outside docs/."""
+    from mkdocs.structure.files import File  # the tests read this file without mkdocs, too
+
     for place, content in generated_pages().items():
         files.append(File.generated(config, place, content=content))
     for path, place in outside_pages().items():

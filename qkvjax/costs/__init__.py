@@ -1,1 +1,1 @@
-"""What a model costs: parameters, multiply-adds, cache, memory, time."""
+"""What a model costs: parameters, multiply-adds, cache, memory, and time."""

@@ -1,114 +1,155 @@
-"""What a compiled program does, read from its text: matrix products and collectives.
+"""What a compiled program does, read from its HLO text: matrix products and collectives.
 
-The compiler's own count of FLOPs takes the body of a loop once; here it counts as often as it
-runs. Of a conditional the first branch counts, the one of a false condition: the usual way of
-`parallel.experts`, whose other branch is a fallback.
+The compiler counts the FLOPs in the body of a loop once; here the body counts as often as it runs.
+Of a conditional only the first branch counts, the one for a false condition. In `parallel.experts`,
+which has such conditionals, this is the usual branch and the other one is a fallback.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCH = re.compile(r"(?:branch_computations=\{|false_computation=)%?([\w.\-]+)")
-_TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+_FIRST_BRANCH = re.compile(r"(?:branch_computations=\{|false_computation=)%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_TRIP_COUNT = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+
+
+class Instruction(NamedTuple):
+    """A line of a computation, "%name = shape kind(operands), attributes".
+
+    Attributes:
+      name: of its result.
+      shape: of its result, such as "f32[8,128]{1,0}", or a tuple of such.
+      kind: such as "dot" or "while".
+      rest: the text after the opening parenthesis: operands and attributes.
+    """
+
+    name: str
+    shape: str
+    kind: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of its operands."""
+        return _OPERAND.findall(self.rest.partition(")")[0])
 
 
 class Program:
     """The instructions of a compiled program by computation, and how often each one runs."""
 
     def __init__(self, text: str):
-        self._bodies: dict[str, list[tuple[str, str, str, str]]] = {}
-        self._types: dict[str, str] = {}
-        entry, body = None, []
+        self._computations: dict[str, list[Instruction]] = {}
+        self._shapes: dict[str, str] = {}  # of every instruction's result, by its name
+        entry = None
+        instructions: list[Instruction] = []
         for line in text.splitlines():
-            if opened := _COMPUTATION.match(line):
-                body = self._bodies.setdefault(opened[2], [])
-                entry = opened[2] if opened[1] else entry
-            elif found := _INSTRUCTION.match(line):
-                body.append(found.groups())
-                self._types[found[1]] = found[2]
-        self._runs = dict.fromkeys(self._bodies, 0)
+            if match := _COMPUTATION.match(line):
+                is_entry, name = match.groups()
+                instructions = self._computations.setdefault(name, [])
+                entry = name if is_entry else entry
+            elif match := _INSTRUCTION.match(line):
+                instruction = Instruction(*match.groups())
+                instructions.append(instruction)
+                self._shapes[instruction.name] = instruction.shape
+        self._runs = dict.fromkeys(self._computations, 0)
         if entry is not None:
-            self._count(entry, 1)
+            self._count_runs(entry, 1)
 
-    def _count(self, name: str, times: int) -> None:
+    def _count_runs(self, name: str, times: int) -> None:
+        """Adds `times` runs to a computation and to all that it calls."""
         self._runs[name] += times
-        for _, _, kind, rest in self._bodies[name]:
-            trips = self._trips(rest) if kind == "while" else 1
-            usual = _BRANCH.findall(rest) if kind == "conditional" else []
-            for called in [*_CALLED.findall(rest), *usual]:
-                if called in self._bodies:
-                    self._count(called, times * trips)
+        for instruction in self._computations[name]:
+            called = _CALLED.findall(instruction.rest)
+            if instruction.kind == "conditional":
+                called += _FIRST_BRANCH.findall(instruction.rest)
+            trips = self._trip_count(instruction) if instruction.kind == "while" else 1
+            for computation in called:
+                if computation in self._computations:
+                    self._count_runs(computation, times * trips)
 
-    def _trips(self, rest: str) -> int:
-        """How often a loop runs: what the compiler notes, or what its counter is compared to."""
-        if noted := _TRIPS.search(rest):
-            return int(noted[1])
-        condition = self._bodies[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
-        constants = {name: rest for name, _, kind, rest in condition if kind == "constant"}
-        for _, _, kind, rest in condition:
-            if kind == "compare" and "direction=LT" in rest:
-                for name in re.findall(r"%([\w.\-]+)", rest.partition(")")[0]):
-                    if name in constants:
-                        return int(constants[name].partition(")")[0])
+    def _trip_count(self, loop: Instruction) -> int:
+        """Returns how often a loop runs: the compiler's note, or the limit of its counter."""
+        if match := _TRIP_COUNT.search(loop.rest):
+            return int(match[1])
+        condition = self._computations[_CONDITION.search(loop.rest)[1]]
+        constants = {
+            instruction.name: instruction.rest.partition(")")[0]
+            for instruction in condition
+            if instruction.kind == "constant"
+        }
+        for instruction in condition:
+            if instruction.kind == "compare" and "direction=LT" in instruction.rest:
+                for operand in instruction.operands:
+                    if operand in constants:
+                        return int(constants[operand])
         return 1
 
-    def _all(self):
-        for name, body in self._bodies.items():
-            for _, shape, kind, rest in body:
-                if self._runs[name]:
-                    yield shape, kind, rest, self._runs[name]
+    def _executed(self) -> Iterator[tuple[Instruction, int]]:
+        """Yields each instruction that runs, and how often."""
+        for name, instructions in self._computations.items():
+            if self._runs[name]:
+                for instruction in instructions:
+                    yield instruction, self._runs[name]
 
     def matmul_flops(self) -> int:
-        """FLOPs of all matrix products of one device, two a multiply-add."""
+        """Returns the FLOPs of all matrix products of one device, two for each multiply-add."""
         return sum(
-            times * 2 * math.prod(_sizes(shape)) * self._contracted(kind, shape, rest)
-            for shape, kind, rest, times in self._all()
-            if kind in ("dot", "convolution")
+            times * 2 * math.prod(_sizes(instruction.shape)) * self._contracted_size(instruction)
+            for instruction, times in self._executed()
+            if instruction.kind in ("dot", "convolution")
         )
 
-    def _contracted(self, kind: str, shape: str, rest: str) -> int:
-        """Products that are summed for a number of the result."""
-        operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
-        if kind == "dot":
-            sizes = _sizes(self._types[operands[0]])
-            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1]
+    def _contracted_size(self, product: Instruction) -> int:
+        """Returns how many multiply-adds make one number of the result."""
+        if product.kind == "dot":
+            sizes = _sizes(self._shapes[product.operands[0]])
+            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.rest)[1]
             return math.prod(sizes[int(axis)] for axis in axes.split(",") if axis)
-        # XLA's TPU writes a product as a convolution: its input features are summed, and a window
-        # is too if it leaves one place; else it stands for a batch.
-        kernel, result = re.search(r"dim_labels=\w+_(\w+)->(\w+)", rest).groups()
-        left = dict(zip(result, _sizes(shape), strict=True))
-        sizes = zip(kernel, _sizes(self._types[operands[1]]), strict=True)
+        # On TPUs XLA writes a product as a convolution. The input features ("i") are summed. A
+        # window axis (a digit) is summed if the result has size 1 there; else it is a batch axis.
+        kernel_axes, result_axes = re.search(r"dim_labels=\w+_(\w+)->(\w+)", product.rest).groups()
+        result_sizes = dict(zip(result_axes, _sizes(product.shape), strict=True))
+        kernel_sizes = zip(kernel_axes, _sizes(self._shapes[product.operands[1]]), strict=True)
         return math.prod(
-            size for label, size in sizes if label == "i" or label.isdecimal() and left[label] == 1
+            size
+            for axis, size in kernel_sizes
+            if axis == "i" or (axis.isdecimal() and result_sizes[axis] == 1)
         )
 
     def collectives(self) -> dict[str, dict[str, int]]:
-        """kind -> how many run, and the bytes of their results on one device."""
-        found = {}
-        for shape, kind, _, times in self._all():
-            name = kind.removesuffix("-start")
-            if name in COLLECTIVES:
-                record = found.setdefault(name, {"count": 0, "bytes": 0})
-                parts = [_bytes(*part) for part in _ARRAY.findall(shape)]
-                # An asynchronous one carries its operands along, before its results.
-                size = sum(parts) if kind == name else max(parts, default=0)
-                record["count"] += times
-                record["bytes"] += times * size
-        return found
+        """Returns kind -> {"count": how many run, "bytes": of their results on one device}."""
+        totals: dict[str, dict[str, int]] = {}
+        for instruction, times in self._executed():
+            kind = instruction.kind.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            sizes = [_bytes(*array) for array in _ARRAY.findall(instruction.shape)]
+            # The shape of an asynchronous one has its operands too, before its results.
+            is_asynchronous = kind != instruction.kind
+            size = max(sizes, default=0) if is_asynchronous else sum(sizes)
+            total = totals.setdefault(kind, {"count": 0, "bytes": 0})
+            total["count"] += times
+            total["bytes"] += times * size
+        return totals
 
 
 def _sizes(shape: str) -> list[int]:
+    """Returns the sizes of the axes of "f32[8,128]"."""
     return [int(size) for size in _ARRAY.search(shape)[2].split(",") if size]
 
 
-def _bytes(kind: str, sizes: str) -> int:
-    bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 8)
+def _bytes(dtype: str, sizes: str) -> int:
+    """Returns the bytes of an array, as for ("f32", "8,128")."""
+    bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
     return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,129 +20,164 @@ from qkvjax.kernels import dispatch
 from qkvjax.models.spec import layer_specs
 from qkvjax.parallel import host
 
-TOKENS = 8  # decoded by one program: what starts it should not count
+TOKENS = 8  # decoded by one program, so that the time to start it does not count
+
+
+class Variant(NamedTuple):
+    """What is timed: a sharing, its rotary values ("none" for the op alone), an implementation."""
+
+    sharing: str
+    rotary_values: str
+    impl: str
 
 
 def decode(config, batches: list[int], contexts: list[int], log: Callable[[str], None]) -> list:
-    """A record a layer that decodes a token onto `context` ones: every sharing, rotary value and
-    implementation that is here, beside three projections in the same rounds.
+    """Times one attention layer for one token onto a full cache, each batch with each context.
 
-    A record has seconds a token, their ratio to QKV's in the first implementation with its 95 %
-    interval, the cache's bytes, and gigabytes_per_second: those bytes over the seconds.
+    Every sharing, rotary value and implementation that is available is timed beside three
+    projections, in the same rounds.
+
+    Returns:
+      A record for each layer: seconds per token; ratio of these to QKV's in the first
+      implementation, with its 95 % interval; cache_bytes; and gigabytes_per_second: the cache's
+      bytes over the seconds.
 
     Raises:
-      UserError: no language model.
+      UserError: the config is not of a language model, or a cache does not fit into memory.
     """
     records = []
-    for batch, context in _places(config, batches, contexts):
-        found = {}
-        for (sharing, values, impl), spec in _variants(config, context, log):
-            found[sharing, values, impl] = _layer(config, spec, batch, context, impl)
-        seconds = interleaved({name: repeat(call) for name, (call, _) in found.items()})
-        first = next(iter(found))
-        for name, (_, cache_bytes) in found.items():
-            token = float(np.median(seconds[name])) / TOKENS
-            records.append(
-                _facts("decode", config, batch, context, name)
-                | {
-                    "seconds": token,
-                    "ratio": ratio(seconds[name], seconds[first]),
-                    "cache_bytes": cache_bytes,
-                    "gigabytes_per_second": cache_bytes / token / 1e9,
-                }
-            )
-        log(f"timed {len(found)} layers, batch {batch}, {context} tokens")
+    for batch, context in _shapes(config, batches, contexts):
+        calls = {}
+        cache_bytes = {}
+        for variant, spec in _variants(config, context, log):
+            call, num_bytes = _decode_call(config, spec, batch, context, variant.impl)
+            calls[variant] = repeat(call)
+            cache_bytes[variant] = num_bytes
+        seconds = interleaved(calls)
+        first = next(iter(calls))
+        for variant in calls:
+            seconds_per_token = float(np.median(seconds[variant])) / TOKENS
+            record = {
+                "seconds": seconds_per_token,
+                "ratio": ratio(seconds[variant], seconds[first]),
+                "cache_bytes": cache_bytes[variant],
+                "gigabytes_per_second": cache_bytes[variant] / seconds_per_token / 1e9,
+            }
+            records.append(_facts("decode", config, batch, context, variant) | record)
+        log(f"timed {len(calls)} layers, batch {batch}, {context} tokens")
     return records
 
 
 def kernels(config, batches: list[int], contexts: list[int], log: Callable[[str], None]) -> list:
-    """A record a pass (forward; forward and backward) of the op over whole causal sequences, with
-    two tensors and with one, for every implementation that is here.
+    """Times the attention op over whole causal sequences, each batch with each context.
 
-    A record has seconds, their ratio to two tensors in the first implementation with its 95 %
-    interval, and teraflops: 4 B N T^2 H / 2 operations forward, three and a half times as many
-    with the backward pass, over the seconds.
+    It is timed with two tensors for keys and values and with one, forward and with its gradient, in
+    every implementation that is available.
+
+    Returns:
+      A record for each: pass; seconds; ratio of these to two tensors in the first implementation,
+      with its 95 % interval; and teraflops, over the seconds. The operations are
+      4 B N T^2 H / 2 forward, and three and a half times as many with the backward pass.
 
     Raises:
-      UserError: no language model.
+      UserError: the config is not of a language model, or a cache does not fit into memory.
     """
     records = []
-    for batch, context in _places(config, batches, contexts):
-        spec = _spec(config, "q-k-v", "raw", context)
-        passes = {}
-        for impl in _here():
-            for tied in (False, True):
-                for name, call in _passes(config, spec, batch, context, impl, tied):
-                    passes[name, tied, impl] = repeat(call)
-        seconds = interleaved(passes)
-        first = {name: (name, False, _here()[0]) for name, *_ in passes}
-        flops = 2 * batch * spec.num_heads * context**2 * spec.head_dim
-        for name, tied, impl in passes:
-            times = seconds[name, tied, impl]
-            work = flops * (1 if name == "forward" else 3.5)
-            variant = "q-k=v" if tied else "q-k-v", "none", impl
-            records.append(
-                _facts("kernels", config, batch, context, variant)
-                | {
-                    "pass": name,
-                    "seconds": float(np.median(times)),
-                    "ratio": ratio(times, seconds[first[name]]),
-                    "teraflops": work / float(np.median(times)) / 1e12,
-                }
-            )
-        log(f"timed {len(passes)} passes, batch {batch}, {context} tokens")
+    for batch, context in _shapes(config, batches, contexts):
+        spec = _layer_spec(config, "q-k-v", "raw", context)
+        calls = {}
+        for impl in _available():
+            for sharing in ("q-k-v", "q-k=v"):
+                variant = Variant(sharing, "none", impl)
+                for name, call in _op_calls(config, spec, batch, context, variant):
+                    calls[name, variant] = repeat(call)
+        seconds = interleaved(calls)
+        forward_flops = 2 * batch * spec.num_heads * context**2 * spec.head_dim
+        baseline = Variant("q-k-v", "none", _available()[0])
+        for name, variant in calls:
+            times = seconds[name, variant]
+            flops = forward_flops * (1 if name == "forward" else 3.5)
+            record = {
+                "pass": name,
+                "seconds": float(np.median(times)),
+                "ratio": ratio(times, seconds[name, baseline]),
+                "teraflops": flops / float(np.median(times)) / 1e12,
+            }
+            records.append(_facts("kernels", config, batch, context, variant) | record)
+        log(f"timed {len(calls)} passes, batch {batch}, {context} tokens")
     return records
 
 
 def table(records: list[dict]) -> list[str]:
-    """The records as text, a line each."""
-    lines = [f"{'batch':>5} {'tokens':>7}  {'variant':<28} {'impl':<8} {'ms':>9}  of the first's"]
-    for r in records:
-        values = "" if r["rotary_values"] in ("raw", "none") else f" {r['rotary_values']}"
-        variant = f"{sharing_name(r['sharing'])}{values}"
-        variant = f"{variant}, {r['pass']}" if "pass" in r else variant
-        middle, low, high = r["ratio"]
-        if "teraflops" in r:
-            rate = f"{1000 * r['teraflops']:,.0f} GFLOP/s"
-        else:
-            rate = f"{r['gigabytes_per_second']:.1f} GB/s"
-        lines.append(
-            f"{r['batch']:>5} {r['context']:>7}  {variant:<28} {r['impl']:<8}"
-            f" {1000 * r['seconds']:>9.3f}  {middle:.2f} ({low:.2f} to {high:.2f})  {rate}"
-        )
-    return lines
+    """Returns the records as text, a line for each."""
+    header = f"{'batch':>5} {'tokens':>7}  {'variant':<28} {'impl':<8} {'ms':>9}  of the first's"
+    return [header, *(_line(record) for record in records)]
 
 
-def _here() -> list[str]:
-    """Implementations that people use and this machine has, the usual one first."""
-    names = [n for n in dispatch.IMPLEMENTATIONS if n != "reference" and not dispatch.missing(n)]
+def _line(record: dict) -> str:
+    variant = sharing_name(record["sharing"])
+    if record["rotary_values"] not in ("raw", "none"):
+        variant += f" {record['rotary_values']}"
+    if "pass" in record:
+        variant += f", {record['pass']}"
+    if "teraflops" in record:
+        rate = f"{1000 * record['teraflops']:,.0f} GFLOP/s"
+    else:
+        rate = f"{record['gigabytes_per_second']:.1f} GB/s"
+    middle, low, high = record["ratio"]
+    return (
+        f"{record['batch']:>5} {record['context']:>7}  {variant:<28} {record['impl']:<8}"
+        f" {1000 * record['seconds']:>9.3f}  {middle:.2f} ({low:.2f} to {high:.2f})  {rate}"
+    )
+
+
+def _available() -> list[str]:
+    """Returns the implementations that people use and this machine has, the default one first."""
+    names = [
+        name
+        for name in dispatch.IMPLEMENTATIONS
+        if name != "reference" and not dispatch.missing(name)
+    ]
     return sorted(names, key=lambda name: name != dispatch.candidates()[0])
 
 
-def _places(config, batches, contexts) -> list[tuple[int, int]]:
+def _shapes(config, batches: list[int], contexts: list[int]) -> list[tuple[int, int]]:
+    """Returns every (batch, context).
+
+    Raises:
+      UserError: the config is not of a language model, a context is too short to decode TOKENS
+        tokens, or the largest cache does not fit into memory.
+    """
     if config.model.kind != "lm":
         raise UserError(f"model.kind={config.model.kind!r}: speed is measured of kind lm")
-    spec, dtype = _spec(config, "q-k-v", "raw", max(contexts)), config.train.compute_dtype
-    needed = max(batches) * max(contexts) * spec.cache_bytes_per_token(dtype)
-    if min(contexts) < TOKENS or needed > (host.free_memory() or needed):
-        free = f"what is free here, of which the largest would take {needed:,} bytes"
-        raise UserError(f"--contexts, --batches: from {TOKENS} tokens on, up to caches of {free}")
+    spec = _layer_spec(config, "q-k-v", "raw", max(contexts))
+    cache_bytes = spec.cache_bytes_per_token(config.train.compute_dtype)
+    needed = max(batches) * max(contexts) * cache_bytes
+    if min(contexts) < TOKENS:
+        raise UserError(
+            f"--contexts: the shortest is {min(contexts)}; give {TOKENS} tokens or more"
+        )
+    if needed > (host.free_memory() or needed):
+        raise UserError(
+            f"--contexts, --batches: the largest cache takes {needed:,} bytes, more than is free"
+            " here: give smaller ones"
+        )
     return [(batch, context) for batch in batches for context in contexts]
 
 
 @functools.cache
 def _environment() -> dict:
-    """Asked once: it starts git."""
+    """Returns versions and commit; cached because it starts git."""
     return host.environment()
 
 
-def _facts(what: str, config, batch: int, context: int, variant) -> dict:
-    sharing, values, impl = variant
+def _facts(what: str, config, batch: int, context: int, variant: Variant) -> dict:
+    """Returns what every record has."""
     return {
         "what": what,
-        "sharing": sharing,
-        "rotary_values": values,
-        "impl": impl,
+        "sharing": variant.sharing,
+        "rotary_values": variant.rotary_values,
+        "impl": variant.impl,
         "batch": batch,
         "context": context,
         "dtype": config.train.compute_dtype,
@@ -151,70 +187,85 @@ def _facts(what: str, config, batch: int, context: int, variant) -> dict:
     }
 
 
-def _spec(config, sharing: str, values: str, length: int) -> AttentionSpec:
-    """The first layer of the config's model, with this sharing."""
-    model = dataclasses.replace(config.model, sharing=sharing, rotary_values=values)
+def _layer_spec(config, sharing: str, rotary_values: str, length: int) -> AttentionSpec:
+    """Returns the first layer of the config's model, with this sharing."""
+    model = dataclasses.replace(config.model, sharing=sharing, rotary_values=rotary_values)
     return layer_specs(model, length)[0]
 
 
-def _variants(config, context: int, log) -> Iterator[tuple[tuple[str, str, str], AttentionSpec]]:
-    """((sharing, rotary values, implementation), layer) of all that these heads allow."""
-    told = set()
-    for impl in [name for name in _here() if name not in dispatch.NO_CACHE]:
+def _variants(config, context: int, log) -> Iterator[tuple[Variant, AttentionSpec]]:
+    """Yields (variant, layer) for all that the numbers of heads allow."""
+    reported = set()  # sharings whose error was logged
+    for impl in _available():
+        if impl in dispatch.NO_CACHE:
+            continue
         for sharing in SHARINGS:
-            turned = config.model.position == "rope" and sharing in ("q-k=v", "q=k=v")
-            for values in ("raw", "unrotated_output") if turned else ("raw",):
+            rotary_values = ["raw"]
+            if config.model.position == "rope" and sharing in ("q-k=v", "q=k=v"):
+                rotary_values.append("unrotated_output")
+            for values in rotary_values:
                 try:
-                    spec = _spec(config, sharing, values, context)
+                    spec = _layer_spec(config, sharing, values, context)
                 except UserError as error:
-                    if sharing not in told:
+                    if sharing not in reported:
                         log(f"{sharing_name(sharing)} is left out: {error}")
-                    told.add(sharing)
-                    continue
-                yield (sharing, values, impl), spec
+                    reported.add(sharing)
+                else:
+                    yield Variant(sharing, values, impl), spec
 
 
-def _layer(config, spec: AttentionSpec, batch: int, context: int, impl: str):
-    """(call that decodes TOKENS tokens through one layer, bytes of its cache)."""
+def _decode_call(
+    config, spec: AttentionSpec, batch: int, context: int, impl: str
+) -> tuple[Callable[[], object], int]:
+    """Returns (call that decodes TOKENS tokens through one layer, bytes of its cache)."""
     dtype = jnp.dtype(config.train.compute_dtype)
     layer = jax.jit(lambda key: Attention(spec, key=key))(jax.random.key(0))
     layer = jax.tree.map(lambda a: a.astype(dtype), layer)
     cache = caches.empty(spec, batch, context, dtype)
     num_bytes = caches.num_bytes(cache)
-    held = {"cache": cache}
     x = jnp.ones((batch, 1, spec.d_model), dtype)
 
-    def tokens(layer, cache, x):
-        turns, like = caches.turns([spec], context), jax.eval_shape(lambda: cache)
+    def decode_tokens(layer, cache, x):
+        rotations = caches.turns([spec], context)
+        like = jax.eval_shape(lambda: cache)
 
-        def one(carry, place):
-            x, cache = carry[0], caches.restored(carry[1], like)
-            x, cache = caches.attend(layer, x, cache, place, turns=turns, impl=impl)
+        def decode_token(carry, position):
+            x, cache = carry
+            cache = caches.restored(cache, like)
+            x, cache = caches.attend(layer, x, cache, position, turns=rotations, impl=impl)
             return (x, caches.carried(cache)), None
 
-        places = context - TOKENS + jnp.arange(TOKENS)
-        x, cache = jax.lax.scan(one, (x, caches.carried(cache)), places)[0]
+        positions = context - TOKENS + jnp.arange(TOKENS)
+        (x, cache), _ = jax.lax.scan(decode_token, (x, caches.carried(cache)), positions)
         return x, caches.restored(cache, like)
 
-    compiled = jax.jit(tokens, donate_argnums=1).lower(layer, cache, x).compile()
+    compiled = jax.jit(decode_tokens, donate_argnums=1).lower(layer, cache, x).compile()
 
     def call():
-        out, held["cache"] = compiled(layer, held["cache"], x)
+        nonlocal cache  # it is donated, so each call needs that of the one before
+        out, cache = compiled(layer, cache, x)
         return out
 
     return call, num_bytes
 
 
-def _passes(config, spec: AttentionSpec, batch: int, context: int, impl: str, tied: bool):
-    """("forward" or "with backward", call) of the op."""
+def _op_calls(
+    config, spec: AttentionSpec, batch: int, context: int, variant: Variant
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yields ("forward" or "with backward", call) of the attention op."""
     dtype = jnp.dtype(config.train.compute_dtype)
-    heads = (spec.num_heads, spec.num_kv_heads) + (() if tied else (spec.num_kv_heads,))
+    heads = [spec.num_heads, spec.num_kv_heads]
+    if variant.sharing == "q-k-v":
+        heads.append(spec.num_kv_heads)
     tensors = [
         jax.random.normal(jax.random.key(i), (batch, context, n, spec.head_dim), dtype)
         for i, n in enumerate(heads)
     ]
-    forward = jax.jit(lambda *tensors: dispatch.attention(*tensors, impl=impl))
-    loss = lambda *tensors: jnp.sum(forward(*tensors).astype(jnp.float32) ** 2)  # noqa: E731
+    forward = jax.jit(lambda *tensors: dispatch.attention(*tensors, impl=variant.impl))
+
+    def loss(*tensors):
+        return jnp.sum(forward(*tensors).astype(jnp.float32) ** 2)
+
     gradient = jax.jit(jax.grad(loss, argnums=tuple(range(len(tensors)))))
-    yield "forward", lambda: forward(*tensors)
-    yield "with backward", lambda: gradient(*tensors)
+    yield "forward", functools.partial(forward, *tensors)
+    yield "with backward", functools.partial(gradient, *tensors)

@@ -1,4 +1,4 @@
-"""Compressed files, read as what is in them: gzip, zstd, bz2, xz and lz4."""
+"""Compressed files, decompressed while they are read: gzip, zstd, bz2, xz and lz4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from qkvjax.errors import UserError
 
-# How a file starts, whatever its name; a zstd file may start with a frame to be skipped.
+# How a file of each format starts, whatever its name. A zstd file may start with a skippable frame.
 _STARTS = {
     "gzip": rb"\x1f\x8b\x08",
     "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
@@ -23,7 +23,8 @@ _STARTS = {
     "xz": rb"\xfd7zXZ\0",
     "lz4": rb"\x04\x22\x4d\x18",
 }
-_BUFFER = 1 << 16
+_OPENERS = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+_BUFFER_BYTES = 1 << 16
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -33,10 +34,10 @@ def compression_of(head: bytes) -> str:
 
 
 def first_bytes(path: Path, number: int) -> bytes:
-    """Reads the first bytes of a file as they are.
+    """Reads the first bytes of a file, not decompressed.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -49,10 +50,11 @@ def first_bytes(path: Path, number: int) -> bytes:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to read what it holds, decompressed on the way.
+    """Opens a file to read its content, decompressed.
 
     Raises:
-      UserError: it cannot be opened; while it is read: it is compressed, and damaged or truncated.
+      UserError: the file cannot be opened; in the `with` block: it is compressed, and damaged or
+        truncated.
     """
     name = compression_of(first_bytes(path, 16))
     if not name:
@@ -60,7 +62,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     try:
-        with _open(path, name) as file:
+        with _open_compressed(path, name) as file:
             yield file
     except _DAMAGE as error:
         raise UserError(
@@ -68,10 +70,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
-def _open(path, name) -> BinaryIO:
-    if name in ("gzip", "bz2", "xz"):
-        return {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[name](path, "rb")
+def _open_compressed(path: Path, name: str) -> BinaryIO:
+    if name in _OPENERS:
+        return _OPENERS[name](path, "rb")
     import pyarrow
 
     stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), name)
-    return io.BufferedReader(stream, _BUFFER)
+    return io.BufferedReader(stream, _BUFFER_BYTES)

@@ -1,25 +1,27 @@
-"""`jsonl:`: a document a line, or an item of a JSON array; compressed or not."""
+"""`jsonl:`: one document for each line, or for each item of a JSON array; compressed or not."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from qkvjax.data.compression import opened
 from qkvjax.data.files import COMPRESSED_SUFFIXES, find, without_copies
-from qkvjax.data.formats import Format, head_of, require_text
+from qkvjax.data.formats import Format, read_head, require_text
 from qkvjax.errors import UserError, did_you_mean
 
+_UTF8_MARK = b"\xef\xbb\xbf"
 _WANTED = "jsonl: takes a JSON object a line"
 
 
 def open_jsonl(name: str, path: str) -> tuple[tuple[Path, ...], tuple[str, ...], list[Format]]:
-    """Finds the files of `jsonl:PATH` and looks at each.
+    """Finds the files of `jsonl:PATH` and checks the format of each.
 
-    Of a folder the names in .jsonl or .ndjson count, compressed or not; without one, those in
-    .json.
+    In a folder these are the files in .jsonl or .ndjson, compressed or not; if there are none,
+    those in .json.
 
     Returns:
       (files, what was left out and why, formats of the files).
@@ -36,8 +38,8 @@ def open_jsonl(name: str, path: str) -> tuple[tuple[Path, ...], tuple[str, ...],
             raise error from None
     files, left_out = without_copies(files)
     formats = [require_text(file, _WANTED) for file in files]
-    for file, found in zip(files, formats):
-        _require_lines_or_array(file, _head(file, found))
+    for file, form in zip(files, formats):
+        _refuse_indented_object(file, _read_head_as_utf8(file, form))
     return files, left_out, formats
 
 
@@ -49,24 +51,21 @@ def read_jsonl(
     Raises:
       UserError: a line that is not JSON, or has no text in this field; a damaged file.
     """
-    for file, found in zip(files, formats):
-        is_array = _is_array(_head(file, found))
+    for file, form in zip(files, formats):
+        is_array = _is_array(_read_head_as_utf8(file, form))
         with opened(file) as stream:
-            lines = _as_utf8(file, stream, found.encoding) if found.encoding else stream
+            lines = _as_utf8(file, stream, form.encoding) if form.encoding else stream
             if is_array:
-                yield from _items(file, b"".join(lines), field)
-                continue
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield _text_of(_parsed(line, where, number == 1), field, where)
+                yield from _read_items(file, b"".join(lines), field)
+            else:
+                yield from _read_lines(file, lines, field)
 
 
 def as_bytes(value: str | bytes | None) -> bytes | None:
-    """Returns a text as UTF-8, and None as it is.
+    """Returns a text as UTF-8; bytes and None as they are.
 
     Raises:
-      TypeError: it is no text.
+      TypeError: the value is not text.
     """
     if value is None or isinstance(value, bytes):
         return value
@@ -75,100 +74,121 @@ def as_bytes(value: str | bytes | None) -> bytes | None:
     return value.encode()
 
 
-def _with_compressed(*suffixes):
-    return (*suffixes, *(suffix + packed for suffix in suffixes for packed in COMPRESSED_SUFFIXES))
+def _with_compressed(*suffixes: str) -> tuple[str, ...]:
+    """Returns the suffixes, and each with the suffix of a compressed file after it."""
+    compressed = (suffix + last for suffix in suffixes for last in COMPRESSED_SUFFIXES)
+    return (*suffixes, *compressed)
 
 
-def _head(file, found):
-    head = head_of(file)
-    return head.decode(found.encoding, errors="ignore").encode() if found.encoding else head
+def _read_head_as_utf8(file: Path, form: Format) -> bytes:
+    head = read_head(file)
+    if not form.encoding:
+        return head
+    return head.decode(form.encoding, errors="ignore").encode()
 
 
-def _as_utf8(file, stream, encoding):
+def _as_utf8(file: Path, stream: BinaryIO, encoding: str) -> Iterator[bytes]:
     try:
         for line in io.TextIOWrapper(stream, encoding, newline="\n"):
             yield line.encode()
     except UnicodeError as error:
-        raise UserError(f"{file} is no {encoding.upper()} text ({error}): convert it") from None
+        raise UserError(f"{file} is not {encoding.upper()} text ({error}): convert it") from None
 
 
-def _parsed(line, where, is_first):
+def _read_lines(file: Path, lines: Iterable[bytes], field: str) -> Iterator[bytes | None]:
+    """Yields the document of each line that is not blank."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield _document_of(_parse_line(line, where, is_first=number == 1), field, where)
+
+
+def _parse_line(line: bytes, where: str, is_first: bool) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         remedy = "correct or delete that line"
-        if is_first and not line.lstrip(b"\xef\xbb\xbf \t").startswith((b"{", b"[")):
+        if is_first and not line.lstrip(_UTF8_MARK + b" \t").startswith((b"{", b"[")):
             remedy = "jsonl: takes a JSON object a line; plain text is text:PATH"
-        raise UserError(f"{where}: no JSON ({error}); {remedy}") from None
+        raise UserError(f"{where}: not JSON ({error}); {remedy}") from None
 
 
-def _text_of(row, field, where):
-    """The document of a parsed line or item."""
-    if not isinstance(row, dict) or field not in row:
-        keys = list(row) if isinstance(row, dict) else []
-        remedy = f"name the field with the text as jsonl:PATH#FIELD{did_you_mean(field, keys)}"
-        lists = [key for key in keys if isinstance(row[key], list)]
-        if lists:
-            remedy += f", or write the items of a list a line each (jq -c '.{lists[0]}[]')"
-        raise UserError(f"{where}: no field {field!r} among {', '.join(keys) or 'none'}; {remedy}")
-    try:
-        return as_bytes(row[field])
-    except (TypeError, UnicodeEncodeError) as error:
-        raise UserError(
-            f"{where}: field {field!r} is no text ({error}); correct the line or name another"
-            " field as jsonl:PATH#FIELD"
-        ) from None
+def _read_items(file: Path, content: bytes, field: str) -> Iterator[bytes | None]:
+    """Yields the document of each item of a JSON array.
 
-
-def _items(file, content, field):
-    """The documents of a JSON array, parsed one by one; the text is in memory as a whole."""
+    The items are parsed one by one; the text of the file is in memory as a whole.
+    """
     decoder = json.JSONDecoder()
     try:
         text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is a JSON array that is not UTF-8 ({error}): convert it") from None
-    at = _after(text, 1)
+    position = _skip_space(text, 1)
     number = 0
-    while text[at : at + 1] != "]":
+    while text[position : position + 1] != "]":
         number += 1
         where = f"{file}, item {number}"
         try:
-            row, at = decoder.raw_decode(text, at)
-            at = _after(text, at)
-            if text[at : at + 1] == ",":
-                at = _after(text, at + 1)
-            elif text[at : at + 1] != "]":
+            row, position = decoder.raw_decode(text, position)
+            position = _skip_space(text, position)
+            next_character = text[position : position + 1]
+            if next_character == ",":
+                position = _skip_space(text, position + 1)
+            elif next_character != "]":
                 raise ValueError("the array ends without ]")
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: no JSON ({error}); correct it, or copy it again") from None
-        yield _text_of(row, field, where)
+            raise UserError(f"{where}: not JSON ({error}); correct it, or copy it again") from None
+        yield _document_of(row, field, where)
 
 
-def _after(text, at):
-    """The next place that is no white space."""
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+def _skip_space(text: str, position: int) -> int:
+    """Returns the next position that is not white space."""
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
 
 
-def _first_line(head):
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+def _document_of(row: object, field: str, where: str) -> bytes | None:
+    """Returns the document of a parsed line or item."""
+    if not isinstance(row, dict) or field not in row:
+        raise _missing_field(row, field, where)
+    try:
+        return as_bytes(row[field])
+    except (TypeError, UnicodeEncodeError) as error:
+        raise UserError(
+            f"{where}: field {field!r} is not text ({error}); correct the line or name another"
+            " field as jsonl:PATH#FIELD"
+        ) from None
+
+
+def _missing_field(row: object, field: str, where: str) -> UserError:
+    keys = list(row) if isinstance(row, dict) else []
+    remedy = f"name the field with the text as jsonl:PATH#FIELD{did_you_mean(field, keys)}"
+    lists = [key for key in keys if isinstance(row[key], list)]
+    if lists:
+        remedy += f", or write the items of a list a line each (jq -c '.{lists[0]}[]')"
+    return UserError(f"{where}: no field {field!r} among {', '.join(keys) or 'none'}; {remedy}")
+
+
+def _first_line(head: bytes) -> tuple[bytes, bytes, bytes]:
+    """Returns (first line, line end, the rest)."""
+    return head.removeprefix(_UTF8_MARK).lstrip().partition(b"\n")
 
 
 def _is_array(head: bytes) -> bool:
-    """Whether a file is one JSON array, and not lines of arrays."""
+    """Returns whether a file is one JSON array, and not lines of arrays."""
     line, _, rest = _first_line(head)
     if not line.startswith(b"["):
         return False
     try:
         json.loads(line)
     except (ValueError, RecursionError):
-        return True
+        return True  # the array continues on the next lines, or beyond the head
     return not rest.strip()
 
 
-def _require_lines_or_array(file, head):
-    """Raises UserError for one JSON object that is written over several lines."""
+def _refuse_indented_object(file: Path, head: bytes) -> None:
+    """Raises UserError for a JSON object that is written over several lines."""
     line, newline, _ = _first_line(head)
     line = line.rstrip()
     is_open = line.endswith((b"{", b"[", b",", b":")) and not line.endswith(b"},")

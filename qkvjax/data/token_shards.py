@@ -1,10 +1,12 @@
-"""Files of token ids: which bytes are ids, how wide they are, and many files as one stream.
+"""Files of token ids: which bytes are ids, and how many bytes one id takes.
 
-Ids are little-endian whole numbers behind one of three heads:
+Ids are little-endian whole numbers. A file starts with one of these:
 
-- none: nanoGPT's `.bin`; the width is recognised, or named as `tokens:PATH#uint32`;
-- llm.c's 256 int32 (magic, version, number of ids, ...), which modded-nanogpt writes as well;
-- numpy's, of a `.npy` file.
+- no header: nanoGPT's `.bin`. The width is recognised from a sample (`qkvjax.data.token_widths`) or
+  named, as in `tokens:PATH#uint32`;
+- the header of llm.c, 256 int32 (magic, version, number of ids, ...), which modded-nanogpt writes
+  as well;
+- the header of numpy, in a `.npy` file.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax.data.compression import compression_of, first_bytes
-from qkvjax.data.formats import HEAD, identify, refusal, token_header
+from qkvjax.data.formats import HEAD, Format, identify, token_header, wrong_format
 from qkvjax.errors import UserError
 
+# Signed ids are read as unsigned ones of the same width.
 DTYPES = {
     "uint16": "<u2",
     "uint32": "<u4",
@@ -25,11 +28,12 @@ DTYPES = {
     "uint64": "<u8",
     "int64": "<u8",
 }
+# (magic, version) of llm.c's headers, and the type of the ids behind them.
 _HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 _HEADER_BYTES = 256 * 4
 _WANTED = "tokens: takes files of ids"
 _TOKEN_SUFFIXES = ("", ".bin")
-_FEWEST_LETTERS = 64  # ids may look like less text than this by chance
+_MIN_TEXT_BYTES = 64  # a shorter head of ids may look like text by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Shard:
     """A file of ids.
 
     Attributes:
-      offset: bytes in front of the first id.
-      count: ids, where `dtype` is known.
-      dtype: of numpy; None where the file does not say.
+      offset: bytes before the first id.
+      count: number of ids; 0 while `dtype` is unknown.
+      dtype: of numpy; None if the file does not tell.
     """
 
     path: Path
@@ -49,10 +53,10 @@ class Shard:
 
 
 def open_shard(path: Path, dtype: str | None = None) -> Shard:
-    """Looks at a file of ids.
+    """Reads the header of a file of ids, or finds that it has none.
 
     Args:
-      dtype: what its ids are, of DTYPES; None asks the file.
+      dtype: the type of the ids, one of DTYPES; None takes it from the file.
 
     Raises:
       UserError: another format, a header of an unknown version, a truncated file.
@@ -62,12 +66,12 @@ def open_shard(path: Path, dtype: str | None = None) -> Shard:
     if not size:
         raise UserError(f"{path} is empty: tokens: takes uint16 or uint32 ids")
     if head.startswith(b"\x93NUMPY"):
-        shard = _numpy(path)
+        shard = _open_numpy(path)
     elif header := token_header(head):
-        shard = _llm_c(path, size, header)
+        shard = _open_llm_c(path, size, header)
     else:
-        _refuse_others(path, head)
-        shard = Shard(path, 0, 0, None)
+        _refuse_other_formats(path, head)
+        shard = Shard(path, offset=0, count=0, dtype=None)
         return with_dtype(shard, np.dtype(DTYPES[dtype])) if dtype else shard
     if dtype and np.dtype(DTYPES[dtype]).itemsize != shard.dtype.itemsize:
         raise UserError(
@@ -80,19 +84,21 @@ def with_dtype(shard: Shard, dtype: np.dtype) -> Shard:
     """Returns a file without a header as ids of this type.
 
     Raises:
-      UserError: its size is no multiple of theirs.
+      UserError: the size of the file is not a multiple of the size of an id.
     """
     size = shard.path.stat().st_size
     if size % dtype.itemsize:
-        what = "an odd number" if dtype.itemsize == 2 else f"no multiple of {dtype.itemsize}"
+        problem = "an odd number"
+        if dtype.itemsize != 2:
+            problem = f"not a multiple of {dtype.itemsize}"
         raise UserError(
-            f"{shard.path} has {size:,} bytes, {what}: ids of {dtype.name} take {dtype.itemsize}"
-            " bytes each, so it is truncated or something else"
+            f"{shard.path} has {size:,} bytes, {problem}: ids of {dtype.name} take {dtype.itemsize}"
+            " bytes each, so the file is truncated or holds something else"
         )
-    return Shard(shard.path, 0, size // dtype.itemsize, dtype)
+    return Shard(shard.path, offset=0, count=size // dtype.itemsize, dtype=dtype)
 
 
-def _numpy(path):
+def _open_numpy(path: Path) -> Shard:
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
@@ -105,53 +111,65 @@ def _numpy(path):
     return Shard(path, array.offset, len(array), array.dtype)
 
 
-def _llm_c(path, size, header):
+def _open_llm_c(path: Path, size: int, header: tuple[int, int, int]) -> Shard:
     magic, version, count = header
-    dtype = _HEADERS.get((magic, version))
-    if dtype is None:
+    name = _HEADERS.get((magic, version))
+    if name is None:
         raise UserError(
-            f"{path} has a header of llm.c's kind, of magic {magic} and version {version}, and"
-            f" {_WANTED}: of such headers those of 20240520, version 1 (uint16), and 20240801,"
-            " version 7 (uint32)"
+            f"{path} has a header like llm.c's with magic {magic} and version {version}, and"
+            f" {_WANTED}: supported headers have magic 20240520 and version 1 (uint16), or magic"
+            " 20240801 and version 7 (uint32)"
         )
-    dtype = np.dtype(dtype)
-    due = _HEADER_BYTES + count * dtype.itemsize
-    if size != due or count < 1:
-        what = "is truncated" if size < due else "is damaged"
+    dtype = np.dtype(name)
+    expected_size = _HEADER_BYTES + count * dtype.itemsize
+    if size != expected_size or count < 1:
+        problem = "is truncated" if size < expected_size else "is damaged"
         raise UserError(
-            f"{path} {what}: its header says {count:,} ids of {dtype.name}, which take {due:,}"
-            f" bytes, and it has {size:,}: copy it again"
+            f"{path} {problem}: its header says {count:,} ids of {dtype.name}, which take"
+            f" {expected_size:,} bytes, and it has {size:,}: copy it again"
         )
     return Shard(path, _HEADER_BYTES, count, dtype)
 
 
-def _refuse_others(path, head):
-    """Raises UserError for a file without a header that is known to be no plain ids."""
-    if path.with_suffix(".idx").is_file() and path.suffix != ".idx":
+def _refuse_other_formats(path: Path, head: bytes) -> None:
+    """Raises UserError for a file without a header that is recognised as something else."""
+    _refuse_library_formats(path)
+    if compression := compression_of(head):
         raise UserError(
-            f"{path} belongs to a Megatron data set: {path.with_suffix('.idx').name} beside it says"
-            f" where its documents are and how wide its ids, and {_WANTED} alone: write them with"
-            " numpy as uint16 or uint32, a separator behind each document"
+            f"{path} is compressed ({compression}), and token files are mapped into memory as they"
+            " are: decompress it first"
         )
-    index = path.parent / "index.json"
-    if index.is_file() and path.name in index.read_text(errors="replace"):
+    content = identify(head)
+    if content.name == "UTF-8 text" and len(head) >= _MIN_TEXT_BYTES:
+        remedy = "use text:PATH, or jsonl:PATH#FIELD"
+    elif _may_be_ids(path, content):
+        return
+    elif content.remedy.startswith(("use", "unpack", "fetch")):
+        remedy = content.remedy
+    else:
+        remedy = "write the ids with numpy as uint16 or uint32"
+    raise wrong_format(path, dataclasses.replace(content, remedy=remedy), _WANTED)
+
+
+def _may_be_ids(path: Path, content: Format) -> bool:
+    """Returns whether ids may look like this format by chance."""
+    if content.evidence == "content":
+        return True
+    return content.evidence == "short magic" and path.suffix in _TOKEN_SUFFIXES
+
+
+def _refuse_library_formats(path: Path) -> None:
+    """Raises UserError for ids that a file beside them divides into documents or chunks."""
+    megatron_index = path.with_suffix(".idx")
+    if megatron_index.is_file() and path.suffix != ".idx":
+        raise UserError(
+            f"{path} belongs to a Megatron data set: {megatron_index.name} beside it says where its"
+            f" documents are and how wide its ids are, and {_WANTED} alone: write them with numpy"
+            " as uint16 or uint32, with a separator after each document"
+        )
+    streaming_index = path.parent / "index.json"
+    if streaming_index.is_file() and path.name in streaming_index.read_text(errors="replace"):
         raise UserError(
             f"{path} is a chunk of a streaming data set (index.json beside it lists it), and"
             f" {_WANTED} alone: write them with numpy as uint16 or uint32"
         )
-    if packed := compression_of(head):
-        raise UserError(
-            f"{path} is compressed ({packed}), and token files are mapped into memory as they are:"
-            " decompress it first"
-        )
-    found = identify(head)
-    remedy = "write the ids with numpy as uint16 or uint32"
-    if found.remedy.startswith(("use", "unpack", "fetch")):
-        remedy = found.remedy
-    if found.name == "UTF-8 text" and len(head) >= _FEWEST_LETTERS:
-        remedy = "use text:PATH, or jsonl:PATH#FIELD"
-    elif found.evidence == "content" or (
-        found.evidence == "short magic" and path.suffix in _TOKEN_SUFFIXES
-    ):
-        return  # ids may look so by chance
-    raise refusal(path, dataclasses.replace(found, remedy=remedy), _WANTED)

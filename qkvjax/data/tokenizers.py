@@ -17,7 +17,7 @@ import numpy as np
 
 from qkvjax.data import words
 from qkvjax.data.bpe import SEPARATORS, _Bpe, _gpt2_files, _read_tokenizer_json, _table
-from qkvjax.data.sources import expanded
+from qkvjax.data.files import expanded
 from qkvjax.data.unencodable import Unfit
 from qkvjax.errors import UserError, did_you_mean
 from qkvjax.files import read_object

@@ -1,1 +1,1 @@
-"""Sampling through the decode cache."""
+"""Decoding: sampling of tokens through the caches of a language model."""

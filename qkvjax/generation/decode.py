@@ -1,6 +1,6 @@
-"""Sampling through the decode cache.
+"""The programs of decoding: new tokens run through the model and its caches.
 
-Letters: B sequences, T new tokens, V vocabulary.
+Letters: B sequences, T new tokens, P tokens of a prompt, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from qkvjax.parallel import rules
 PREFILL = 512  # tokens of a prompt that enter the cache at a time
 
 
+# ---- caches -----------------------------------------------------------------------------------
+
+
 def empty_caches(
     model: LanguageModel, batch: int, length: int, dtype, layout=None, sequences=None
 ) -> list:
@@ -29,63 +32,118 @@ def empty_caches(
     ]
 
 
-def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl=None):
-    """Runs new tokens through the model and into its caches.
+def make_caches(model, batch, length, dtype, layout=None, page_size=None):
+    """Makes empty caches for `length` tokens of each of `batch` sequences.
 
     Args:
-      model: for embedding and final norm.
-      layers: `model.stack.layers()`; None means that the model's own arrays are read, of a model
-        that `generation.serving.serve` made.
-      cache: a list of caches, one a layer.
-      ids: int [B, T] new tokens at positions start, ..., start + T - 1.
-      start: int scalar, or [B] where sequences have come to different lengths.
-      table: the block table of a cache in pages; None means a contiguous one.
-      turns: of `attention.cache.turns`, or None.
+      dtype, layout: as in `attention.cache.empty`.
+      page_size: slots of a page; None means contiguous caches.
 
     Returns:
-      What the head reads, [B, T, D], and the caches.
+      (caches, block table or None). A windowed layer has slots for its window in a contiguous
+      cache, for all tokens in pages.
+    """
+    if page_size is None:
+        return empty_caches(model, batch, length, dtype, layout), None
+    # Pages are sharded like the sequences that use them. Each group of devices numbers its pages
+    # from 0, so that all groups have the same table.
+    groups = rules.row_ways(batch)
+    sequences = batch // groups
+    pages = -(-length // page_size)  # of a sequence
+    table = caches.block_table([length] * sequences, page_size, sequences * pages)
+    table = rules.spread_rows(jnp.asarray(np.tile(table, (groups, 1))))
+    return empty_caches(model, batch * pages, page_size, dtype, layout, batch), table
+
+
+def check_heads(spec: ModelSpec) -> None:
+    """Raises UserError where the mesh in force does not divide a layer's query heads."""
+    ways = rules.ways("heads") if rules.has_mesh() else 1
+    for count in sorted({layer.num_heads for layer in spec.layers}):
+        if count % ways:
+            raise UserError(
+                f"{count} query heads cannot be divided among {ways} devices (mesh.tensor): use a"
+                " mesh with a smaller tensor axis"
+            )
+
+
+# ---- new tokens -------------------------------------------------------------------------------
+
+
+def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl=None):
+    """Runs new tokens through the model and writes them to its caches.
+
+    Args:
+      model: for the embedding and the final norm.
+      layers: `model.stack.layers()`; None reads the arrays of the model itself, for a model of
+        `generation.serving.serve`.
+      cache: a list of caches, one a layer.
+      ids: int [B, T], at positions start, ..., start + T - 1.
+      start: int scalar, or [B] where sequences have different lengths.
+      dtype: of activations.
+      table: the block table of caches in pages; None means contiguous caches.
+      turns: of `attention.cache.turns`, or None.
+      impl: which implementation of attention; None means the one that the model names.
+
+    Returns:
+      (the input of the head [B, T, D], the caches).
     """
     ids = rules.spread_rows(ids)
     positions = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(ids.shape[1]), ids.shape)
     positions = rules.shard_rows_like(positions, ids)
     x = model.embed(ids, positions, dtype)
-    updated = []
     layers = model.stack.layers() if layers is None else layers
-    for layer, held in zip(layers, cache, strict=True):
+    updated_cache = []
+    for layer, layer_cache in zip(layers, cache, strict=True):
         x, layer = rules.delay_gather(x, layer)
-        x, held = layer.decode(x, held, start, table=table, turns=turns, impl=impl)
-        updated.append(held)
-    return model.norm(x), updated
+        x, layer_cache = layer.decode(x, layer_cache, start, table=table, turns=turns, impl=impl)
+        updated_cache.append(layer_cache)
+    return model.norm(x), updated_cache
 
 
 def decode(model, layers, cache, ids, start, **options):
-    """Logits [B, T, V] of new tokens, and the caches with them; arguments as in `advance`."""
+    """Returns the logits [B, T, V] of new tokens, and the caches; arguments as in `advance`."""
     x, cache = advance(model, layers, cache, ids, start, **options)
     return model.logits(x), cache
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames="cache")
-def prefill_piece(model, layers, cache, ids, start, table, *, dtype):
-    """New tokens int [B, T] of a prompt into the caches: last logits [B, V] and caches."""
-    x, cache = advance(model, layers, cache, ids, start, dtype=dtype, table=table)
-    return model.logits(x[:, -1:])[:, -1], cache
+# ---- a prompt ---------------------------------------------------------------------------------
 
 
 def prefill(model, layers, cache, ids, *, dtype, table=None):
-    """A prompt int [B, P] into empty caches: last logits [B, V] and caches.
+    """Writes a prompt to empty caches, in pieces of PREFILL tokens.
 
-    It goes in pieces of PREFILL tokens: scores take memory by the length of a piece times that
-    of the cache.
+    In pieces, because attention scores take memory by the length of a piece times that of the
+    cache.
+
+    Args:
+      ids: int [B, P].
+      model, layers, cache, dtype, table: as in `advance`.
+
+    Returns:
+      (the logits [B, V] of the last token, the caches).
     """
-    length, start = ids.shape[1], 0
-    # The short piece goes first, so that prompts of any length share the program of whole ones.
-    for end in range((length - 1) % PREFILL + 1, length + 1, PREFILL):
+    length = ids.shape[1]
+    # The short piece goes first: all later pieces then have PREFILL tokens, and prompts of all
+    # lengths share the compiled program of those.
+    first_end = (length - 1) % PREFILL + 1
+    start = 0
+    for end in range(first_end, length + 1, PREFILL):
         piece = ids[:, start:end]
         logits, cache = prefill_piece(
             model, layers, cache, piece, jnp.int32(start), table, dtype=dtype
         )
         start = end
     return logits, cache
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames="cache")
+def prefill_piece(model, layers, cache, ids, start, table, *, dtype):
+    """Writes a piece int [B, T] of a prompt; returns the logits [B, V] of its end, and caches."""
+    x, cache = advance(model, layers, cache, ids, start, dtype=dtype, table=table)
+    return model.logits(x[:, -1:])[:, -1], cache
+
+
+# ---- the loop over tokens ---------------------------------------------------------------------
 
 
 @functools.partial(
@@ -106,47 +164,43 @@ def sample_tokens(
     num_ids,
     greedy,
 ):
-    """max_tokens tokens int32 [B, max_tokens], each fed back through the cache."""
-    slots = max(map(caches.cache_slots, cache)) * (1 if table is None else table.shape[1])
+    """Samples tokens, each from the logits of the one before.
+
+    Args:
+      logits: [B, V], of the last token of the prompt.
+      start: int scalar, the position of the first new token.
+      key: of `jax.random`.
+      temperature: float scalar above 0; not read with `greedy`.
+      max_tokens: how many tokens to sample.
+      num_ids: ids of the tokenizer; logits beyond them are padding and are never sampled.
+      greedy: whether to take the likeliest token.
+      model, layers, cache, table, dtype: as in `advance`.
+
+    Returns:
+      (int32 [B, max_tokens], the caches).
+    """
+    pages_per_sequence = 1 if table is None else table.shape[1]
+    slots = max(map(caches.cache_slots, cache)) * pages_per_sequence
+    # Rotations of all positions, computed once instead of in each round of the loop.
     turns = caches.turns(model.spec.layers, slots)
     like = jax.eval_shape(lambda: cache)
     logits = rules.spread_rows(logits)
-    options = {"dtype": dtype, "table": table, "turns": turns}
 
-    def one(carry, key):
+    def sample_one(carry, key):
         logits, cache, position = carry
         cache = caches.restored(cache, like)
-        logits = logits[:, :num_ids]  # rows that pad the vocabulary are no tokens
+        logits = logits[:, :num_ids]
         if greedy:
             ids = jnp.argmax(logits, axis=-1)
         else:
             ids = jax.random.categorical(key, logits / temperature)
-        logits, cache = decode(model, layers, cache, ids[:, None], position, **options)
-        return (logits[:, -1], caches.carried(cache, table), position + 1), ids.astype(jnp.int32)
+        logits, cache = decode(
+            model, layers, cache, ids[:, None], position, dtype=dtype, table=table, turns=turns
+        )
+        carry = (logits[:, -1], caches.carried(cache, table), position + 1)
+        return carry, ids.astype(jnp.int32)
 
     keys = jax.random.split(key, max_tokens)
-    (_, cache, _), ids = jax.lax.scan(one, (logits, caches.carried(cache, table), start), keys)
+    carry = (logits, caches.carried(cache, table), start)
+    (_, cache, _), ids = jax.lax.scan(sample_one, carry, keys)
     return rules.replicate(ids.T), caches.restored(cache, like)
-
-
-def make_caches(model, batch, length, dtype, layout=None, page_size=None):
-    """(empty caches, block table or None) for `length` tokens of each sequence: contiguous ones, in
-    which a windowed layer keeps its window, or whole pages of all tokens."""
-    if page_size is None:
-        return empty_caches(model, batch, length, dtype, layout), None
-    parts = rules.row_ways(batch)  # the pool and its sequences are sharded alike
-    mine, pages = batch // parts, -(-length // page_size)
-    one = caches.block_table([length] * mine, page_size, mine * pages)
-    table = rules.spread_rows(jnp.asarray(np.tile(one, (parts, 1))))
-    return empty_caches(model, batch * pages, page_size, dtype, layout, batch), table
-
-
-def check_heads(spec: ModelSpec) -> None:
-    """Raises UserError where the mesh in force cannot share out a layer's query heads."""
-    ways = rules.ways("heads") if rules.has_mesh() else 1
-    for count in sorted({layer.num_heads for layer in spec.layers}):
-        if count % ways:
-            raise UserError(
-                f"the {count} query heads do not divide over {ways} devices (mesh.tensor): use a"
-                " mesh with a smaller tensor axis"
-            )

@@ -1,5 +1,7 @@
-"""A model as it is served: layers with arrays of their own, in the dtype that is computed in; and
-the programs of generation compiled for devices that need not be here.
+"""A model as it is served, and the programs of generation compiled ahead of time.
+
+A served model has separate arrays for each layer, in the dtype of the computation. Its programs can
+be compiled for devices that this machine does not have.
 """
 
 from __future__ import annotations
@@ -22,57 +24,56 @@ CAST = rules.MATRICES.keys() - {"embedding", "head"}
 
 
 def serve(model: LanguageModel, dtype) -> LanguageModel:
-    """Makes of a restored model one whose decoding holds every parameter once.
+    """Turns a restored model into one that decodes without a second copy of its parameters.
 
-    The layers get arrays of their own, and the matrices of blocks the dtype that they are used in:
-    logits in `dtype` stay the same. Stacked arrays are deleted one after the other as they are
-    taken apart, so that memory peaks at the parameters and one stacked array; the given model
-    cannot be used any more.
+    Each layer gets its own arrays, and the matrices of blocks the dtype in which they are used:
+    logits in `dtype` stay the same. Each stacked array is deleted as soon as it is taken apart, so
+    that memory peaks at the parameters and one stacked array.
 
     Args:
-      model: as `training.restore.load_model` gives it.
+      model: of `training.restore.load_model`. It cannot be used any more afterwards.
       dtype: of activations.
     """
 
-    def take(path, stacked, count):
+    def take_apart(path, stacked, count):
         parts = _parts(path, stacked, count, dtype)
         stacked.delete()
         return parts
 
     with placed.on_mesh_of(model):
-        return with_stack(model, unrolled(model.stack, take))
+        return with_stack(model, unrolled(model.stack, take_apart))
 
 
 def abstract(
     spec: ModelSpec, mesh: jax.sharding.Mesh, dtype, param_dtype="float32"
 ) -> LanguageModel:
-    """The model that `serve` makes, as ShapeDtypeStructs over a mesh.
+    """Returns the model that `serve` makes, as ShapeDtypeStructs on a mesh.
 
     Args:
       spec: of a language model.
-      mesh: whose devices need not be here.
+      mesh: its devices may be of another machine.
       dtype: of activations.
       param_dtype: of what is not cast: embedding, head, norms, biases.
     """
 
-    def stacked(key):
+    def make_stacked(key):
         return jax.tree.map(lambda leaf: leaf.astype(param_dtype), make(spec, key))
 
-    model = jax.eval_shape(stacked, jax.random.key(0))
+    model = jax.eval_shape(make_stacked, jax.random.key(0))
     model = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         model,
         state_shardings(model, mesh),
     )
 
-    def served(model):
-        def take(path, leaf, count):
+    def serve_abstract(model):
+        def take_apart(path, leaf, count):
             return _parts(path, leaf, count, dtype)
 
-        return with_stack(model, unrolled(model.stack, take))
+        return with_stack(model, unrolled(model.stack, take_apart))
 
     with jax.set_mesh(mesh):
-        return placed.on_devices_of(mesh, jax.eval_shape(served, model))
+        return placed.on_devices_of(mesh, jax.eval_shape(serve_abstract, model))
 
 
 def compile_generation(
@@ -88,11 +89,11 @@ def compile_generation(
     layout: str | None = None,
     page_size: int | None = None,
 ) -> dict[str, jax.stages.Compiled]:
-    """Compiles what `generate` runs for a served model, for devices that need not be here.
+    """Compiles the programs that `generate` runs with a served model.
 
     Args:
       spec: of a language model.
-      mesh: over whose devices the model lies.
+      mesh: of the model; its devices may be of another machine.
       batch: sequences.
       context: slots of each sequence's cache; the prompt leaves `max_tokens` of them free.
       max_tokens: rounds of the loop over tokens, at most context - 1.
@@ -100,53 +101,57 @@ def compile_generation(
       cache_dtype, layout, page_size: as in `generate`.
 
     Returns:
-      "prefill", a piece of a prompt onto the cache, and "decode", the loop over tokens. Peak bytes
-      of a device: `analysis.measure.peak_bytes`. XLA's CPU runs what it can at once, so it gathers
-      the parameters of all layers of "fsdp" together, which accelerators do not;
-      XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false lets it do as they do.
+      "prefill", which writes a piece of a prompt to the cache, and "decode", the loop over tokens.
+      `costs.measure.peak_bytes` gives the peak bytes of a device. XLA's CPU runs what it can at
+      once, so it gathers the parameters of all layers of "fsdp" together, which accelerators do
+      not; XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false makes it gather as they
+      do.
 
     Raises:
-      UserError: a mesh that cannot share out the heads, a layout that a sharing lacks.
+      UserError: a mesh that does not divide the heads, a layout that a sharing lacks.
     """
     dtype = jnp.dtype(dtype)
     max_tokens = min(max_tokens, context - 1)
     model = abstract(spec, mesh, dtype, param_dtype)
+
+    def on_mesh(make_arrays):
+        return placed.on_devices_of(mesh, jax.eval_shape(make_arrays))
+
     with jax.set_mesh(mesh):
         decode.check_heads(spec)
-
-        def caches_and_table():
-            arrays = batch, context, cache_dtype or dtype, layout, page_size
-            return decode.make_caches(model, *arrays)
-
-        def rows(shape, dtype):
-            made = jax.eval_shape(lambda: rules.spread_rows(jnp.zeros(shape, dtype)))
-            return placed.on_devices_of(mesh, made)
-
-        cache, table = placed.on_devices_of(mesh, jax.eval_shape(caches_and_table))
-        ids = rows((batch, min(decode.PREFILL, context)), jnp.int32)
-        logits = rows((batch, spec.vocab_size), jnp.float32)
-        start, warmth = (jax.ShapeDtypeStruct((), kind) for kind in (jnp.int32, jnp.float32))
+        cache, table = on_mesh(
+            lambda: decode.make_caches(
+                model, batch, context, cache_dtype or dtype, layout, page_size
+            )
+        )
+        piece = min(decode.PREFILL, context)
+        ids = on_mesh(lambda: rules.spread_rows(jnp.zeros((batch, piece), jnp.int32)))
+        logits = on_mesh(
+            lambda: rules.spread_rows(jnp.zeros((batch, spec.vocab_size), jnp.float32))
+        )
+        start = jax.ShapeDtypeStruct((), jnp.int32)
+        temperature = jax.ShapeDtypeStruct((), jnp.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        first = decode.prefill_piece.lower(model, None, cache, ids, start, table, dtype=dtype)
-        then = decode.sample_tokens.lower(
+        prefill = decode.prefill_piece.lower(model, None, cache, ids, start, table, dtype=dtype)
+        loop = decode.sample_tokens.lower(
             model,
             None,
             cache,
             logits,
             start,
             key,
-            warmth,
+            temperature,
             table,
             dtype=dtype,
             max_tokens=max_tokens,
             num_ids=spec.vocab_size,
             greedy=False,
         )
-        return {"prefill": first.compile(), "decode": then.compile()}
+        return {"prefill": prefill.compile(), "decode": loop.compile()}
 
 
 def _parts(path, stacked, count: int, dtype) -> list[jax.Array]:
-    """The `count` arrays of a stacked one, in the dtype that they are used in."""
+    """Returns the `count` arrays of a stacked array, in the dtype in which they are used."""
     if is_matrix(path) and not CAST.isdisjoint(path_names(path)):
         return [stacked[i].astype(dtype) for i in range(count)]
     return [stacked[i] for i in range(count)]

@@ -1,1 +1,1 @@
-"""The device mesh and the rules that place arrays on it."""
+"""Devices and processes: the mesh, the sharding rules, and what the processes of a job agree on."""

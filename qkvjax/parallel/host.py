@@ -1,4 +1,4 @@
-"""The host process: its memory allocator and what there is to know about the machine."""
+"""The host process: its memory allocator, its compilation cache, facts about the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from qkvjax.parallel import xla_flags
 
-# Dense bfloat16 peak in FLOP/s by jax's device kind; a device that is not here has no MFU.
+# Dense bfloat16 peak in FLOP/s by jax's device kind. For a kind that is not listed no MFU is
+# reported.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -27,19 +28,26 @@ PEAK_FLOPS = {
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed blocks instead of returning them to the kernel, in huge pages.
+    """Makes glibc keep freed blocks, in huge pages, instead of returning them to the kernel.
 
-    XLA's CPU client allocates a program's temporary memory anew at each call. Above 32 MiB
+    XLA's CPU client allocates the temporary memory of a program anew at each call. Above 32 MiB
     glibc maps fresh pages each time, and faulting them in cost a third of the step of a small
-    model (LOG.md has the figures). One arena for all threads, since the others' heaps hold 64 MiB
-    at most and go back to the kernel when they are empty. Without glibc this does nothing, and
-    where an accelerator computes it is left out: there the host's memory holds data and saves.
+    model (LOG.md has the figures).
+
+    Does nothing without glibc, nor where an accelerator computes: the host's memory then holds data
+    and saves alone.
     """
     if not sys.platform.startswith("linux") or xla_flags.accelerator() is not None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+        # Parameters of mallopt, from malloc.h.
+        m_trim_threshold = -1
+        m_top_pad = -2
+        m_mmap_max = -4
+        m_arena_max = -8
+        # One arena for all threads: the heaps of further arenas have 64 MiB at most and go back to
+        # the kernel when they are empty.
         libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
@@ -50,38 +58,43 @@ def keep_freed_memory() -> None:
 def keep_programs() -> None:
     """Lets jax keep compiled programs for the next run, in ~/.cache/qkvjax/programs.
 
-    $JAX_COMPILATION_CACHE_DIR names another folder, or none when it is empty. Programs are code:
-    the folder is the user's alone, and one that others can write to is left alone. Call it before
-    jax is imported.
+    Call it before jax is imported. $JAX_COMPILATION_CACHE_DIR names another folder; set but empty,
+    it turns the cache off. Compiled programs are code, so the folder is made for the user alone,
+    and a folder that others can write to is not used.
     """
     try:
         folder = Path("~/.cache/qkvjax/programs").expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except (OSError, RuntimeError):
-        return  # no home, or one that cannot be written, costs a minute of compiling, not the run
+        # Without a home folder that can be written, programs are compiled again in each run.
+        return
     if status.st_uid == os.getuid() and not status.st_mode & 0o022:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grows the heap, untouched, and tells the kernel to back it by huge pages.
+    """Grows the heap, without touching it, and asks the kernel to back it by huge pages.
 
-    Most kernels give them to who asks: 2 to 4 % of the step of a small model on two cores.
+    Most kernels grant this: it saves 2 to 4 % of the step of a small model on two cores.
     """
-    madv_hugepage, page, size = 14, 2**12, 2**30  # below the threshold of trimming
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    madv_hugepage = 14  # from sys/mman.h
+    page = 2**12
+    size = 2**30  # below m_trim_threshold, so that the freed block stays in the heap
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(size)
-    if block:  # None where so much address space may not be had; a refused wish changes nothing
+    if block:  # None where the process may not have so much address space
         start = -(-block // page) * page
+        # The result is not checked: where the kernel refuses, nothing changes.
         libc.madvise(start, (block + size - start) // page * page, madv_hugepage)
         libc.free(block)
 
 
 def environment() -> dict[str, object]:
-    """Versions, devices and the code's revision, for `run.json` and reports. No secrets."""
+    """Returns versions, devices and the code's revision, for `run.json` and reports. No secrets."""
     import jax
 
     device = jax.devices()[0]
@@ -101,18 +114,18 @@ def environment() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what is computed."""
+    """Returns the versions of the packages that decide what is computed."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def now() -> str:
-    """The time as records write it: to the second, in UTC."""
+    """Returns the time as records write it: ISO 8601, to the second, in UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def version() -> str:
-    """The installed version, or "source" when run from a checkout that is not installed."""
+    """Returns the version of qkvjax; "source" for a checkout that is not installed."""
     try:
         return importlib.metadata.version("qkvjax")
     except importlib.metadata.PackageNotFoundError:
@@ -120,7 +133,8 @@ def version() -> str:
 
 
 def revision() -> str | None:
-    """The git commit of this code, with "+" when files differ from it; None outside a checkout."""
+    """Returns the git commit of this code, with "+" where files differ from it; None outside a
+    checkout."""
     folder = Path(__file__).parent
 
     def git(*arguments):
@@ -138,7 +152,7 @@ def revision() -> str | None:
 
 
 def device_name() -> str:
-    """What people call the device: the GPU's or TPU's kind, or the processor's name."""
+    """Returns the device's name for people: the GPU's or TPU's kind, or the processor's name."""
     import jax
 
     device = jax.devices()[0]
@@ -154,27 +168,27 @@ def device_name() -> str:
 
 
 def free_memory() -> int | None:
-    """Bytes that arrays may take now, where they lie in the memory of a Linux host; else None.
+    """Returns the free bytes of a Linux host whose memory holds the arrays; None elsewhere.
 
-    Linux promises more memory than there is and kills who uses it.
+    Linux promises more memory than it has and kills a process that uses it, so callers check first.
     """
     import jax
 
-    told = Path("/proc/meminfo")
-    if jax.default_backend() != "cpu" or not told.exists():
+    meminfo = Path("/proc/meminfo")
+    if jax.default_backend() != "cpu" or not meminfo.exists():
         return None
-    lines = dict(line.split(":") for line in told.read_text().splitlines())
-    return 1024 * int(lines["MemAvailable"].split()[0])
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])  # the file counts in KiB
 
 
 def free_device_memory() -> int | None:
-    """Bytes that arrays may still take on the fullest device of this process; None where the
-    devices do not say."""
+    """Returns the free bytes of this process's fullest device; None where devices do not report
+    them."""
     import jax
 
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
-        free = free_memory()  # all of them share the host's
+        free = free_memory()  # which all virtual devices share
         return None if free is None else free // len(devices)
     stats = [device.memory_stats() or {} for device in devices]
     if not all("bytes_limit" in each for each in stats):
@@ -183,7 +197,7 @@ def free_device_memory() -> int | None:
 
 
 def peak_flops(num_devices: int = 1) -> float | None:
-    """Dense bfloat16 FLOP/s of so many devices, or None where the kind is not in the table."""
+    """Returns the dense bfloat16 peak of so many devices in FLOP/s; None for an unlisted kind."""
     import jax
 
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)

@@ -1,4 +1,4 @@
-"""The device that a program is compiled for: that of the mesh in force, which need not be here."""
+"""The device that a program is compiled for, which this machine need not have."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import jax
 
 from qkvjax.parallel import rules
 
-# Compute capability by the words that name an NVIDIA GPU, for GPUs that are not here; of one that
-# is here jax knows it. https://developer.nvidia.com/cuda-gpus
+# Compute capability -> words in the names of NVIDIA GPUs, for GPUs that this machine does not have;
+# jax knows the capability of one that it has. https://developer.nvidia.com/cuda-gpus
 CAPABILITIES = {
     "7.0": ("V100",),
     "7.5": ("T4",),
@@ -29,9 +29,9 @@ class Target:
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      kind: as its maker names it, such as "NVIDIA H200" or "TPU v5 lite".
-      capability: "9.0" of an NVIDIA GPU; a name such as "gfx942" of AMD's; None elsewhere, and
-        where the kind is unknown.
+      kind: the maker's name, such as "NVIDIA H200" or "TPU v5 lite".
+      capability: compute capability such as "9.0" for an NVIDIA GPU, a name such as "gfx942" for
+        one of AMD; None elsewhere, and where the kind is unknown.
       here: whether this process has such a device and can run the program.
     """
 
@@ -42,7 +42,7 @@ class Target:
 
     @property
     def major(self) -> int:
-        """The first number of an NVIDIA GPU's compute capability, 0 elsewhere."""
+        """Returns the first number of an NVIDIA GPU's compute capability, 0 for other devices."""
         first = str(self.capability).partition(".")[0]
         return int(first) if first.isdecimal() else 0
 
@@ -50,23 +50,23 @@ class Target:
 def target() -> Target:
     """Returns the device that a program traced now is compiled for.
 
-    With a mesh in force it is the kind of the mesh's devices; without one the first of jax's.
+    With a mesh in force it is a device of the mesh; without one it is this process's first device.
     """
     first = jax.local_devices()[0]
-    # Also inside `jax.shard_map`, where a device computes on its part and `has_mesh` says no.
+    # Not `rules.has_mesh`, which is False inside `jax.shard_map`: the mesh decides there too.
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is None or device.device_kind == first.device_kind:
         capability = getattr(first, "compute_capability", None)
         return Target(rules.platform(), first.device_kind, capability, here=True)
     kind = device.device_kind
-    # The host's processors compute beside an accelerator, for a mesh that is made of them.
+    # A machine with an accelerator can also run programs on a mesh of its processors.
     here = rules.platform() == "cpu"
     return Target(rules.platform(), kind, capability_of(kind), here)
 
 
 def capability_of(kind: str) -> str | None:
-    """Returns the compute capability of an NVIDIA GPU by its kind, None where it is unknown."""
+    """Returns the compute capability of an NVIDIA GPU of this kind; None where it is unknown."""
     # "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA RTX 6000 Ada Generation"
     words = f" {kind.replace('-', ' ')} "
     for capability, names in CAPABILITIES.items():

@@ -1,4 +1,4 @@
-"""Hardware that is not here, to compile for: names such as "v5e-16", "h200-8" and "cpu:8"."""
+"""Devices that this machine need not have, to compile for: "v5e-16", "h200-8", "cpu:8"."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device of a kind, by its maker's data sheet.
+    """One kind of device, with figures from its maker's data sheet.
 
     Attributes:
       memory: bytes.
       peak_flops: dense bfloat16 FLOP/s.
-      bandwidth: of its memory, bytes a second.
-      slices: number in the name -> the platform's own topology string.
+      bandwidth: of the memory, bytes a second.
+      slices: the number in a topology's name -> the platform's topology string, such as "2x4".
     """
 
     memory: int
@@ -31,17 +31,18 @@ class Chip(NamedTuple):
 
 
 def _grids(*shapes: str, cores: int = 1) -> dict[int, str]:
-    """Named by chips, or by the cores of which each has so many."""
+    """Returns topology strings by their number of cores; `cores` is the number in each chip."""
     return {cores * _chips(shape): shape for shape in shapes}
 
 
 def _chips(grid: str) -> int:
+    """Returns the number of chips of a topology string."""
     return math.prod(map(int, grid.split("x")))
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-# A v4 or v5p slice is named by its cores, two a chip; a program sees chips.
+# The number in the name of a v4 or v5p slice counts cores, two in each chip; a program sees chips.
 CHIPS = {
     "v4": Chip(32 * GIB, 275e12, 1.23e12, _grids(*_CUBES, cores=2)),
     "v5e": Chip(16 * GIB, 197e12, 0.82e12, _grids(*_FLAT)),
@@ -49,7 +50,7 @@ CHIPS = {
     "v6e": Chip(32 * GIB, 918e12, 1.64e12, _grids(*_FLAT)),
     "h200": Chip(141 * 10**9, 989e12, 4.8e12, {n: f"1x1x{n}" for n in (1, 2, 4, 8)}),
 }
-# What the compiler wants to know of an NVIDIA H200.
+# An NVIDIA H200 as XLA's compiler describes it (GpuTargetConfigProto, text format).
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -68,7 +69,13 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; `chip` is None for "cpu:N", virtual devices of this machine."""
+    """Devices to compile for.
+
+    Attributes:
+      name: such as "v5e-16".
+      count: devices.
+      chip: None for "cpu:N", virtual devices of this machine.
+    """
 
     name: str
     count: int
@@ -76,18 +83,20 @@ class Topology:
 
 
 def read(name: str) -> Topology:
-    """The topology of that name, without asking any compiler.
+    """Returns the topology of this name, without calling a compiler.
 
     Raises:
-      UserError: there is none; the message lists the real ones.
+      UserError: there is no such topology; the message lists those there are.
     """
-    if found := re.fullmatch(r"cpu:([1-9]\d{0,3})", name):
-        return Topology(name, int(found[1]))
+    if match := re.fullmatch(r"cpu:([1-9]\d{0,3})", name):
+        return Topology(name, int(match[1]))
     kind, _, number = name.partition("-")
     chip = CHIPS.get(kind)
     if chip is None or not number.isdecimal() or int(number) not in chip.slices:
         names = [f"{kind}-{n}" for kind, chip in CHIPS.items() for n in chip.slices]
-        listed = "; ".join(f"{k}-" + ", -".join(map(str, c.slices)) for k, c in CHIPS.items())
+        listed = "; ".join(
+            f"{kind}-" + ", -".join(map(str, chip.slices)) for kind, chip in CHIPS.items()
+        )
         raise UserError(
             f"--topology={name} does not exist: use one of {listed}; or cpu:N, N virtual devices"
             f" of this machine{did_you_mean(name, names)}"
@@ -96,46 +105,59 @@ def read(name: str) -> Topology:
 
 
 def devices(topology: Topology) -> list:
-    """Its devices, which compile and do not compute.
+    """Returns the devices of a topology.
+
+    Programs can be compiled for them. Only virtual CPU devices can run programs.
 
     Raises:
       UserError: their compiler is not installed.
     """
+    return _cpu_devices(topology) if topology.chip is None else _described_devices(topology)
+
+
+def _cpu_devices(topology: Topology) -> list:
+    """Returns virtual devices of this machine's processors."""
     import jax
 
-    if topology.chip is None:
-        try:
-            jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", topology.count)
-        except RuntimeError:
-            pass  # jax has begun already; what it has is seen below
-        if len(jax.devices("cpu")) < topology.count:
-            raise UserError(
-                f"--topology={topology.name} wants a process in which jax has not begun: run"
-                " qkvjax plan by itself"
-            )
-        return jax.devices("cpu")[: topology.count]
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", topology.count)
+    except RuntimeError:
+        pass  # jax has started already; the check below decides whether it has enough devices
+    if len(jax.devices("cpu")) < topology.count:
+        raise UserError(
+            f"--topology={topology.name} needs a process in which jax has not started yet: run"
+            " qkvjax plan by itself"
+        )
+    return jax.devices("cpu")[: topology.count]
+
+
+def _described_devices(topology: Topology) -> list:
+    """Returns accelerators that exist as a description for their compiler alone."""
+    import jax
     from jax.experimental import topologies
 
     kind, _, number = topology.name.partition("-")
     grid = topology.chip.slices[int(number)]
     xla_flags.add("gpu" if kind == "h200" else "tpu")  # as on the hardware itself
-    # There is no metadata server to ask for the names of workers.
+    # Outside Google Cloud there is no metadata server that knows the names of workers.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"} | os.environ
-    # Without a GPU jax's plugin asks the driver in vain and is then left out.
+    # jax's plugin checks for a driver, and without one it would not register its compiler.
     os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"} | os.environ
-    # A program for devices that are not here can be kept, but not read again.
+    # A program for such devices can be written to the compilation cache, but not read from it.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         if kind == "h200":
-            found = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=grid)
+            description = topologies.get_topology_desc(
+                platform="cuda", target_config=H200, topology=grid
+            )
         else:
-            found = topologies.get_topology_desc(f"{kind}:{grid}", platform="tpu")
+            description = topologies.get_topology_desc(f"{kind}:{grid}", platform="tpu")
     except (ImportError, RuntimeError, ValueError) as error:
         extra = "cuda" if kind == "h200" else "tpu"
         raise UserError(
-            f"--topology={topology.name}: its compiler is not here, or busy with another process"
+            f"--topology={topology.name}: its compiler is not installed, or another process uses it"
             f" ({type(error).__name__}: {str(error).splitlines()[0][:120]}): pip install"
             f" 'qkvjax[{extra}]', which needs no such device"
         ) from None
-    return list(found.devices)
+    return list(description.devices)

@@ -1,9 +1,10 @@
-"""Flags of the compiler for accelerators, in one place: they let collectives run beside products.
+"""Compiler flags for accelerators: they let collectives run at the same time as products.
 
-XLA reads $XLA_FLAGS and libtpu reads $LIBTPU_INIT_ARGS once, when jax starts, so `add` comes before
-that. A flag that a user has set stays as it is; QKVJAX_XLA_FLAGS=off leaves all of them out. A flag
-that a compiler does not know would end the process, so `add` looks its name up in the compiler's
-library. Tested with jaxlib 0.10.2, 0.11.2 and 0.12.0 and with libtpu 0.0.42; what they gain has not
+XLA reads $XLA_FLAGS and libtpu reads $LIBTPU_INIT_ARGS once, when jax starts, so `add` must be
+called before. A flag that the user has set keeps its value; QKVJAX_XLA_FLAGS=off adds none. An
+unknown flag would end the process, so `add` first looks for its name in the compiler's library.
+
+Tested with jaxlib 0.10.2, 0.11.2 and 0.12.0 and with libtpu 0.0.42. What the flags gain has not
 been measured.
 """
 
@@ -15,23 +16,24 @@ import mmap
 import os
 from pathlib import Path
 
-SWITCH = "QKVJAX_XLA_FLAGS"
+SWITCH = "QKVJAX_XLA_FLAGS"  # environment variable; "off" adds no flags
 VARIABLES = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
-# https://docs.jax.dev/en/latest/gpu_performance_tips.html: the scheduler that starts collectives
-# early, collectives of one turn of a loop beside products of another, and small collectives as one,
-# up to about the weights of a layer.
-LAYER = 128 * 2**20  # bytes
+LAYER = 128 * 2**20  # bytes, about the weights of a layer
 FLAGS = {
+    # From https://docs.jax.dev/en/latest/gpu_performance_tips.html
     "gpu": {
+        # Starts collectives early, so that products hide them.
         "xla_gpu_enable_latency_hiding_scheduler": "true",
+        # Collectives of one iteration of a loop run beside products of another.
         "xla_gpu_enable_pipelined_all_gather": "true",
         "xla_gpu_enable_pipelined_all_reduce": "true",
         "xla_gpu_enable_pipelined_reduce_scatter": "true",
+        # Joins small collectives, up to this size.
         "xla_gpu_all_gather_combine_threshold_bytes": str(LAYER),
         "xla_gpu_all_reduce_combine_threshold_bytes": str(LAYER),
         "xla_gpu_reduce_scatter_combine_threshold_bytes": str(LAYER),
     },
-    # The scheduler is on by default there; these make collectives run beside products.
+    # The scheduler is on by default on TPUs; these flags make collectives run beside products.
     "tpu": {
         "xla_tpu_enable_async_collective_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
@@ -49,14 +51,18 @@ READERS = {"gpu": ("jaxlib", "libjax_common.so"), "tpu": ("libtpu", "libtpu.so")
 
 
 def accelerator() -> str | None:
-    """Returns "gpu" or "tpu" where jax will find one, judged without starting it; else None."""
-    asked = [name for name in os.environ.get("JAX_PLATFORMS", "").split(",") if name]
-    names = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",)}
+    """Returns "gpu" or "tpu" where jax will find one, else None.
+
+    Looks for jax's plugin and the driver's device files, without starting jax.
+    """
+    allowed = [name for name in os.environ.get("JAX_PLATFORMS", "").split(",") if name]
+    jax_names = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",)}
     for platform in FLAGS:
-        if asked and not any(name in asked for name in names[platform]):
+        if allowed and not any(name in allowed for name in jax_names[platform]):
             continue
-        plugged = any(importlib.util.find_spec(plugin) for plugin in PLUGINS[platform])
-        if plugged and any(Path(device).exists() for device in DEVICES[platform]):
+        has_plugin = any(importlib.util.find_spec(plugin) for plugin in PLUGINS[platform])
+        has_device = any(Path(device).exists() for device in DEVICES[platform])
+        if has_plugin and has_device:
             return platform
     return None
 
@@ -65,21 +71,21 @@ def add(platform: str | None = None) -> str:
     """Adds the flags of a platform to its environment variable; call it before jax starts.
 
     Args:
-      platform: "gpu" or "tpu"; None means what `accelerator` finds.
+      platform: "gpu" or "tpu"; None means the result of `accelerator`.
 
     Returns:
-      The flags that were added, "" for none.
+      The flags that were added; "" where none were.
     """
     platform = accelerator() if platform is None else platform
     if platform is None or os.environ.get(SWITCH) == "off":
         return ""
     before = os.environ.get(VARIABLES[platform], "")
-    given = {flag.lstrip("-").partition("=")[0] for flag in before.split()}
+    set_by_user = {flag.lstrip("-").partition("=")[0] for flag in before.split()}
     known = _known(platform)
     added = " ".join(
         f"--{name}={value}"
         for name, value in FLAGS[platform].items()
-        if name not in given and name in known
+        if name not in set_by_user and name in known
     )
     if added:
         os.environ[VARIABLES[platform]] = f"{before} {added}".strip()
@@ -87,19 +93,19 @@ def add(platform: str | None = None) -> str:
 
 
 def in_force() -> str:
-    """Returns what the variables of all platforms say, for a run's first lines and its records."""
+    """Returns the flags of all platforms in the environment, for a run's log and its records."""
     return " ".join(filter(None, (os.environ.get(name) for name in VARIABLES.values())))
 
 
 @functools.cache
 def _known(platform: str) -> frozenset[str]:
-    """Which flags of a platform stand in the library that reads them."""
+    """Returns which flags of a platform the library that reads them knows, by their names in it."""
     package, file = READERS[platform]
     spec = importlib.util.find_spec(package)
     if spec is None:
         return frozenset()
     path = Path(spec.submodule_search_locations[0]) / file
-    if not path.exists():  # another system names its libraries otherwise
+    if not path.exists():  # the library has another name on this system
         return frozenset()
     with open(path, "rb") as library:
         with mmap.mmap(library.fileno(), 0, access=mmap.ACCESS_READ) as text:

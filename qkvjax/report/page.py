@@ -16,9 +16,10 @@ from qkvjax.report import drawing, facts, literature, plots, tables
 from qkvjax.report import files as study_files
 from qkvjax.report.answer import answer, measured_difference
 from qkvjax.report.by_setting import by_setting
+from qkvjax.report.csv_file import write_csv
 from qkvjax.report.decisions import decisions
 from qkvjax.report.rendering import TEMPLATES, render
-from qkvjax.report.summary import Summary, summarize, write_csv
+from qkvjax.report.summary import Summary, summarize
 
 
 def write_report(workdir: Path) -> Path:

@@ -13,7 +13,7 @@ import jax
 from qkvjax.data.ahead import ahead
 from qkvjax.formats import count
 from qkvjax.parallel import host
-from qkvjax.parallel.distributed import Loudest, is_first, several
+from qkvjax.parallel.distributed import MaxOverProcesses, is_first, several
 from qkvjax.progress import duration
 from qkvjax.training.checkpoint import Checkpoints
 from qkvjax.training.guard import IN_A_ROW, Rollback
@@ -120,7 +120,7 @@ class Loop:
         self.interrupted = False
         self.progress_bar, self.log = _progress_bar(self.step, self.steps, log)
         self._requests = requests
-        self._loudest = Loudest(run.mesh)
+        self._max_over_processes = MaxOverProcesses(run.mesh)
         self._began = time.perf_counter()
 
     def fit(self) -> tuple[object, dict[str, float]]:
@@ -167,7 +167,7 @@ class Loop:
         """What signals and the time limit ask for now, the same on every process of a job."""
         limit = self.run.config.train.max_seconds
         late = limit is not None and time.perf_counter() - self._began >= limit
-        return self._loudest(max(self._requests(), TIME_IS_UP if late else 0))
+        return self._max_over_processes(max(self._requests(), TIME_IS_UP if late else 0))
 
     # ---- one step ---------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`bench memory`: programs compiled and not run, for every sharing."""
+"""`bench`: programs compiled for every sharing, and times of attention."""
 
 import pytest
 
@@ -7,24 +7,24 @@ from qkvjax.costs import memory
 
 @pytest.fixture(scope="module")
 def measured(door, recipe, folders):
-    """(what was told, the workdir)."""
+    """Returns (result of the command, workdir)."""
     workdir = folders / "memory"
     flags = (f"--config={recipe}", "--batches=1,8", "--contexts=16", f"--workdir={workdir}")
     return door("bench", "memory", *flags), workdir
 
 
-def test_every_sharing_at_every_place(measured, lines):
-    told, workdir = measured
-    assert told.code == 0, told.err
+def test_every_sharing_at_every_shape(measured, lines):
+    result, workdir = measured
+    assert result.code == 0, result.err
     records = lines(workdir / "bench.jsonl")
-    places = {(r["mode"], r["sharing"], r["batch"], r["context"]) for r in records}
-    assert len(places) == len(records) == 2 * 5 * 3  # modes, sharings, batches 1, 4 (base), 8
-    assert "decoding" in told.out and "Q=K=V" in told.out
+    programs = {(r["mode"], r["sharing"], r["batch"], r["context"]) for r in records}
+    assert len(programs) == len(records) == 2 * 5 * 3  # modes, sharings, batches 1, 4 (base), 8
+    assert "decoding" in result.out and "Q=K=V" in result.out
     assert "<svg" in (workdir / "memory.svg").read_text()
 
 
 def test_peaks_are_those_of_the_programs(measured, lines):
-    """Decoding holds weights and cache; K = V saves one of the cache's two tensors."""
+    """Decoding keeps weights and cache; K = V saves one of the cache's two tensors."""
     records = lines(measured[1] / "bench.jsonl")
     peak = {(r["mode"], r["sharing"], r["batch"]): r["peak_bytes"] for r in records}
     for mode in ("train", "decode"):
@@ -38,14 +38,14 @@ def test_peaks_are_those_of_the_programs(measured, lines):
     )
 
 
-def test_what_was_compiled_is_told_by_its_size(measured, lines):
-    """A study takes as its own only what was compiled for its model."""
+def test_records_identify_the_model_by_its_size(measured, lines):
+    """A study shows only what was compiled for its model."""
     sizes = {r["num_params"] for r in lines(measured[1] / "bench.jsonl")}
     assert len(sizes) == 1 and sizes.pop() > 1_000
 
 
-def test_sharings_that_the_heads_forbid_are_told(door, recipe, tmp_path):
-    told = door(
+def test_sharings_that_the_heads_forbid_are_reported(door, recipe, tmp_path):
+    result = door(
         "bench",
         "memory",
         f"--config={recipe}",
@@ -54,20 +54,20 @@ def test_sharings_that_the_heads_forbid_are_told(door, recipe, tmp_path):
         "--contexts=16",
         f"--workdir={tmp_path}",
     )
-    assert told.code == 0, told.err
-    assert told.out.count("is left out: sharing") == 3 and "compiled Q-K=V" in told.out
+    assert result.code == 0, result.err
+    assert result.out.count("is left out: sharing") == 3 and "compiled Q-K=V" in result.out
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ((), "what should be measured? Write qkvjax bench memory"),
         (("speed",), "not bench speed"),
         (("memory", "--batches=0"), "--batches=0: write whole numbers"),
         (("memory", "--contexts=many"), "write whole numbers from 1 on"),
         (("memory",), "--workdir=DIR is missing"),
-        (("decode", "--workdir=W", "--contexts=7"), "from 8 tokens on"),
-        (("decode", "--workdir=W", "--contexts=2000000000"), "up to caches of what is free here"),
+        (("decode", "--workdir=W", "--contexts=7"), "give 8 tokens or more"),
+        (("decode", "--workdir=W", "--contexts=2000000000"), "more than is free here"),
         (
             (
                 "memory",
@@ -79,25 +79,26 @@ def test_sharings_that_the_heads_forbid_are_told(door, recipe, tmp_path):
         ),
     ],
 )
-def test_bad_input(door, recipe, tmp_path, monkeypatch, flags, told):
+def test_bad_input(door, recipe, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     result = door("bench", *flags[:1], f"--config={recipe}", *flags[1:])
-    assert result.code == 2 and told in result.err and result.err.count("error:") == 1
+    assert result.code == 2 and message in result.err and result.err.count("error:") == 1
 
 
 @pytest.fixture(scope="module")
 def timed(door, recipe, folders):
-    """(what was told, records) of both measures of speed, into a workdir that has memory's."""
-    workdir, told = folders / "speed", {}
+    """Returns (result by measure, file of records) of both measures of speed, after memory."""
+    workdir = folders / "speed"
+    results = {}
     for what in ("memory", "decode", "kernels", "decode"):
         flags = (f"--config={recipe}", "--batches=4", "--contexts=16", f"--workdir={workdir}")
-        told[what] = door("bench", what, *flags)
-    return told, workdir / "bench.jsonl"
+        results[what] = door("bench", what, *flags)
+    return results, workdir / "bench.jsonl"
 
 
 def test_decoding_of_every_sharing(timed, lines):
-    told, file = timed
-    assert told["decode"].code == 0, told["decode"].err
+    results, file = timed
+    assert results["decode"].code == 0, results["decode"].err
     records = [r for r in lines(file) if r["what"] == "decode"]
     sizes = {r["sharing"]: r["cache_bytes"] for r in records}
     assert len(records) == 7  # five sharings, two of them with the output rotated back as well
@@ -105,16 +106,19 @@ def test_decoding_of_every_sharing(timed, lines):
     assert records[0]["ratio"][0] == 1 and all(r["impl"] == "xla" for r in records)
     for r in records:
         assert r["gigabytes_per_second"] == pytest.approx(r["cache_bytes"] / r["seconds"] / 1e9)
-    assert "Q-K=V unrotated_output" in told["decode"].out and "GB/s" in told["decode"].out
+    output = results["decode"].out
+    assert "Q-K=V unrotated_output" in output and "GB/s" in output
 
 
 def test_the_op_with_two_tensors_and_with_one(timed, lines):
-    told, file = timed
-    assert told["kernels"].code == 0, told["kernels"].err
+    results, file = timed
+    assert results["kernels"].code == 0, results["kernels"].err
     records = [r for r in lines(file) if r["what"] == "kernels"]
-    found = {(r["sharing"], r["pass"]) for r in records}
-    assert found == {(s, p) for s in ("q-k-v", "q-k=v") for p in ("forward", "with backward")}
-    assert "Q-K=V, with backward" in told["kernels"].out
+    timed_passes = {(r["sharing"], r["pass"]) for r in records}
+    assert timed_passes == {
+        (s, p) for s in ("q-k-v", "q-k=v") for p in ("forward", "with backward")
+    }
+    assert "Q-K=V, with backward" in results["kernels"].out
 
 
 def test_measures_keep_each_other(timed, lines):

@@ -60,10 +60,10 @@ def test_the_kv_layout_doubles_the_bytes_and_changes_no_token(door, tied):
         (["--cache_length=5"], r"cache of 5 tokens is too short.*raise --cache_length"),
         (["--cache_length=0"], r"cache of 0 tokens is too short"),
         (["--max_tokens=0"], "max_tokens must be at least 1"),
-        (["--temperature=nan"], "temperature at least 0 and finite"),
+        (["--temperature=nan"], "temperature must be at least 0 and finite"),
         (["--seed=99999999999999999999"], "below 2"),
         (["--step=7"], r"no step 7; it has \[2\]"),
-        (["--prompt=\udcff"], "no UTF-8"),
+        (["--prompt=\udcff"], "not valid UTF-8"),
     ],
 )
 def test_bad_input(door, untied, checksums, flags, message):

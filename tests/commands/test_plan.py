@@ -1,4 +1,4 @@
-"""The door `plan`: its table, its record, its errors."""
+"""The command `plan`: its table, its record, its errors."""
 
 import json
 import math
@@ -53,12 +53,13 @@ GEMMA4_31B = {
     "tie_word_embeddings": True,
 }
 WEIGHTS = 2 * 8_030_261_248
-MEMORY, BANDWIDTH = 80 * 10**9, 3.35e12
+MEMORY = 80 * 10**9
+BANDWIDTH = 3.35e12
 
 
 @pytest.fixture
 def planned(tmp_path, capsys):
-    """Runs the door on keys of a config.json; returns (record, text)."""
+    """Returns a function that plans the keys of a config.json and returns (record, text)."""
 
     def run(values, *flags):
         path = tmp_path / "config.json"
@@ -100,7 +101,7 @@ def test_llama3_by_hand(planned):
     assert base["as_is"] and not tied["as_is"]
     assert base["longest_context"] == (MEMORY - WEIGHTS) // 131_072
     assert base["users"] == (MEMORY - WEIGHTS) // (8192 * 131_072) == 59
-    read = WEIGHTS - 2 * 128256 * 4096  # of the embedding a row is read
+    read = WEIGHTS - 2 * 128256 * 4096  # only one row of the embedding is read
     one, many = base["tokens_per_second_1_user"], base["tokens_per_second_most_users"]
     assert one == pytest.approx(BANDWIDTH / (read + 2**30))
     assert many == pytest.approx(59 * BANDWIDTH / (read + 59 * 2**30))
@@ -127,7 +128,7 @@ def test_already_mqa_has_no_fewer_heads(planned):
         LLAMA3_8B | {"num_attention_heads": 24, "num_key_value_heads": 3, "head_dim": 128}
     )
     assert {heads for _, heads in by_name(record)} == {"as is", "MQA"}
-    assert "3 has no whole half" in text
+    assert "3 cannot be halved" in text
 
 
 def test_windows_bound_the_cache(planned):
@@ -166,7 +167,7 @@ def test_flags_change_what_they_name(planned):
     )
     row = record["rows"][0]
     assert record["memory_bytes"] == 141 * 2**30
-    scales = 2 * 2 * 8 * 32  # of two bytes, one for each of two tensors' heads in every layer
+    scales = 2 * 2 * 8 * 32  # two bytes for each head of two tensors in every layer
     assert (row["cache_bytes_per_token"] - scales) * 2 == base["cache_bytes_per_token"]
     assert row["users"] == (141 * 2**30 - 2 * WEIGHTS) // (4096 * (65_536 + scales))
     assert "scales" in text and "H100" not in text
@@ -231,11 +232,11 @@ def test_config_with_layers_that_differ(capsys):
         ([], "give --model="),
         (["--model={m}", CONFIG], "not both"),
         (["--model=nowhere.json"], "is not a file: --model takes"),
-        (["--model={m}", "--memory=80XB"], "--memory='80XB' is no size"),
-        (["--model={m}", "--memory=0GB"], "is no size"),
-        (["--model={m}", "--memory=-1GB"], "is no size"),
-        (["--model={m}", "--memory=3.35TB/s"], "is no size"),
-        (["--model={m}", "--bandwidth=fast"], "is no bandwidth"),
+        (["--model={m}", "--memory=80XB"], "--memory='80XB' is not a size"),
+        (["--model={m}", "--memory=0GB"], "is not a size"),
+        (["--model={m}", "--memory=-1GB"], "is not a size"),
+        (["--model={m}", "--memory=3.35TB/s"], "is not a size"),
+        (["--model={m}", "--bandwidth=fast"], "is not a bandwidth"),
         (["--model={m}", "--cache_dtype=int3"], "'int3' is unknown"),
         (["--model={m}", "--weight_dtype=int3"], "'int3' is unknown"),
         (["--model={m}", "--context=many"], "--context=many"),
@@ -273,17 +274,17 @@ def test_nothing_is_left_of_a_failed_write(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-@pytest.mark.parametrize("door", ["model", "config"])
-def test_plan_imports_nothing_heavy(tmp_path, door):
+@pytest.mark.parametrize("source", ["model", "config"])
+def test_plan_imports_nothing_heavy(tmp_path, source):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA3_8B))
-    flag = f"--model={path}" if door == "model" else CONFIG
+    flag = f"--model={path}" if source == "model" else CONFIG
     code = (
         "import sys; from qkvjax.commands import plan;"
         f"assert plan.main(['plan', {flag!r}]) == 0;"
         "heavy = {'jax', 'flax', 'tensorflow', 'matplotlib'} | "
-        f"({{'ml_collections', 'numpy'}} if {door == 'model'} else set());"
-        "found = heavy & set(sys.modules); assert not found, found"
+        f"({{'ml_collections', 'numpy'}} if {source == 'model'} else set());"
+        "loaded = heavy & set(sys.modules); assert not loaded, loaded"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -321,17 +322,17 @@ LAYERS = st.lists(
 def test_longest_context_fits_and_one_more_does_not(cache, free):
     longest = roofline.longest_context(cache, free)
     if longest is None:
-        assert roofline.held_bytes(cache, 10**6) <= free
+        assert roofline.sequence_bytes(cache, 10**6) <= free
     else:
-        assert roofline.held_bytes(cache, longest) <= free
-        assert roofline.held_bytes(cache, longest + 1) > free
+        assert roofline.sequence_bytes(cache, longest) <= free
+        assert roofline.sequence_bytes(cache, longest + 1) > free
 
 
 @given(cache=LAYERS, length=st.integers(1, 60), free=st.integers(-100, 5000))
 def test_most_sequences_fit_and_one_more_does_not(cache, length, free):
     users = roofline.most_sequences(cache, length, free)
-    held = roofline.held_bytes(cache, length)
-    assert users * held <= max(free, 0) < (users + 1) * held
+    size = roofline.sequence_bytes(cache, length)
+    assert users * size <= max(free, 0) < (users + 1) * size
 
 
 def test_speed_grows_with_the_batch_to_what_the_caches_allow():

@@ -1,4 +1,4 @@
-"""`plan --topology`: the train step compiled for devices that are not here."""
+"""`plan --topology`: the training step compiled for devices that are not present."""
 
 import json
 import os
@@ -82,8 +82,9 @@ def test_eight_devices(tmp_path):
 
 FLOPS = """
 import runpy
-from qkvjax.commands import cli, config as configs
-from qkvjax.analysis import compiled
+from qkvjax import config as configs
+from qkvjax.commands import cli
+from qkvjax.costs.train_program import compile_train_step
 from qkvjax.parallel import topology
 
 config = runpy.run_path(cli.find_config("configs/lm.py"))["get_config"]("depth=2,sharing=q-k=v")
@@ -92,8 +93,8 @@ config = configs.resolve(config)
 config = configs.changed(config, model=small, data={"seq_len": 512, "batch_size": 8})
 devices = topology.devices(topology.read("cpu:4"))
 for change in CASES:
-    found = compiled._compiled(configs.changed(config, **change), devices)
-    print("ratio", found["matmul_flops_per_device"] / found["analytic_flops_per_device"])
+    record = compile_train_step(configs.changed(config, **change), devices)
+    print("ratio", record["matmul_flops_per_device"] / record["analytic_flops_per_device"])
 """
 
 
@@ -168,7 +169,7 @@ def test_without_the_compiler(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
     with pytest.raises(
-        UserError, match=r"compiler is not here, or busy.*pip install 'qkvjax\[tpu\]'"
+        UserError, match=r"compiler is not installed, or another.*pip install 'qkvjax\[tpu\]'"
     ):
         topology.devices(topology.read("v5e-4"))
 
@@ -179,7 +180,7 @@ def test_without_the_compiler(monkeypatch):
     ("compiler", "topology", "kind"),
     [("libtpu", "v5e-16", "TPU v5 lite"), ("jax_plugins.xla_cuda13", "h200-8", "NVIDIA H200")],
 )
-def test_hardware_that_is_not_here(tmp_path, compiler, topology, kind):
+def test_hardware_that_is_not_present(tmp_path, compiler, topology, kind):
     pytest.importorskip(compiler, reason="its wheels compile for such hardware")
     small = [
         *SMALL,

@@ -31,7 +31,7 @@ MEMORY = 80 * 10**9
 
 @pytest.fixture
 def planned(tmp_path, capsys):
-    """Runs the command on keys of a config.json; returns (record, text)."""
+    """Returns a function that plans the keys of a config.json and returns (record, text)."""
 
     def run(values, *flags):
         path = tmp_path / "config.json"
@@ -134,7 +134,7 @@ def test_a_quantised_file_is_counted_at_its_own_width(planned):
     record, text = planned(values, "--weight_dtype=bfloat16")
     assert record["weight_bytes"] == WEIGHTS
     assert record["weight_dtype"] == "bfloat16"
-    assert "left aside for --weight_dtype" in text
+    assert "--weight_dtype replaces the file's width (gptq)" in text
 
 
 def test_gpt_oss_120b_is_61_gib(planned):

@@ -1,4 +1,4 @@
-"""What is read from a compiled program's text."""
+"""Reading the text of a compiled program: FLOPs and collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ def test_compiled_flops_are_the_models_formula(sharing, num_layers):
     spec = model_spec(configs.resolve(config).model, 259, 32)
     mesh = make_mesh({}, jax.devices()[:1])
     compiled, _ = compile_for(configs.resolve(config), spec, mesh)
-    found = Program(compiled.as_text()).matmul_flops()
-    assert found == pytest.approx(4 * 32 * train_flops(spec, 32), rel=0.02)
+    flops = Program(compiled.as_text()).matmul_flops()
+    assert flops == pytest.approx(4 * 32 * train_flops(spec, 32), rel=0.02)
 
 
 TPU = """HloModule m

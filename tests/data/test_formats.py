@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qkvjax.data.formats import identify, look
+from qkvjax.data.formats import format_of, identify
 from qkvjax.data.token_shards import open_shard
 from qkvjax.errors import UserError
 
@@ -76,8 +76,8 @@ def safetensors() -> bytes:
     ],
 )
 def test_what_is_not_text_is_named(content, name):
-    found = identify(content)
-    assert not found.is_text and name in found.name and found.remedy
+    form = identify(content)
+    assert not form.is_text and name in form.name and form.remedy
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_is_not_text_is_named(content, name):
         (b"", "UTF-8", ""),
         (TEXT.encode(), "UTF-8", ""),
         (TEXT.encode("utf-8-sig"), "UTF-8", ""),
-        (b"a" + "é".encode() * 40_000, "UTF-8", ""),  # the end of the look cuts a character
+        (b"a" + "é".encode() * 40_000, "UTF-8", ""),  # the end of the sample cuts a character
         (TEXT.encode("utf-16"), "UTF-16", "utf-16"),
         (b"\xfe\xff" + TEXT.encode("utf-16-be"), "UTF-16", "utf-16"),
         (TEXT.encode("utf-32"), "UTF-32", "utf-32"),
@@ -103,8 +103,8 @@ def test_what_is_not_text_is_named(content, name):
     ],
 )
 def test_text_of_many_encodings(content, name, encoding):
-    found = identify(content)
-    assert found.is_text and name in found.name and found.encoding == encoding
+    form = identify(content)
+    assert form.is_text and name in form.name and form.encoding == encoding
 
 
 def test_a_compressed_file_is_what_is_in_it(tmp_path):
@@ -115,23 +115,23 @@ def test_a_compressed_file_is_what_is_in_it(tmp_path):
     file = tmp_path / "file"
     for pack in (gzip.compress, bz2.compress, lzma.compress):
         file.write_bytes(pack(TEXT.encode()))
-        assert look(file).name == "UTF-8 text"
+        assert format_of(file).name == "UTF-8 text"
         file.write_bytes(pack(tarred()))
-        assert "tar" in look(file).name
+        assert "tar" in format_of(file).name
         file.write_bytes(pack(pack(TEXT.encode())))
-        assert "compressed twice" in look(file).name
+        assert "compressed twice" in format_of(file).name
 
 
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
-    for opened in (look, open_shard):
+    for open_file in (format_of, open_shard):
         with pytest.raises(UserError, match="a.bin cannot be read .No such file"):
-            opened(path)
+            open_file(path)
 
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    for opened in (look, open_shard):
+    for open_file in (format_of, open_shard):
         with pytest.raises(UserError, match="a.bin cannot be read .Permission denied"):
-            opened(path)
+            open_file(path)

@@ -34,7 +34,7 @@ def test_a_json_array(tmp_path, indent):
     file.write_text(json.dumps(ROWS, indent=indent))
     assert read(f"jsonl:{file}") == read(f"jsonl:{tmp_path}") == TEXTS
     file.write_text(json.dumps(ROWS, indent=indent)[:-9])
-    with pytest.raises(UserError, match="a.json, item 40: no JSON"):
+    with pytest.raises(UserError, match="a.json, item 40: not JSON"):
         read(f"jsonl:{file}")
     file.write_text(json.dumps(["a", "b"], indent=indent))
     with pytest.raises(UserError, match="a.json, item 1: no field 'text'"):
@@ -83,7 +83,7 @@ def test_the_field_is_behind_the_last_hash(tmp_path):
         (json.dumps({"data": ROWS}, indent=2), "JSON over several lines.*jq -c '.FIELD"),
         (json.dumps({"data": ROWS}), "no field 'text' among data.*jq -c '.data"),
         ("\n".join(json.dumps(row, indent=1) for row in ROWS), "several lines.*jq -c . "),
-        ("id,text\n1,a\n", "line 1: no JSON.*plain text is text:PATH"),
+        ("id,text\n1,a\n", "line 1: not JSON.*plain text is text:PATH"),
         ("\x89PNG\r\n\x1a\n", "is a PNG image, and jsonl: takes"),
         ("PAR1\x15\x04", "is a parquet file.*use parquet:.*#COLUMN"),
     ],

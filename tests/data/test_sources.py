@@ -59,11 +59,11 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"text": ', "line 2: no JSON"),
+        ('{"text": ', "line 2: not JSON"),
         ('{"txt": "a"}', "line 2: no field 'text'.*did you mean 'txt'"),
         ("[1]", "line 2: no field 'text' among none"),
-        ('{"text": 3}', "line 2: field 'text' is no text"),
-        ('{"text": "\\ud800"}', "line 2: field 'text' is no text"),
+        ('{"text": 3}', "line 2: field 'text' is not text"),
+        ('{"text": "\\ud800"}', "line 2: field 'text' is not text"),
     ],
 )
 def test_jsonl_errors_name_the_line(tmp_path, line, message):
@@ -84,10 +84,10 @@ def test_parquet(tmp_path):
     assert read(f"parquet:{tmp_path}#text") == ["é".encode(), b"b"]
     with pytest.raises(UserError, match="no column 'txt'.*did you mean 'text'"):
         open_source(f"parquet:{file}#txt")
-    with pytest.raises(UserError, match="column 'n' is no text"):
+    with pytest.raises(UserError, match="column 'n' is not text"):
         read(f"parquet:{file}#n")
     file.write_text("no")
-    with pytest.raises(UserError, match="is no parquet file"):
+    with pytest.raises(UserError, match="is not a parquet file"):
         open_source(f"parquet:{file}")
 
 

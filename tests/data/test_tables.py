@@ -31,14 +31,14 @@ def test_arrow_files(tmp_path, make):
     assert read(f"arrow:{tmp_path}#text") == TEXTS
     with pytest.raises(UserError, match="no column 'txt'.*arrow:PATH#COLUMN.*did you mean 'text'"):
         open_source(f"arrow:{file}#txt")
-    with pytest.raises(UserError, match="column 'n' is no text"):
+    with pytest.raises(UserError, match="column 'n' is not text"):
         read(f"arrow:{file}#n")
     with pytest.raises(UserError, match="is an Arrow (file|stream).*use arrow:.*#COLUMN"):
         open_source(f"text:{file}")
     with pytest.raises(UserError, match="is an Arrow (file|stream).*use arrow:"):
         open_source(f"parquet:{file}")
     file.write_bytes(file.read_bytes()[:-80])
-    with pytest.raises(UserError, match="a.arrow is (no arrow file, or )?damaged"):
+    with pytest.raises(UserError, match="a.arrow is (not an Arrow file, or is )?damaged"):
         read(f"arrow:{file}")
 
 
@@ -90,9 +90,9 @@ def test_other_files_for_tables(tmp_path):
     with pytest.raises(UserError, match="is a parquet file.*use parquet:"):
         open_source(f"arrow:{file}")
     file.write_text('{"text": "a"}\n')
-    for kind in ("arrow", "parquet"):
-        with pytest.raises(UserError, match=f"is no {kind} file but UTF-8 text: use jsonl:"):
+    for kind, a_file in (("arrow", "an Arrow file"), ("parquet", "a parquet file")):
+        with pytest.raises(UserError, match=f"is not {a_file} but UTF-8 text: use jsonl:"):
             open_source(f"{kind}:{file}")
     file.write_bytes(b"PAR1\x15" + bytes(99))
-    with pytest.raises(UserError, match="is no parquet file, or damaged.*copy it again"):
+    with pytest.raises(UserError, match="is not a parquet file, or is damaged.*copy it again"):
         open_source(f"parquet:{file}")

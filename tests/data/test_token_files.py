@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from qkvjax.data.dataset import prepare
-from qkvjax.data.token_files import document_spans
+from qkvjax.data.token_scan import document_spans
 from qkvjax.errors import UserError
 
 SEPARATOR = 256  # of the tokenizer "bytes"
@@ -234,7 +234,7 @@ def test_numbers_of_characters_are_not_read_as_bytes(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(b"\x80\4}.")
     for source in (f"tokens:{tmp_path}", f"tokens:{tmp_path}/train.bin"):
         with pytest.raises(
-            UserError, match="characters that meta.pkl .* never is: use .*text:PATH"
+            UserError, match="characters that meta.pkl .* never opened: use .*text:PATH"
         ):
             prepare(source, "bytes", T)
     (tmp_path / "input.txt").write_text("text")

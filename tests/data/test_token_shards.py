@@ -6,7 +6,7 @@ import pytest
 from qkvjax.data.dataset import prepare
 from qkvjax.data.token_ids import Ids
 from qkvjax.data.token_shards import open_shard
-from qkvjax.data.token_widths import recognise
+from qkvjax.data.token_widths import recognise_widths
 from qkvjax.errors import UserError
 
 SEPARATOR = 256
@@ -98,7 +98,7 @@ def test_widths_of_vocabularies_of_all_sizes(tmp_path, draw, num_ids):
     path = tmp_path / "a.bin"
     for dtype in ("uint16", "uint32", "uint64"):
         ids.astype(dtype).tofile(path)
-        (shard,) = recognise([open_shard(path)], num_ids, "tokens:a")
+        (shard,) = recognise_widths([open_shard(path)], num_ids, "tokens:a")
         assert shard.dtype == dtype and shard.count == len(ids)
 
 
@@ -107,11 +107,11 @@ def test_vocabularies_of_more_than_16_bits(tmp_path):
     rng = np.random.default_rng(0)
     for high in (128_256, 50_000):  # in the second file no id is high
         rng.integers(0, high, 9999).astype("<u4").tofile(path)
-        (shard,) = recognise([open_shard(path)], 128_256, "tokens:a")
+        (shard,) = recognise_widths([open_shard(path)], 128_256, "tokens:a")
         assert shard.dtype == "uint32"
     rng.integers(0, 50_000, 10_000).astype("<u2").tofile(path)
     with pytest.raises(UserError, match="looks like uint16.*128,256 ids .* take 32 bits.*#uint16"):
-        recognise([open_shard(path)], 128_256, "tokens:a")
+        recognise_widths([open_shard(path)], 128_256, "tokens:a")
     assert open_shard(path, "uint16").count == 10_000
     with pytest.raises(UserError, match="holds the id 1.., and the tokenizer|holds the id"):
         rng.integers(0, 128_256, 9999).astype("<u4").tofile(path)
@@ -133,13 +133,13 @@ def test_a_named_type(tmp_path, plain):
     same(prepared(f"{path}#uint32"), plain)
     lines = []
     prepare(f"tokens:{path}#uint16", "bytes", 8, log=lines.append)
-    assert "is read as uint16, as it was named, and looks like uint32" in lines[0]
+    assert "is read as uint16, as named, and looks like uint32" in lines[0]
     lines.clear()
     prepare(f"tokens:{path}#uint32", "bytes", 8, log=lines.append)
     assert not any("warning" in line for line in lines)
     np.zeros(500, "<u4").tofile(path)
     assert prepared(f"{path}#uint32").num_train_tokens == 448
-    with pytest.raises(UserError, match="'uint23' is no type of ids.*did you mean 'uint32'"):
+    with pytest.raises(UserError, match="'uint23' is not a type of ids.*did you mean 'uint32'"):
         prepared(f"{path}#uint23")
     with_header(path, IDS)
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_a_named_type(tmp_path, plain):
     ):
         prepared(f"{path}#uint32")
     path.write_bytes(bytes(6))
-    with pytest.raises(UserError, match="6 bytes, no multiple of 4"):
+    with pytest.raises(UserError, match="6 bytes, not a multiple of 4"):
         prepared(f"{path}#uint32")
 
 
@@ -155,11 +155,11 @@ def test_a_small_file_takes_the_width_of_the_others(tmp_path):
     paths = [tmp_path / "0.bin", tmp_path / "1.bin"]
     IDS.astype("<u4").tofile(paths[0])
     np.array([5], "<u4").tofile(paths[1])
-    shards = recognise([open_shard(path) for path in paths], 257, "tokens:x")
+    shards = recognise_widths([open_shard(path) for path in paths], 257, "tokens:x")
     assert [shard.count for shard in shards] == [len(IDS), 1]
     IDS.astype("<u2").tofile(paths[1])
     with pytest.raises(UserError, match=r"different widths: 0.bin \(32 bits\), 1.bin \(16 bits\)"):
-        recognise([open_shard(path) for path in paths], 257, "tokens:x")
+        recognise_widths([open_shard(path) for path in paths], 257, "tokens:x")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_other_formats(tmp_path, name, content, message):
 @pytest.mark.parametrize("first", [0x0280, 0x9D1F, 0x5A4D, 0xD8FF])
 def test_ids_that_start_as_a_format_of_two_letters_do(tmp_path, first):
     np.array([first, *IDS], "<u2").tofile(tmp_path / "a.bin")
-    (shard,) = recognise([open_shard(tmp_path / "a.bin")], 65_000, "tokens:a")
+    (shard,) = recognise_widths([open_shard(tmp_path / "a.bin")], 65_000, "tokens:a")
     assert shard.count == len(IDS) + 1
 
 

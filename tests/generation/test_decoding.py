@@ -1,4 +1,4 @@
-"""Decoding through the cache is the full forward pass, for every variant and layout."""
+"""Decoding through the cache equals the full forward pass, for every variant and layout."""
 
 import itertools
 
@@ -19,16 +19,16 @@ B, T = 2, 9
 def legal():
     """Every sharing with every number of heads and, under RoPE, every value it allows.
 
-    Positions that enter at the input take turns, and so does the query-key norm; where it
-    matters most, at a raw value of a rotated and normed key, both occur.
+    Position embeddings at the input alternate from case to case, and so does the query-key norm.
+    Where the norm matters most, for a raw value beside a rotated and normed key, both cases occur.
     """
-    turns = itertools.cycle(("none", "learned", "sincos"))
+    positions = itertools.cycle(("none", "learned", "sincos"))
     norms = itertools.cycle((True, False, False, True, True))
     for sharing, heads in itertools.product(SHARINGS, (4, 2, 1)):
         if "q=" in sharing and heads < 4:
             continue
         common = {"sharing": sharing, "num_kv_heads": heads}
-        yield common | {"position": next(turns), "qk_norm": next(norms)}
+        yield common | {"position": next(positions), "qk_norm": next(norms)}
         shared_value = sharing in ("q-k=v", "q=v-k", "q=k=v")
         for values in ("raw", "rotated", "unrotated_output") if shared_value else ("raw",):
             rope = common | {"position": "rope", "rotary_values": values}
@@ -50,7 +50,9 @@ def in_pieces(model, ids, sizes, layout, length=T + 3):
     """Logits [B, T, V] of `sizes` tokens at a time, through caches with room to spare."""
     blocks = model.stack.layers()
     cache = decoding.empty_caches(model, B, length, jnp.float32, layout)
-    size, start, out = caches.num_bytes(cache), 0, []
+    size = caches.num_bytes(cache)
+    start = 0
+    out = []
     for n in sizes:
         piece = ids[:, start : start + n]
         logits, cache = decoding.decode(
@@ -65,7 +67,7 @@ def in_pieces(model, ids, sizes, layout, length=T + 3):
 
 
 def one_by_one(model, ids):
-    """The full forward pass without its scan, which would be compiled for each variant."""
+    """The full forward pass without `scan`, which would have to be compiled for each variant."""
     positions = jnp.tile(jnp.arange(T), (B, 1))
     x = model.embed(ids, positions)
     for block in model.stack.layers():
@@ -104,7 +106,7 @@ def test_cached_is_full_in_a_pattern_of_layers(model, ids):
 
 @pytest.mark.parametrize("values", ["raw", "unrotated_output"])
 def test_cached_is_full_with_modified_scores(model, ids, values):
-    """Every modifier at once, with a key that is built from the shared state when it is read."""
+    """All modifiers at once, with keys that are built from the shared state at each read."""
     score = ("role_bias", "role_gain", "score2d(5)", "column_bias", "score_scale")
     m = model(num_layers=1, sharing="q-k=v", num_kv_heads=2, score=score, rotary_values=values)
     check(m, ids, one_by_one(m, ids), ("kv", "shared"))
@@ -122,10 +124,12 @@ VARIANTS = (
 @pytest.mark.parametrize("fields", VARIANTS, ids=name)
 @pytest.mark.parametrize("page", [None, 4])
 def test_sequences_of_different_lengths(model, ids, fields, page):
-    """Each goes on from its own length, contiguous or in pages that lie in any order."""
+    """Each sequence continues from its length, in contiguous caches or pages in any order."""
     m = model(num_layers=1, **fields)
     full = np.asarray(one_by_one(m, ids))
-    lengths, blocks, table = jnp.array([2, 6]), m.stack.layers(), None
+    lengths = jnp.array([2, 6])
+    blocks = m.stack.layers()
+    table = None
     shape = (B, 12)
     if page:
         shape, table = (7, page), jnp.array([[5, 0, 2], [1, 6, 3]])
@@ -135,7 +139,7 @@ def test_sequences_of_different_lengths(model, ids, fields, page):
             m, blocks, cache, ids, at, table=table, dtype=jnp.float32
         )
     )
-    # The prompts share a batch: what the shorter one reads too much is overwritten or hidden.
+    # Both prompts are in one batch. The tokens behind the shorter one are overwritten or masked.
     _, cache = step(cache, ids[:, :6], jnp.array([0, 0]))
     for i in range(3):
         at = lengths + i
@@ -146,7 +150,7 @@ def test_sequences_of_different_lengths(model, ids, fields, page):
 
 @pytest.mark.parametrize("sharing", ["q-k-v", "q-k=v"])
 def test_a_shared_prompt_leaves_the_pages_of_others_alone(model, ids, sharing):
-    """What a short sequence reads of a padded prompt beyond its own pages is dropped."""
+    """The padding of a short prompt is dropped where it would lie beyond its sequence's pages."""
     m = model(num_layers=1, sharing=sharing, position="rope")
     full, lengths = np.asarray(one_by_one(m, ids)), jnp.array([8, 2])
     table = jnp.asarray(caches.block_table([9, 3], 4, 4))
@@ -158,7 +162,7 @@ def test_a_shared_prompt_leaves_the_pages_of_others_alone(model, ids, sharing):
     np.testing.assert_allclose(logits[:, 0], full[np.arange(B), lengths], atol=1e-5)
 
 
-# (window, fields of the model): smaller and larger than what is decoded, which is T = 9 tokens.
+# (window, fields of the model): windows smaller and larger than the T = 9 tokens that are decoded.
 WINDOWED = (
     (3, {"num_kv_heads": 2, "position": "rope", "qk_norm": True}),
     (4, {"sharing": "q-k=v", "position": "rope", "rotary_values": "raw", "qk_norm": True}),
@@ -174,9 +178,9 @@ def windowed(model, window, fields):
 
 
 @pytest.mark.parametrize(("window", "fields"), WINDOWED, ids=str)
-def test_a_window_keeps_its_window(model, ids, window, fields):
-    """A ring is decoded as the full pass sees it, whatever comes at once, and takes the bytes of
-    the window alone."""
+def test_a_windowed_layer_caches_its_window_only(model, ids, window, fields):
+    """Decoding through a ring equals the full pass, one token or several at a time, and the ring
+    has the bytes of the window."""
     m = windowed(model, window, fields)
     full = np.asarray(one_by_one(m, ids))
     (cache,) = decoding.empty_caches(m, B, T + 3, jnp.float32)
@@ -188,7 +192,7 @@ def test_a_window_keeps_its_window(model, ids, window, fields):
 
 @pytest.mark.parametrize(("window", "fields"), WINDOWED[:2], ids=str)
 def test_rings_of_different_lengths(model, ids, window, fields):
-    """Each sequence goes on from its own length, by one token and by several."""
+    """Each sequence continues from its length, by one token and by several."""
     m = windowed(model, window, fields)
     full, layers = np.asarray(one_by_one(m, ids)), m.stack.layers()
 
@@ -208,7 +212,7 @@ def test_rings_of_different_lengths(model, ids, window, fields):
         starts = starts + count
 
 
-def test_a_ring_in_int8_is_what_a_whole_cache_in_int8_is(model, ids, monkeypatch):
+def test_a_ring_in_int8_equals_a_whole_cache_in_int8(model, ids, monkeypatch):
     fields = {"sharing": "q-k=v", "position": "rope", "rotary_values": "raw"}
     m = windowed(model, 3, fields)
 
@@ -247,12 +251,12 @@ class Opposed(Attention):
         return -k, v
 
 
-@pytest.mark.parametrize("own", [Stretched, Opposed])
-def test_a_variant_that_makes_keys_its_own_way(model, ids, own, monkeypatch):
-    """It is decoded as it reads, where a kernel could make the keys of the usual layer."""
+@pytest.mark.parametrize("variant", [Stretched, Opposed])
+def test_a_subclass_that_makes_keys_differently(model, ids, variant, monkeypatch):
+    """Its methods are used in decoding too, not a kernel that makes the keys of the usual layer."""
     fields = {"num_layers": 1, "sharing": "q-k=v", "position": "rope", "rotary_values": "raw"}
     usual = np.asarray(one_by_one(model(**fields), ids))
-    monkeypatch.setitem(LAYERS, AttentionSpec, own)
+    monkeypatch.setitem(LAYERS, AttentionSpec, variant)
     m = model(**fields)
     full = np.asarray(one_by_one(m, ids))
     assert abs(full - usual).max() > 0.1 * abs(full).max()
@@ -260,7 +264,7 @@ def test_a_variant_that_makes_keys_its_own_way(model, ids, own, monkeypatch):
 
 
 def test_tokens_are_written_in_place(model):
-    """The loop over tokens keeps no second cache beside the one that it is given."""
+    """The loop over tokens does not allocate a second cache."""
     for fields in ({"sharing": "q-k-v"}, {"sharing": "q-k=v", "rotary_values": "raw"}):
         m = model(num_layers=2, position="rope", **fields)
         cache = decoding.empty_caches(m, 2, 2048, jnp.float32)
@@ -277,22 +281,23 @@ def test_tokens_are_written_in_place(model):
             num_ids=61,
             greedy=True,
         )
-        beside = lowered.compile().memory_analysis().temp_size_in_bytes
-        assert beside < caches.num_bytes(cache) / 2, fields
+        temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+        assert temporary < caches.num_bytes(cache) / 2, fields
 
 
 @pytest.mark.parametrize("page", [None, 4])
-def test_int8_is_near(model, ids, page):
-    """A byte a number loses little, for keys and values and for the state that is both."""
+def test_int8_is_close(model, ids, page):
+    """One byte a number costs little precision, for keys and values and for a shared state."""
     for fields in VARIANTS[:3]:
         m = model(num_layers=1, **fields)
-        full, table = np.asarray(one_by_one(m, ids)), None
+        full = np.asarray(one_by_one(m, ids))
+        table = None
         shape = (B, 12)
         if page:
             shape, table = (B * 3, page), jnp.asarray(caches.block_table([12] * B, page, B * 3))
         cache = decoding.empty_caches(m, *shape, jnp.int8)
         assert caches.num_bytes(cache) == B * 12 * m.spec.cache_bytes_per_token("int8")
-        found = []
+        logits_of_tokens = []
         for i in range(T):
             logits, cache = decoding.decode(
                 m,
@@ -303,8 +308,8 @@ def test_int8_is_near(model, ids, page):
                 table=table,
                 dtype=jnp.float32,
             )
-            found.append(logits)
-        error = np.abs(jnp.concatenate(found, 1) - full).max() / np.abs(full).max()
+            logits_of_tokens.append(logits)
+        error = np.abs(jnp.concatenate(logits_of_tokens, 1) - full).max() / np.abs(full).max()
         assert 1e-6 < error < 0.02, fields
 
 

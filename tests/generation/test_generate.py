@@ -1,4 +1,4 @@
-"""Sampling: seeds, temperature, room in the cache, and what is never sampled."""
+"""Sampling: seeds, temperature, room in the cache, and ids that are never sampled."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ def test_temperature_zero_is_the_greedy_rollout(small, sample):
     for t in range(len(PROMPT), ids.shape[1]):
         ids[0, t] = np.argmax(full(small, ids)[0, t - 1, :IDS])
     np.testing.assert_array_equal(got.ids, [ids[0, len(PROMPT) :]] * 2)
-    assert got.ids.dtype == np.int32 and got.cache_length == ids.size
+    assert got.ids.dtype == np.int32
+    assert got.cache_length == ids.size
     assert got.tokens_per_second > 0
     other = sample(temperature=0, layout="kv", cache_length=20)
     np.testing.assert_array_equal(other.ids, got.ids[:1])
@@ -57,7 +58,7 @@ def test_cache_in_bfloat16_is_half(sample):
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_rows_that_pad_the_vocabulary_are_never_sampled(small, greedy):
-    """Ids 61, 62 and 63 have rows but no token; here they would win every time."""
+    """Ids 61, 62 and 63 have rows but no token; here their logits are the largest."""
     logits = jnp.zeros((40, 64)).at[:, IDS:].set(100.0)
     cache = decoding.empty_caches(small, 40, 2, jnp.float32)
     ids, _ = decoding.sample_tokens(
@@ -103,7 +104,7 @@ def test_a_cache_too_short_says_how_many_bytes(sample):
         ({}, {"layout": "paged"}, "'paged' is unknown"),
     ],
 )
-def test_what_a_model_cannot(model, fields, options, message):
+def test_what_a_model_does_not_support(model, fields, options, message):
     with pytest.raises(UserError, match=message):
         generate(model(**fields), PROMPT, num_ids=IDS, max_tokens=NEW, **options)
 
@@ -112,10 +113,10 @@ def test_what_a_model_cannot(model, fields, options, message):
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"temperature": -0.5}, "temperature at least 0"),
+        ({"temperature": -0.5}, "temperature must be at least 0"),
         ({"dtype": "float12"}, "dtype 'float12' is unknown"),
         ({"cache_dtype": "int3"}, "dtype 'int3' is unknown"),
-        ({"cache_dtype": "float64"}, "wants JAX_ENABLE_X64=1: use float32"),
+        ({"cache_dtype": "float64"}, "needs JAX_ENABLE_X64=1: set it, or use float32"),
         ({"page_size": 0}, "page_size=0 must be at least 1"),
         ({"page_size": 4, "cache_length": 7}, r"cache of 8 tokens .* need 11 \(1,408 bytes\)"),
     ],
@@ -125,7 +126,7 @@ def test_bad_options(sample, options, message):
         sample(**options)
 
 
-def test_a_cache_beyond_the_machine_is_refused_before_it_is_made(sample, monkeypatch):
+def test_a_cache_larger_than_free_memory_is_refused_before_it_is_made(sample, monkeypatch):
     monkeypatch.setattr(host, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="takes 1,408 bytes, more than is free here"):
         sample()

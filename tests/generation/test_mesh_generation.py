@@ -1,7 +1,7 @@
-"""Sampling from a model that lies over the devices of a mesh.
+"""Sampling from a model that is sharded over a mesh.
 
 One process with 8 virtual devices samples from the same tiny models on one device and on several
-meshes, and reports the tokens and what lies where.
+meshes, and prints the tokens and how many bytes each device has.
 """
 
 import gc
@@ -35,7 +35,7 @@ IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 PROMPT = np.array([7, 3, 11, 40, 2], np.int32)
 IDS, NEW = 61, 6
 KV_SHARED = {"sharing": "q-k=v", "position": "rope"}
-ONE = ({"fsdp": 4, "expert": 2}, 1)  # a sequence that the devices cannot share out
+ONE = ({"fsdp": 4, "expert": 2}, 1)  # one sequence, which the devices do not divide
 HEADS = ({"tensor": 4}, 1)
 BOTH = ({"replica": 2, "fsdp": 2, "tensor": 2}, 4)
 EVERY = ({"expert": 2, "context": 2, "tensor": 2}, 6)
@@ -81,7 +81,7 @@ def spec_of(fields, **sizes):
 
 
 def filled(spec):
-    """The model with random numbers in every parameter, and attention that weighs much."""
+    """A model with random parameters, those of attention's output larger, so that it matters."""
     model = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
     rng = np.random.default_rng(1)
 
@@ -93,7 +93,7 @@ def filled(spec):
     return jax.tree_util.tree_map_with_path(fill, model)
 
 
-def over(model, mesh):
+def on_mesh(model, mesh):
     return jax.device_put(model, state_shardings(model, mesh))
 
 
@@ -106,12 +106,12 @@ def tokens(fields, options, mesh):
         generate(
             m, PROMPT, num_ids=IDS, max_tokens=NEW, batch=batch, dtype="float64", **options
         ).ids.tolist()
-        for m in (model, over(model, make_mesh(sizes, devices)))
+        for m in (model, on_mesh(model, make_mesh(sizes, devices)))
     ]
 
 
 def bytes_on_devices(tree):
-    """Bytes on each of the devices."""
+    """Bytes of a tree on each of the devices."""
     sizes = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
@@ -120,59 +120,59 @@ def bytes_on_devices(tree):
 
 
 def restored(workdir):
-    """Bytes on each device of what a command loads, and of its caches for 8 sequences."""
+    """Bytes on each device of a model that a command loads, and of its caches for 8 sequences."""
     alone, *_ = load_model(workdir)
-    found = {"alone": bytes_on_devices(alone)}
+    results = {"alone": bytes_on_devices(alone)}
     for name, mesh in {"scoring": for_scoring, "generation": for_generation}.items():
         model, tokenizer, _, _ = load_model(workdir, mesh=mesh)
         with placed.on_mesh_of(model):
             cache = decoding.empty_caches(model, 8, 32, jnp.float32)
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), model, alone)
-        found[name] = {
+        results[name] = {
             "mesh": dict(placed.mesh_of(model).shape),
             "model": bytes_on_devices(model),
             "cache": bytes_on_devices(cache),
             "same": all(jax.tree.leaves(same)),
         }
-    return found
+    return results
 
 
 def served(workdir):
-    """Bytes on each device of all arrays that are there when a restored model is served, and
-    whether the tokens of its float32 parameters in bfloat16 are the same."""
+    """Bytes on each device of all arrays alive while a restored model is served, and the tokens
+    that it samples in bfloat16, before and after `serve`."""
     model, tokenizer, _, _ = load_model(workdir, mesh=for_generation)
     options = {"num_ids": IDS, "max_tokens": NEW, "temperature": 0, "dtype": "bfloat16"}
     before = generate(model, PROMPT, **options).ids.tolist()
     others = {id(array) for array in jax.live_arrays()} - {id(a) for a in jax.tree.leaves(model)}
     one = serve(model, "bfloat16")
     gc.collect()
-    there = [array for array in jax.live_arrays() if id(array) not in others]
+    alive = [array for array in jax.live_arrays() if id(array) not in others]
     after = generate(one, PROMPT, **options).ids.tolist()
-    return {"bytes": bytes_on_devices(there), "before": before, "after": after}
+    return {"bytes": bytes_on_devices(alive), "before": before, "after": after}
 
 
 def peaks():
-    """mesh -> program -> peak bytes of a device; and the bytes of all parameters and caches."""
+    """axis of the mesh -> program -> peak bytes of a device; and the bytes of all parameters."""
     spec = spec_of(KV_SHARED, d_model=128, num_layers=6, num_heads=8, num_kv_heads=2)
-    found = {}
+    results = {}
     for axis in ("tensor", "fsdp"):
         mesh = make_mesh({axis: 8})
         programs = compile_generation(spec, mesh, 8, 64, dtype="float32")
-        found[axis] = {name: peak_bytes(program) for name, program in programs.items()}
+        results[axis] = {name: peak_bytes(program) for name, program in programs.items()}
         sent = Program(programs["decode"].as_text()).collectives()
-        found[axis]["sent"] = sum(kind["bytes"] for kind in sent.values())
-    return found | {"parameters": 4 * spec.num_params}
+        results[axis]["sent"] = sum(kind["bytes"] for kind in sent.values())
+    return results | {"parameters": 4 * spec.num_params}
 
 
 def main(workdir):
-    found = {"tokens": {name: tokens(*variant) for name, variant in VARIANTS.items()}}
+    results = {"tokens": {name: tokens(*variant) for name, variant in VARIANTS.items()}}
     with jax.enable_x64(False):
-        found |= {"restored": restored(workdir), "served": served(workdir), "peaks": peaks()}
-    print("found: " + json.dumps(found))
+        results |= {"restored": restored(workdir), "served": served(workdir), "peaks": peaks()}
+    print("result: " + json.dumps(results))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     sys.path.insert(0, str(PARALLEL))
     import processes
 
@@ -188,23 +188,25 @@ def found(tmp_path_factory):
     save_model(new_workdir(str(folder / "run")), config, arrays, {})
     program = f"import {__name__} as t; t.main({str(folder / 'run')!r})"
     flags = os.environ.get("XLA_FLAGS", ""), IN_ORDER
-    return processes.found(folder, program, JAX_ENABLE_X64="1", XLA_FLAGS=" ".join(flags))
+    return processes.run_program(folder, program, JAX_ENABLE_X64="1", XLA_FLAGS=" ".join(flags))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_mesh_samples_the_tokens_of_one_device(found, variant):
-    alone, spread = found["tokens"][variant]
+def test_a_mesh_samples_the_tokens_of_one_device(results, variant):
+    alone, spread = results["tokens"][variant]
     assert np.shape(alone) == (VARIANTS[variant][2][1], NEW)
     assert alone == spread
 
 
 @pytest.mark.parametrize("purpose", ["scoring", "generation"])
-def test_a_restored_model_is_shared_out_over_all_devices(found, purpose):
-    """But for norms, each device has an eighth of the parameters, and of a cache with one head
-    for each of 8 query heads instead of 2 for all."""
-    got = found["restored"][purpose]
-    whole = found["restored"]["alone"][0]
-    assert found["restored"]["alone"][1:] == [0] * 7
+def test_a_restored_model_is_sharded_over_all_devices(results, purpose):
+    """Each device has an eighth of the parameters, apart from norms, and an eighth of the cache.
+
+    For generation the cache has 8 heads, one for each query head, instead of 2.
+    """
+    got = results["restored"][purpose]
+    whole = results["restored"]["alone"][0]
+    assert results["restored"]["alone"][1:] == [0] * 7
     assert got["mesh"]["tensor" if purpose == "generation" else "fsdp"] == 8
     assert got["same"]
     assert len(got["model"]) == 8 and whole / 8 <= max(got["model"]) < whole / 7
@@ -212,17 +214,17 @@ def test_a_restored_model_is_shared_out_over_all_devices(found, purpose):
     assert got["cache"] == [8 * 32 * 2 * heads * 8 * 4 // 8] * 8
 
 
-def test_a_served_model_is_there_once(found):
-    """In bfloat16, but for the embedding and the norms; and it samples the same tokens."""
-    whole = found["restored"]["alone"][0]
-    assert found["served"]["after"] == found["served"]["before"]
-    assert whole / 8 / 2 < max(found["served"]["bytes"]) < whole / 8 * 0.75
+def test_a_served_model_is_in_memory_once(results):
+    """In bfloat16, apart from the embedding and the norms; it samples the same tokens."""
+    whole = results["restored"]["alone"][0]
+    assert results["served"]["after"] == results["served"]["before"]
+    assert whole / 8 / 2 < max(results["served"]["bytes"]) < whole / 8 * 0.75
 
 
-def test_compiled_generation_holds_no_second_copy(found):
-    """Neither of its own part of the parameters nor, where they are gathered, of all of them."""
-    whole = found["peaks"]["parameters"]
-    assert found["peaks"]["tensor"]["decode"] < 2 * whole / 8
-    assert found["peaks"]["fsdp"]["decode"] < 0.4 * whole
-    assert found["peaks"]["fsdp"]["prefill"] < 0.4 * whole
-    assert found["peaks"]["tensor"]["sent"] < found["peaks"]["fsdp"]["sent"] / 20
+def test_compiled_generation_holds_no_second_copy(results):
+    """Neither of a device's part of the parameters nor, where they are gathered, of all of them."""
+    whole = results["peaks"]["parameters"]
+    assert results["peaks"]["tensor"]["decode"] < 2 * whole / 8
+    assert results["peaks"]["fsdp"]["decode"] < 0.4 * whole
+    assert results["peaks"]["fsdp"]["prefill"] < 0.4 * whole
+    assert results["peaks"]["tensor"]["sent"] < results["peaks"]["fsdp"]["sent"] / 20

@@ -1,7 +1,7 @@
 """A model of 7 billion parameters, scored and sampled on 8 devices: peak bytes of each.
 
-The programs are compiled for 8 virtual devices and not run. XLA's CPU holds in float32 what it
-multiplies in bfloat16, so that the bounds below are in bytes of float32.
+The programs are compiled for 8 virtual devices and not run. XLA's CPU widens the operands of
+bfloat16 products to float32, so the bounds below count bytes of float32.
 """
 
 import json
@@ -28,22 +28,23 @@ IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 def peaks():
-    """Bytes of all parameters in float32, and of a program -> peak bytes of a device."""
+    """program -> peak bytes of a device; and the bytes of all parameters in float32."""
     recipe = runpy.run_path(cli.find_config("configs/lm.py"))["get_config"]
     config = recipe("size=7b,sharing=q-k=v")
     config = configs.resolve(config)
     spec = planned_spec(config)
     dtype = "bfloat16"
-    scoring, generation = for_scoring(spec), for_generation(spec)
+    scoring = for_scoring(spec)
+    generation = for_generation(spec)
     model = abstract(spec, scoring, dtype, dtype)
     programs = compile_generation(spec, generation, 8, 2048, dtype=dtype, param_dtype=dtype)
     programs["score"] = compile_scoring(config, model, scoring)
-    found = {name: peak_bytes(program) for name, program in programs.items()}
-    return found | {"parameters": 4 * spec.num_params, "devices": jax.device_count()}
+    results = {name: peak_bytes(program) for name, program in programs.items()}
+    return results | {"parameters": 4 * spec.num_params, "devices": jax.device_count()}
 
 
 def main():
-    print("found: " + json.dumps(peaks()))
+    print("result: " + json.dumps(peaks()))
 
 
 @pytest.mark.slow
@@ -54,9 +55,9 @@ def test_seven_billion_parameters_are_scored_and_sampled_on_eight_devices(tmp_pa
     sys.path.insert(0, str(Path(__file__).parent))
     flags = os.environ.get("XLA_FLAGS", ""), IN_ORDER
     program = f"import {__name__} as t; t.main()"
-    found = processes.found(tmp_path, program, XLA_FLAGS=" ".join(flags))
-    print(found)
-    assert found["devices"] == DEVICES
-    whole = found["parameters"]
+    results = processes.run_program(tmp_path, program, XLA_FLAGS=" ".join(flags))
+    print(results)
+    assert results["devices"] == DEVICES
+    whole = results["parameters"]
     for program in ("prefill", "decode", "score"):
-        assert found[program] < whole / 4, program
+        assert results[program] < whole / 4, program

@@ -1,4 +1,4 @@
-"""Starts what this folder's tests run in processes of their own: several devices, several hosts."""
+"""Helpers of this folder's tests: they start processes with several devices, as several hosts."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from qkvjax.files import read_lines
 
@@ -26,8 +27,21 @@ TINY = (
 )
 
 
+class Result(NamedTuple):
+    """How a process ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
 def environment(folder, devices, **more):
-    """Of a process with so many virtual CPU devices that prepares its data in `folder`."""
+    """The environment of a process with virtual CPU devices that prepares its data in `folder`.
+
+    Args:
+      devices: how many.
+      more: further variables.
+    """
     flags = more.pop("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     return os.environ | {
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
@@ -39,20 +53,28 @@ def environment(folder, devices, **more):
 
 
 def free_port():
-    """A port that nobody listens on, outside the range that the kernel gives away by itself."""
+    """A port outside the range from which the kernel gives ports to anybody who asks for one."""
     return random.SystemRandom().randrange(10_000, 30_000)
 
 
-def start(folder, count, devices, *args, odd=(), of=None, **more):
-    """Starts `python *args` so many times, as the first processes of a job of `of` (None: all);
-    `odd` are more flags of the last one."""
-    port, started = free_port(), []
+def start(folder, count, devices, *args, last_flags=(), job_size=None, **more):
+    """Starts `python *args` as the first `count` processes of a job.
+
+    Args:
+      folder: where data is prepared.
+      devices: of each process.
+      last_flags: more flags for the last process.
+      job_size: how many processes they are told to wait for; None means `count`.
+      more: environment variables.
+    """
+    port = free_port()
+    started = []
     for i in range(count):
         flags = (
             f"--coordinator=127.0.0.1:{port}",
-            f"--num_processes={of or count}",
+            f"--num_processes={job_size or count}",
             f"--process_id={i}",
-            *(odd if i == count - 1 else ()),
+            *(last_flags if i == count - 1 else ()),
         )
         started.append(
             subprocess.Popen(
@@ -67,21 +89,22 @@ def start(folder, count, devices, *args, odd=(), of=None, **more):
 
 
 def finish(started, seconds=240):
-    """[(exit code, stdout, stderr)] of processes, which are killed when they take too long."""
-    until, told = time.monotonic() + seconds, []
+    """Waits for processes, kills those that take longer, and returns a `Result` of each."""
+    until = time.monotonic() + seconds
+    results = []
     try:
         for process in started:
             out, err = process.communicate(timeout=max(1, until - time.monotonic()))
-            told.append((process.returncode, out, err))
+            results.append(Result(process.returncode, out, err))
     finally:
         for process in started:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
-    return told
+    return results
 
 
 def once_it_trains(workdir, act):
-    """Calls act(processes) when the run has written a line of metrics."""
+    """Returns a function of processes that calls act(processes) once their run has metrics."""
 
     def wait(started):
         until = time.monotonic() + 120
@@ -94,20 +117,31 @@ def once_it_trains(workdir, act):
 
 
 def losses(workdir):
-    """Of training, by the step of their line."""
+    """The losses of training by step."""
     return {line["step"]: line["train/loss"] for line in read_lines(workdir / "metrics.jsonl")}
 
 
 def fingerprints(workdir, step=20):
-    """Of every array of a checkpoint: equal only when every bit is."""
+    """The fingerprint of every array of a checkpoint: equal only where every bit is."""
     text = (workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_text()
     return json.loads(text)["arrays"]
 
 
-def found(folder, program, count=1, devices=8, **more):
-    """What `program`, a text of Python run with `count` processes over so many devices, prints
-    behind "found: " in the first, from JSON."""
-    told = finish(start(folder, count, devices // count, "-c", program, **more), 3600)
-    for code, _, err in told:
-        assert code == 0, err[-3000:]
-    return json.loads(told[0][1].partition("found: ")[2].partition("\n")[0])
+def print_result(value):
+    """Prints a value for `run_program`, as JSON."""
+    print("result: " + json.dumps(value), flush=True)
+
+
+def run_program(folder, program, count=1, devices=8, **more):
+    """Runs a program and returns what its first process gave to `print_result`.
+
+    Args:
+      program: text of Python.
+      count: processes.
+      devices: of all processes together.
+      more: environment variables.
+    """
+    results = finish(start(folder, count, devices // count, "-c", program, **more), 3600)
+    for result in results:
+        assert result.code == 0, result.err[-3000:]
+    return json.loads(results[0].out.partition("result: ")[2].partition("\n")[0])

@@ -3,7 +3,6 @@
 20 steps in float64 on 8 virtual devices against one, a covering design and random meshes.
 """
 
-import json
 import random
 import sys
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from processes import found
+from processes import print_result, run_program
 
 from qkvjax import config as configs
 from qkvjax.commands import cli
@@ -48,7 +47,7 @@ SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
 
 
 def drawn(seed):
-    """Three random points: meshes whose sizes multiply to 8 at most."""
+    """Three random points, with meshes of 8 devices at most."""
     rng = random.Random(seed)
     for _ in range(3):
         sharing = rng.choice(SHARINGS)
@@ -62,7 +61,7 @@ def drawn(seed):
 
 
 def train(folder, model, mesh, accumulation):
-    """Losses, bytes that are gathered in a step, digests of the first state and two batches."""
+    """Losses, bytes that all-gathers move in a step, digests of the first state and two batches."""
     config = configs.default()
     config.model.update(num_layers=2, d_model=16, num_heads=4, mlp_ratio=2.0)
     for name, value in model.items():
@@ -96,29 +95,32 @@ def train(folder, model, mesh, accumulation):
 
 
 def main(folder, points):
-    """What one process of those with 8 devices does; it prints what it found."""
+    """Runs in each of the processes that share 8 devices; prints the result of every point."""
     values = flags.FlagValues()
     cli.define(values, job.FLAGS)
     values(sys.argv)
     with job.join(values):
-        print("found: " + json.dumps([train(folder, *point) for point in points]), flush=True)
+        print_result([train(folder, *point) for point in points])
 
 
 def run_points(folder, points, count=1, x64=True):
-    """What `train` finds at each point, in so many processes."""
+    """The result of `train` at each point, in `count` processes over 8 devices."""
     (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     program = f"import {__name__} as t; t.main({str(folder)!r}, {points!r})"
     # XLA's own emitter: with the earlier one, losses in float64 do not agree to 1e-9.
-    return found(folder, program, count, JAX_ENABLE_X64=str(int(x64)), XLA_FLAGS="")
+    return run_program(folder, program, count, JAX_ENABLE_X64=str(int(x64)), XLA_FLAGS="")
 
 
-def check(points, ones, manies, rtol=1e-9):
-    for point, one, many in zip(points, ones, manies, strict=True):
-        assert one["losses"][-1] < one["losses"][0]
-        np.testing.assert_allclose(many["losses"], one["losses"], rtol=rtol, err_msg=str(point))
-        assert many["initial"] == one["initial"], point
-        if point[2] == 1:  # else the same rows lie in another shape
-            assert many["batches"] == one["batches"], point
+def check(points, alone, on_mesh, rtol=1e-9):
+    """Compares results on one device with those on meshes."""
+    for point, expected, result in zip(points, alone, on_mesh, strict=True):
+        losses = expected["losses"]
+        assert losses[-1] < losses[0]
+        np.testing.assert_allclose(result["losses"], losses, rtol=rtol, err_msg=str(point))
+        assert result["initial"] == expected["initial"], point
+        micro_batches = point[2]
+        if micro_batches == 1:  # otherwise the same rows have another shape
+            assert result["batches"] == expected["batches"], point
 
 
 @pytest.mark.slow
@@ -144,17 +146,17 @@ def test_losses(tmp_path, points, x64):
     ],
 )
 def test_processes(tmp_path, count, points):
-    """Real processes, which talk through gloo; the parts of a mesh that all devices make up."""
+    """Real processes, which communicate through gloo, on the meshes that use all 8 devices."""
     points = [point for point in points if np.prod(list(point[1].values())) == 8]
     alone = run_points(tmp_path, [(model, {}, 1) for model, _, _ in points])
     check(points, alone, run_points(tmp_path, points, count))
 
 
-def test_one_tensor_travels_where_keys_are_values(tmp_path):
-    """Context parallelism gathers the shared state alone, and makes keys of it on each device."""
+def test_one_tensor_is_gathered_where_keys_are_values(tmp_path):
+    """Context parallelism gathers the shared state alone; each device makes keys from it."""
     heads = {"num_layers": 1, "num_kv_heads": 4, "qk_norm": False}
     points = [({"sharing": s} | heads, {"context": 2}, 1) for s in ("q-k-v", "q-k=v")]
-    apart, shared = (found["gathered"] for found in run_points(tmp_path, points))
+    apart, shared = (result["gathered"] for result in run_points(tmp_path, points))
     state, ids = 16 * 8 * 16 * 8, 16 * 8 * 4  # [B, T, N, H] in float64; [B, T] in int32
     assert apart == 2 * state + ids  # segments
     assert shared == state + 2 * ids  # and positions, for the rotation

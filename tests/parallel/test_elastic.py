@@ -1,4 +1,4 @@
-"""A run goes on with other processes, devices and meshes than it was begun with."""
+"""A run resumes with other processes, devices and meshes than those it started with."""
 
 import shutil
 
@@ -19,14 +19,14 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(workdir, processes, devices of each, mesh) -> what process 0 printed."""
+    """train(workdir, processes, devices of each, mesh) -> the output of process 0."""
     folder = tmp_path_factory.mktemp("elastic")
     (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     source = f"--config.data.source=text:{folder}/corpus.txt"
 
     def call(workdir, count, devices, mesh):
         axes = [f"--config.mesh.{axis}" for axis in mesh.split(",")]
-        told = finish(
+        results = finish(
             start(
                 folder,
                 count,
@@ -40,8 +40,8 @@ def train(tmp_path_factory):
                 f"--workdir={workdir}",
             )
         )
-        assert [code for code, *_ in told] == [0] * count, told[0][2][-2000:]
-        return told[0][1]
+        assert [result.code for result in results] == [0] * count, results[0].err[-2000:]
+        return results[0].out
 
     return call
 
@@ -55,13 +55,14 @@ def trained(train, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_of_two_processes_with_two_devices_goes_on_as(train, trained, tmp_path, layout):
+def test_a_run_of_two_processes_with_two_devices_resumes_as(train, trained, tmp_path, layout):
     workdir = shutil.copytree(trained, tmp_path / "copy")
     shutil.rmtree(workdir / "checkpoints" / "20")
-    told = train(workdir, *LAYOUTS[layout])
-    assert "resumed after step 10 of 20, equal within rounding" in told
-    found, before = losses(workdir), losses(trained)
-    assert list(found) == list(before) == [5, 10, 15, 20]
-    assert list(found.values()) == pytest.approx(list(before.values()), rel=1e-6)
+    output = train(workdir, *LAYOUTS[layout])
+    assert "resumed after step 10 of 20, equal within rounding" in output
+    resumed = losses(workdir)
+    undisturbed = losses(trained)
+    assert list(resumed) == list(undisturbed) == [5, 10, 15, 20]
+    assert list(resumed.values()) == pytest.approx(list(undisturbed.values()), rel=1e-6)
     if LAYOUTS[layout][2] == "fsdp=-1":  # the same mesh
         assert fingerprints(workdir) == fingerprints(trained)

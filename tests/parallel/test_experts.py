@@ -1,6 +1,4 @@
-"""Experts on several devices: tokens that visit them are exchanged, and none is lost."""
-
-import json
+"""Experts on several devices: tokens are exchanged, and none is dropped."""
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +23,12 @@ MESHES = {
 
 
 def layer():
-    """Eight experts, of which a token meets two, with random numbers in float64."""
+    """Eight experts, two for each token, with random parameters in float64."""
     model = Model(d_model=D, num_heads=2, num_layers=1, mlp="swiglu(experts=8,top=2)")
     spec = model_spec(model, 61, T)
-    made = jax.eval_shape(lambda: Experts(spec, key=jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: Experts(spec, key=jax.random.key(0)))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), made)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), abstract)
 
 
 def loss(module, x):
@@ -39,7 +37,7 @@ def loss(module, x):
 
 
 def computed(module, x):
-    """Output and gradients, as lists, and the compiled program of both."""
+    """Output and gradients, as lists, and the compiled program that computes both."""
 
     def both(module, x):
         return module(x)[0], jax.grad(loss, argnums=(0, 1))(module, x)
@@ -51,20 +49,21 @@ def computed(module, x):
 def sent(program):
     """Bytes by kind of collective."""
     kinds = Program(program.as_text()).collectives()
-    return {kind: found["bytes"] for kind, found in kinds.items()}
+    return {kind: totals["bytes"] for kind, totals in kinds.items()}
 
 
 def placed(module, x, mesh):
-    """A layer and its tokens over a mesh, as in training."""
+    """A layer and its tokens, sharded over a mesh as in training."""
     axes = tuple(axis for axis in ("fsdp", "expert") if mesh.shape[axis] > 1)
     over_rows = jax.NamedSharding(mesh, jax.P(axes))
     module = jax.device_put({"mlp": module}, state_shardings({"mlp": module}, mesh))["mlp"]
     return module, jax.device_put(x, over_rows)
 
 
-def most(module, x, mesh):
-    """[the most tokens of one device that visit one other, what fits at a slack of 1.6]."""
-    ways, devices = mesh.shape["expert"], mesh.shape["expert"] * mesh.shape["fsdp"]
+def busiest_pair(module, x, mesh):
+    """[the most tokens that one device has for one other, the capacity at a slack of 1.6]."""
+    ways = mesh.shape["expert"]
+    devices = ways * mesh.shape["fsdp"]
     logits = (x @ np.asarray(module.router.weight[...])).reshape(devices, -1, 8)
     chosen = np.argsort(-logits, axis=-1)[..., :2] // (8 // ways)
     visits = (chosen[..., None] == np.arange(ways)).any(-2).sum(1)
@@ -74,54 +73,58 @@ def most(module, x, mesh):
 
 def main():
     module, x = layer(), np.random.default_rng(1).normal(size=(B, T, D))
-    # Every token to one expert, which lies on one device: more than the capacity.
+    # Every token goes to one expert, and so to one device: more tokens than the capacity.
     crowded = jax.tree.map(lambda leaf: leaf, module)
     crowded.router.weight[...] = 0.1 * module.router.weight[...].at[0, 3].set(60.0)
-    pushed = x.copy()
-    pushed[..., 0] = 1 + abs(x[..., 0])
-    cases = {"random": (module, x), "one expert": (crowded, pushed)}
-    found = {name: {"alone": computed(*case)[0]} for name, case in cases.items()}
-    found |= {"sent": {}, "gathering": {}}
-    usual = experts.SLACK
+    positive_x = x.copy()
+    positive_x[..., 0] = 1 + abs(x[..., 0])
+    cases = {"random": (module, x), "one expert": (crowded, positive_x)}
+    results = {name: {"alone": computed(*case)[0]} for name, case in cases.items()}
+    results |= {"sent": {}, "gathering": {}}
+    default_slack = experts.SLACK
     for label, sizes in MESHES.items():
         mesh = make_mesh(sizes)
         with jax.set_mesh(mesh):
             programs = {}
             for name, case in cases.items():
-                for experts.SLACK in (1e9, 1.6):  # gathered always, and exchanged where it fits
-                    values, programs[experts.SLACK] = computed(*placed(*case, mesh))
-                    found[name][f"{label}, {experts.SLACK}"] = values
-                found[name]["most of " + label] = most(*case, mesh)
-            experts.SLACK = usual
-            found["sent"][label] = sent(computed(*placed(*case, mesh))[1])
-            found["gathering"][label] = sent(programs[1e9])
-    print("found: " + json.dumps(found))
+                # At the first slack tokens are always gathered, at the other exchanged if they fit.
+                for slack in (1e9, 1.6):
+                    experts.SLACK = slack
+                    values, programs[slack] = computed(*placed(*case, mesh))
+                    results[name][f"{label}, {slack}"] = values
+                results[name]["busiest pair of " + label] = busiest_pair(*case, mesh)
+            experts.SLACK = default_slack
+            results["sent"][label] = sent(computed(*placed(*case, mesh))[1])
+            results["gathering"][label] = sent(programs[1e9])
+    processes.print_result(results)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     program = f"import {__name__} as t; t.main()"
-    return processes.found(tmp_path_factory.mktemp("experts"), program, JAX_ENABLE_X64="1")
+    return processes.run_program(tmp_path_factory.mktemp("experts"), program, JAX_ENABLE_X64="1")
 
 
 @pytest.mark.parametrize("routing", ["random", "one expert"])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_no_token_is_lost(found, routing, mesh):
-    """Output and gradients are those of one device, whether tokens fit or fall back."""
-    visits, fitting = found[routing]["most of " + mesh]
-    assert (visits <= fitting) == (routing == "random")
+def test_no_token_is_dropped(results, routing, mesh):
+    """Output and gradients are those of one device, whether tokens fit or the layer gathers."""
+    tokens, capacity = results[routing]["busiest pair of " + mesh]
+    assert (tokens <= capacity) == (routing == "random")
     for slack in (1e9, 1.6):
-        got = found[routing][f"{mesh}, {slack}"]
-        for wanted, one in zip(found[routing]["alone"], got, strict=True):
-            scale = np.abs(wanted).max()
+        on_mesh = results[routing][f"{mesh}, {slack}"]
+        for expected, values in zip(results[routing]["alone"], on_mesh, strict=True):
+            scale = np.abs(expected).max()
             assert scale > 0
-            np.testing.assert_allclose(one, wanted, rtol=0, atol=1e-9 * scale)
+            np.testing.assert_allclose(values, expected, rtol=0, atol=1e-9 * scale)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_less_is_sent_than_by_gathering(found, mesh):
-    """Bytes that a device receives or, of a reduce-scatter, sends: all its devices' results."""
-    exchanged, gathered = found["sent"][mesh], found["gathering"][mesh]
+def test_exchanging_sends_less_than_gathering(results, mesh):
+    """Counts the bytes that a device receives. A reduce-scatter counts with what a device sends:
+    the results of all devices."""
+    exchanged = results["sent"][mesh]
+    gathered = results["gathering"][mesh]
     assert "all-to-all" not in gathered and exchanged["all-to-all"] > 0
     received = gathered["all-gather"] - exchanged.get("all-gather", 0)
     assert exchanged["all-to-all"] < received + gathered["reduce-scatter"] * MESHES[mesh]["expert"]
@@ -129,7 +132,7 @@ def test_less_is_sent_than_by_gathering(found, mesh):
 
 
 def test_capacity():
-    """A quarter more than even routing needs, and never more than there is."""
+    """A quarter more than even routing needs, and never more than there are tokens."""
     assert experts.capacity(1000, 8, 8, 1) == 157
     assert experts.capacity(1000, 2, 8, 2) == 983
     assert experts.capacity(100, 4, 8, 2) == np.ceil(125 * (1 - 15 / 28))

@@ -1,4 +1,4 @@
-"""Two processes of which one hangs, is frozen, is killed, or computes something else."""
+"""Two processes, of which one hangs, is frozen, is killed, or computes something else."""
 
 import signal
 import time
@@ -16,7 +16,7 @@ ENDLESS = (
     "--config.train.log_every=1",
     f"--stall_seconds={STALL}",
 )
-# One process of two, disturbed by what is put between: step 7 of the second.
+# The program of both processes. What replaces {disturbance} disturbs step 7 of the second.
 PROGRAM = """
 import sys, time
 import jax, numpy as np
@@ -38,10 +38,10 @@ Dataset.batch = disturbed
 """
 NOT_FINITE = """
 def disturbed(self, seed, step, *rest):
-    found = batch(self, seed, step, *rest)
+    arrays = batch(self, seed, step, *rest)
     if step == 7 and not distributed.is_first():
-        found["weights"] = found["weights"] * np.float32("nan")
-    return found
+        arrays["weights"] = arrays["weights"] * np.float32("nan")
+    return arrays
 Dataset.batch = disturbed
 """
 FLIPPED_BIT = """
@@ -80,18 +80,18 @@ def begin(tmp_path_factory):
     return call
 
 
-def stalled(told):
-    """Whether this process ended as a stalled one does, with its stack traces."""
-    code, _, err = told
-    return code == 43 and "File " in err and "in fit" in err
+def stalled(result):
+    """Whether a process ended as a stalled one does, with stack traces."""
+    return result.code == 43 and "File " in result.err and "in fit" in result.err
 
 
 def test_a_hanging_process_ends_the_job_with_the_stacks_of_all(begin, tmp_path):
     began = time.monotonic()
-    told = finish(begin(tmp_path / "workdir", HANG, *ENDLESS))
-    assert all(map(stalled, told)), told
-    assert "in disturbed" in told[1][2] and "in disturbed" not in told[0][2]
-    assert f"stalled: no step, evaluation or save ended within {STALL} s" in told[0][2]
+    results = finish(begin(tmp_path / "workdir", HANG, *ENDLESS))
+    assert all(map(stalled, results)), results
+    assert "in disturbed" in results[1].err
+    assert "in disturbed" not in results[0].err
+    assert f"stalled: no step, evaluation or save ended within {STALL} s" in results[0].err
     assert time.monotonic() - began < 120
 
 
@@ -103,18 +103,18 @@ def test_a_process_that_is_gone_ends_the_job(begin, tmp_path, way):
     once_it_trains(workdir, lambda started: started[1].send_signal(way))(started)
     began = time.monotonic()
     try:
-        told = finish(started[:1], 60)[0]
+        (result,) = finish(started[:1], 60)
         print(f"{way.name}: noticed, written and ended after {time.monotonic() - began:.1f} s")
-        assert stalled(told), told
+        assert stalled(result), result
         if way == signal.SIGKILL:
-            assert "another process of the job is gone" in told[2]
+            assert "another process of the job is gone" in result.err
     finally:
         started[1].kill()
 
 
-def test_what_is_not_finite_on_one_host_changes_nothing_anywhere(begin, tmp_path):
-    told = finish(begin(tmp_path / "workdir", NOT_FINITE))
-    assert [code for code, *_ in told] == [0, 0], told
+def test_a_loss_that_is_not_finite_on_one_host_changes_nothing_anywhere(begin, tmp_path):
+    results = finish(begin(tmp_path / "workdir", NOT_FINITE))
+    assert [result.code for result in results] == [0, 0], results
     lines = read_lines(tmp_path / "workdir" / "metrics.jsonl")
     assert [line["train/bad_steps"] for line in lines] == [0, 1, 0, 0]
     assert np.isfinite([line["train/loss"] for line in lines]).all()
@@ -127,11 +127,13 @@ def test_a_flipped_bit_in_one_copy_is_noticed_and_undone(begin, tmp_path):
         "--config.mesh.replica=-1",
         "--config.train.checkpoint_every=5",
     )
-    healthy, hurt = tmp_path / "healthy", tmp_path / "hurt"
-    told = finish(begin(healthy, "", *copies))
-    assert [code for code, *_ in told] == [0, 0] and "rolled back" not in told[0][1], told
-    told = finish(begin(hurt, FLIPPED_BIT, *copies))
-    assert [code for code, *_ in told] == [0, 0], told
-    assert "rolled back: step 10, copies of model." in told[0][1]
-    assert "came apart between devices (of 1 arrays): back to step 5" in told[0][1]
+    healthy = tmp_path / "healthy"
+    hurt = tmp_path / "hurt"
+    results = finish(begin(healthy, "", *copies))
+    assert [result.code for result in results] == [0, 0], results
+    assert "rolled back" not in results[0].out
+    results = finish(begin(hurt, FLIPPED_BIT, *copies))
+    assert [result.code for result in results] == [0, 0], results
+    assert "rolled back: step 10, copies of model." in results[0].out
+    assert "came apart between devices (of 1 arrays): back to step 5" in results[0].out
     assert fingerprints(hurt) == fingerprints(healthy)

@@ -1,4 +1,4 @@
-"""Two processes that share a data folder, or do not: who prepares, who waits, who refuses."""
+"""Two processes that share a data folder, or do not: which one prepares, waits, fails."""
 
 import json
 
@@ -17,11 +17,11 @@ signs = []
 
 def call(sign):
     if (folder / "prepared").exists():
-        return "found"
+        return "reused"
     for _ in range(20):
         time.sleep(0.1)
         sign()
-    if os.environ.get("REFUSED") == str(distributed.index()):
+    if os.environ.get("FAILING") == str(distributed.index()):
         raise UserError("no text", 7)
     (folder / "prepared").touch()
     return "prepared"
@@ -39,23 +39,24 @@ sys.exit(cli.run(["test", *sys.argv[1:]], "", job.FLAGS, body))
 
 
 def run(folder, shared, **more):
-    place = folder / ("data" if shared else "data{process}")
-    return finish(start(folder, 2, 1, "-c", PROGRAM, FOLDER=str(place), **more))
+    data = folder / ("data" if shared else "data{process}")
+    return finish(start(folder, 2, 1, "-c", PROGRAM, FOLDER=str(data), **more))
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_each_folder_is_filled_once_and_who_waits_is_alive(tmp_path, shared):
+def test_each_folder_is_filled_once_and_a_waiting_process_counts_as_alive(tmp_path, shared):
     ended = run(tmp_path, shared)
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    results = [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
-    assert [result for result, *_ in results] == ["prepared", "found" if shared else "prepared"]
+    assert [result.code for result in ended] == [0, 0], ended
+    results = [json.loads(result.out.splitlines()[-1]) for result in ended]
+    assert [result for result, *_ in results] == ["prepared", "reused" if shared else "prepared"]
     for _, signs, longest, left in results:
-        assert signs >= 3 and longest < 2.0  # the call alone takes two seconds
+        assert signs >= 3
+        assert longest < 2.0  # seconds between two signs; the call alone takes two seconds
         assert left == ["prepared"]
 
 
-@pytest.mark.parametrize(("shared", "refused"), [(False, 1), (True, 0)])
-def test_a_refusal_is_everybodys(tmp_path, shared, refused):
-    ended = run(tmp_path, shared, REFUSED=str(refused))
-    assert [code for code, _, _ in ended] == [7, 7], ended
-    assert "no text" in ended[0][2]  # which prints for all
+@pytest.mark.parametrize(("shared", "failing"), [(False, 1), (True, 0)])
+def test_an_error_of_one_process_is_raised_by_all(tmp_path, shared, failing):
+    ended = run(tmp_path, shared, FAILING=str(failing))
+    assert [result.code for result in ended] == [7, 7], ended
+    assert "no text" in ended[0].err  # process 0 prints for all

@@ -1,10 +1,9 @@
-"""How gradients cross devices: in which dtype, and how often."""
+"""How gradients are summed over devices: in which dtype, and how often."""
 
-import json
 import re
 
 import jax
-from processes import found
+from processes import print_result, run_program
 
 from qkvjax import config as configs
 from qkvjax.models.spec import model_spec
@@ -33,24 +32,28 @@ def crossing(**fields):
 
 
 def main():
-    """What a process with 4 devices prints."""
-    results = {"plain": crossing(), "apart": crossing(model__tie_embeddings=False)}
-    print("found: " + json.dumps(results), flush=True)
+    """Runs in a process with 4 devices."""
+    results = {"tied": crossing(), "untied": crossing(model__tie_embeddings=False)}
+    print_result(results)
 
 
 def test_gradients_cross_in_float32_and_a_tied_embedding_once(tmp_path):
     program = f"import {__name__} as t; t.main()"
-    results = found(tmp_path, program, devices=4)
+    results = run_program(tmp_path, program, devices=4)
     for arrays in results.values():
-        assert arrays and {dtype for dtype, _ in arrays} == {"f32"}
+        assert arrays
+        assert {dtype for dtype, _ in arrays} == {"f32"}
     embedding = sorted([VOCABULARY, 32])
-    count = {name: sum(sorted(s) == embedding for _, s in a) for name, a in results.items()}
-    assert count == {"plain": 1, "apart": 2}
+    count = {
+        name: sum(sorted(shape) == embedding for _, shape in arrays)
+        for name, arrays in results.items()
+    }
+    assert count == {"tied": 1, "untied": 2}
 
 
 def test_products_have_the_gradients_of_plain_ones():
-    """`products.matmul` in float32 parameters and bfloat16 tokens: each gradient in the dtype of
-    what it is of, that of the parameter summed in float32."""
+    """Of `products.matmul` with float32 parameters and bfloat16 tokens: each gradient has the dtype
+    of its argument, and that of the parameter is summed in float32."""
     import jax.numpy as jnp
     import numpy as np
 

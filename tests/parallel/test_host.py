@@ -1,4 +1,4 @@
-"""What a process asks of its machine."""
+"""The compilation cache of the host process."""
 
 import os
 

@@ -21,11 +21,11 @@ def test_one_device_has_all_axes(sizes):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"replica": 3, "fsdp": -1}, "multiple of 3 devices and 8 are here"),
-        ({"replica": 4, "fsdp": 4}, "needs a multiple of 16 devices and 8 are here.*fsdp"),
-        ({"replica": -1, "fsdp": -1}, "at most one is -1"),
-        ({"replica": 0}, "sizes are at least 1"),
-        ({"fsdp": -2}, "sizes are at least 1"),
+        ({"replica": 3, "fsdp": -1}, "multiple of 3 devices, jax has 8"),
+        ({"replica": 4, "fsdp": 4}, "needs a multiple of 16 devices, jax has 8.*fsdp"),
+        ({"replica": -1, "fsdp": -1}, "at most one may be -1"),
+        ({"replica": 0}, "sizes must be at least 1"),
+        ({"fsdp": -2}, "sizes must be at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, message):
@@ -42,12 +42,12 @@ def test_sizes_that_do_not_fit(sizes, message):
         ({"fsdp": -1}, 8, None),
         ({"replica": -1, "tensor": 2}, 8, None),
         ({}, 1, None),
-        ({"fsdp": 0}, 8, None),  # which is refused
+        ({"fsdp": 0}, 8, None),  # make_mesh refuses it
     ],
 )
 def test_idle_devices_are_named_with_their_use(sizes, count, message):
-    told = idle_devices(sizes, count)
-    assert told is None if message is None else re.search(message, told)
+    hint = idle_devices(sizes, count)
+    assert hint is None if message is None else re.search(message, hint)
 
 
 TWO = dict.fromkeys(AXES, 2)
@@ -59,7 +59,7 @@ def test_rules_name_axes_of_the_mesh():
     assert rules.spec("batch", None, "heads", sizes=TWO) == jax.P(
         ("replica", "fsdp", "expert"), None, "tensor"
     )
-    one = TWO | {"replica": 1, "tensor": 1, "expert": 1}  # axes of size 1 are in no type
+    one = TWO | {"replica": 1, "tensor": 1, "expert": 1}  # axes of size 1 are left out
     assert rules.spec("batch", "length", "heads", sizes=one) == jax.P("fsdp", "context", None)
     assert not rules.has_mesh()
     with pytest.raises(ValueError, match="collide.*tensor"):
@@ -72,7 +72,7 @@ def test_rules_name_axes_of_the_mesh():
         (("projections", "q", "weight"), (3, 8, 16), (None, "fsdp", "tensor")),
         (("output", "weight"), (3, 16, 8), (None, "tensor", "fsdp")),
         (("mlp", "down", "weight"), (16, 8), ("tensor", "fsdp")),
-        (("mlp", "up", "weight"), (8, 15), ("fsdp", None)),  # what does not divide stays whole
+        (("mlp", "up", "weight"), (8, 15), ("fsdp", None)),  # "tensor" does not divide 15
         (("mlp", "up", "weight"), (7, 15), (None, None)),
         (("embedding",), (300, 8), ("tensor", "fsdp")),
         (("head", "weight"), (8, 301), ("fsdp", None)),
@@ -80,7 +80,7 @@ def test_rules_name_axes_of_the_mesh():
         (("positions",), (9, 8), (None, "fsdp")),
     ],
 )
-def test_where_matrices_live(path, shape, spec):
+def test_matrices_are_sharded_as_the_rules_say(path, shape, spec):
     assert rules.matrix_spec(path, shape, TWO) == jax.P(*spec)
 
 
@@ -93,7 +93,7 @@ def test_where_matrices_live(path, shape, spec):
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused(tiny, mesh, message):
-    """Without waiting for a compiler."""
+    """Before anything is compiled."""
     mesh = jax.sharding.AbstractMesh(tuple((TWO | dict.fromkeys(AXES, 1) | mesh).values()), AXES)
     with pytest.raises(UserError, match=message):
         check_mesh(mesh, tiny(num_heads=4), 16, 4)
@@ -105,20 +105,23 @@ def test_a_mesh_is_in_force():
 
 
 def test_a_mesh_of_one_changes_nothing(model):
-    """Notebooks have no mesh, training has one of size 1: the same numbers."""
+    """Notebooks have no mesh, training has one of size 1; both compute the same numbers."""
     m = model(sharing="q-k=v", position="learned", num_layers=1)
     ids = jax.numpy.arange(18).reshape(2, 9)
-    run = lambda: jax.jit(lambda m, ids: m(ids))(m, ids)  # noqa: E731
-    plain = run()
+
+    def run(m, ids):
+        return jax.jit(lambda m, ids: m(ids))(m, ids)
+
+    without_mesh = run(m, ids)
     mesh = make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         m, ids = jax.device_put((m, ids), rules.sharding(mesh))
-        meshed = run()
-    assert (plain == jax.numpy.asarray(jax.device_get(meshed))).all()
+        with_mesh = run(m, ids)
+    assert (without_mesh == jax.numpy.asarray(jax.device_get(with_mesh))).all()
 
 
-def test_sizes_that_no_sides_of_a_torus_make(monkeypatch):
-    """32 of the 4 x 4 x 4 chips of a v5p, say: physical axes are split."""
+def test_a_size_that_is_no_product_of_sides_of_a_torus(monkeypatch):
+    """Such as 32 of the 4 x 4 x 4 chips of a v5p: a side is split between axes."""
 
     def refuse(*args, **options):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 3 of size 32")

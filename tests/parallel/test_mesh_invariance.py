@@ -1,11 +1,11 @@
 """What a run computes does not depend on its mesh.
 
-One process with 8 virtual devices trains the same tiny model on one of them and on several
-meshes, in float64 (in float32, rounding alone drifts apart), and reports what it found.
+One process with 8 virtual devices trains the same tiny model on one of them and on several meshes
+and prints losses, parameters and collectives. In float64: in float32, rounding alone would make the
+runs drift apart.
 """
 
 import hashlib
-import json
 import re
 
 import jax
@@ -16,7 +16,8 @@ import pytest
 from qkvjax import config as configs
 from qkvjax.training.run import prepare_run
 
-BOTH, REPLICA = {"replica": 2, "fsdp": 4}, {"replica": 8}
+REPLICA = {"replica": 8}
+BOTH = {"replica": 2, "fsdp": 4}
 EVERY = {"fsdp": 2, "context": 2, "tensor": 2}  # two devices for one key-value head
 # name: (mesh, micro-batches a step, dropout)
 RUNS = {
@@ -32,7 +33,7 @@ STEPS = 5
 
 
 def prepared(folder, mesh, accumulation=1, dropout=0.0):
-    """The run of one layer of K = V under grouped heads, on one tiny text file."""
+    """A run of a model with one layer, with K = V and grouped heads, on one tiny text file."""
     config = configs.default()
     config.model.update(
         num_layers=1,
@@ -65,8 +66,8 @@ def digest(state):
 
 def train(run, state):
     """Five steps from `state`: losses, gradient norms, parameters and collectives."""
-    run.config.train.compute_dtype = "float64"  # which a user's config cannot ask for
-    # The rate of dropout is no leaf but part of the structure, which is this run's own.
+    run.config.train.compute_dtype = "float64"  # a user's config cannot set this
+    # The rate of dropout is not a leaf but part of the structure, which must be that of this run.
     state = jax.tree.unflatten(jax.tree.structure(run.abstract), jax.tree.leaves(state))
     with jax.set_mesh(run.mesh):
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, run.abstract))
@@ -85,16 +86,17 @@ def train(run, state):
 
 
 def main(folder):
-    """What the process with 8 devices does; it prints what it found."""
-    found = {"devices": jax.device_count()}
+    """Runs in the process with 8 devices."""
+    results = {"devices": jax.device_count()}
     with jax.enable_x64(False):
         state = initial(prepared(folder, BOTH))
         weight = state.model.stack.blocks[0].mlp.up.weight[...]
-        found["dtype"], found["digest"] = str(weight.dtype), digest(state)
-        found["shards"] = len({str(shard.index) for shard in weight.addressable_shards})
+        results["dtype"] = str(weight.dtype)
+        results["digest"] = digest(state)
+        results["shards"] = len({str(shard.index) for shard in weight.addressable_shards})
     state = jax.device_get(initial(prepared(folder, {})))
-    found["runs"] = {name: train(prepared(folder, *run), state) for name, run in RUNS.items()}
-    print("found: " + json.dumps(found))
+    results["runs"] = {name: train(prepared(folder, *run), state) for name, run in RUNS.items()}
+    processes.print_result(results)
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +107,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(folder):
+def results(folder):
     program = f"import {__name__} as t; t.main({str(folder)!r})"
-    return processes.found(folder, program, JAX_ENABLE_X64="1")
+    return processes.run_program(folder, program, JAX_ENABLE_X64="1")
 
 
-def test_initial_values_are_equal_to_the_last_bit(found, folder, monkeypatch):
+def test_initial_values_are_equal_to_the_last_bit(results, folder, monkeypatch):
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(folder / "prepared"))
-    assert found["devices"] == 8 and jax.device_count() == 1
-    assert found["shards"] == 4 and found["dtype"] == "float32"
-    assert found["digest"] == digest(initial(prepared(folder, {})))
+    assert results["devices"] == 8 and jax.device_count() == 1
+    assert results["shards"] == 4 and results["dtype"] == "float32"
+    assert results["digest"] == digest(initial(prepared(folder, {})))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +128,8 @@ def test_initial_values_are_equal_to_the_last_bit(found, folder, monkeypatch):
         ("sharded, dropout", "one device, dropout"),
     ],
 )
-def test_training_does_not_depend_on_mesh_or_micro_batches(found, name, base):
-    expected, got = found["runs"][base], found["runs"][name]
+def test_training_does_not_depend_on_mesh_or_micro_batches(results, name, base):
+    expected, got = results["runs"][base], results["runs"][name]
     assert expected["loss"][-1] < expected["loss"][0]
     np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-9)
     np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-9)
@@ -135,9 +137,9 @@ def test_training_does_not_depend_on_mesh_or_micro_batches(found, name, base):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.max(np.abs(b)))
 
 
-def test_collectives(found):
+def test_collectives(results):
     """One device needs none, replicas only sums; nothing is ever sent all to all."""
-    counts = {name: run["collectives"] for name, run in found["runs"].items()}
+    counts = {name: run["collectives"] for name, run in results["runs"].items()}
     assert set(counts["one device"].values()) == {0}
     assert counts["sharded, dropout"]["all-gather"] > 0
     for name, kinds in counts.items():

@@ -32,7 +32,7 @@ PORT = free_port()
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Trains in `count` processes over two devices: [(exit code, stdout, stderr)]."""
+    """train(workdir, *flags) -> a `Result` of each of `count` processes over two devices."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "corpus.txt").write_text("To be, or not to be, that is the question. " * 40)
     source = f"--config.data.source=text:{folder}/corpus.txt"
@@ -49,64 +49,70 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(train, tmp_path_factory):
-    """(what a run of two processes printed, its workdir)."""
+    """(the results of a run of two processes, its workdir)."""
     workdir = tmp_path_factory.mktemp("run") / "workdir"
     return train(workdir), workdir
 
 
-def codes(told):
-    return [code for code, _, _ in told]
+def codes(results):
+    return [result.code for result in results]
 
 
 def test_process_0_alone_writes_and_prints(trained):
-    told, workdir = trained
-    assert codes(told) == [0, 0], told[0][2][-2000:]
-    assert "step 20/20" in told[0][1] and "mesh 1x2x1x1x1" in told[0][1]
-    assert not re.sub(r"\[Gloo\].*\n", "", told[1][1])  # which gloo itself prints
+    results, workdir = trained
+    assert codes(results) == [0, 0], results[0].err[-2000:]
+    assert "step 20/20" in results[0].out
+    assert "mesh 1x2x1x1x1" in results[0].out
+    assert not re.sub(r"\[Gloo\].*\n", "", results[1].out)  # lines of gloo itself
     steps = [line["step"] for line in read_lines(workdir / "metrics.jsonl")]
     assert steps == [5, 10, 15, 20]
     assert json.loads((workdir / "run.json").read_text())["environment"]["num_processes"] == 2
 
 
-def test_one_process_goes_on_with_what_two_began(train, trained, tmp_path):
-    """On the same mesh to the last bit, whatever the processes."""
+def test_one_process_resumes_a_run_of_two(train, trained, tmp_path):
+    """On the same mesh, and so to the last bit."""
     workdir = shutil.copytree(trained[1], tmp_path / "copy")
     shutil.rmtree(workdir / "checkpoints" / "20")
-    told = train(workdir, count=1)
-    assert codes(told) == [0]
-    assert "resumed after step 10 of 20, equal within rounding" in told[0][1]  # bitwise, in fact
-    assert "processes was 2, is 1" in told[0][1]
+    results = train(workdir, count=1)
+    assert codes(results) == [0]
+    # The message promises less than what holds here.
+    assert "resumed after step 10 of 20, equal within rounding" in results[0].out
+    assert "processes was 2, is 1" in results[0].out
     assert fingerprints(workdir) == fingerprints(trained[1])
     assert losses(workdir) == losses(trained[1])
 
 
-def test_another_mesh_goes_on_within_rounding(train, trained, tmp_path):
+def test_another_mesh_resumes_within_rounding(train, trained, tmp_path):
     """One device instead of two, from the middle."""
     workdir = shutil.copytree(trained[1], tmp_path / "copy")
     shutil.rmtree(workdir / "checkpoints" / "20")
-    told = train(workdir, "--config.mesh.fsdp=1", count=1)
-    assert codes(told) == [0] and "mesh was '1x2x1x1x1', is '1x1x1x1x1'" in told[0][1]
-    found, before = losses(workdir), losses(trained[1])
-    assert found.keys() == before.keys()
+    results = train(workdir, "--config.mesh.fsdp=1", count=1)
+    assert codes(results) == [0], results
+    assert "mesh was '1x2x1x1x1', is '1x1x1x1x1'" in results[0].out
+    resumed = losses(workdir)
+    undisturbed = losses(trained[1])
+    assert resumed.keys() == undisturbed.keys()
     for step in (15, 20):
-        assert found[step] == pytest.approx(before[step], rel=1e-6)
+        assert resumed[step] == pytest.approx(undisturbed[step], rel=1e-6)
 
 
 def coordinator(process):
-    """The port that a process was told to meet the others at."""
+    """The port at which a process meets the others."""
     flag = next(arg for arg in process.args if arg.startswith("--coordinator="))
     return int(flag.rpartition(":")[2])
 
 
 def listening(port):
     """Addresses, as the kernel writes them, at which something listens on a port."""
-    found = set()
+    addresses = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
-            (address, number), state = line.split()[1].split(":"), line.split()[3]
-            if int(number, 16) == port and state == "0A":
-                found.add(address)
-    return found
+            fields = line.split()
+            address, number = fields[1].split(":")
+            is_listening = fields[3] == "0A"
+            if int(number, 16) == port and is_listening:
+                addresses.add(address)
+    return addresses
 
 
 def test_a_signal_to_one_process_saves_and_stops_all_after_the_same_step(train, tmp_path):
@@ -118,44 +124,48 @@ def test_a_signal_to_one_process_saves_and_stops_all_after_the_same_step(train, 
     )
 
     def act(started):
-        found = listening(coordinator(started[0]))
-        assert found and all(address.endswith("0100007F") for address in found)  # 127.0.0.1
+        addresses = listening(coordinator(started[0]))
+        assert addresses
+        assert all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1
         started[1].send_signal(signal.SIGUSR1)
         while not (workdir / "checkpoints").is_dir():
             time.sleep(0.05)
         started[1].send_signal(signal.SIGTERM)
 
-    told = train(workdir, *long, then=once_it_trains(workdir, act))
-    assert codes(told) == [42, 42], told
-    assert "stopped: saved after step" in told[0][2] and "stopped" not in told[1][2]
+    results = train(workdir, *long, then=once_it_trains(workdir, act))
+    assert codes(results) == [42, 42], results
+    assert "stopped: saved after step" in results[0].err
+    assert "stopped" not in results[1].err
     last = read_lines(workdir / "metrics.jsonl")[-1]["step"]
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert len(saved) == 2 and saved[1] == last
 
 
 def test_processes_of_different_configurations_are_refused(train, tmp_path):
-    told = train(tmp_path / "workdir", odd=["--config.seed=5"])
-    assert codes(told) == [2, 2]
-    assert "process 1: the processes of a job run one program" in told[0][2]
-    assert "seed: 5, process 0 has 0" in told[0][2] and told[1][2] == ""
+    results = train(tmp_path / "workdir", last_flags=["--config.seed=5"])
+    assert codes(results) == [2, 2]
+    assert "process 1: the processes of a job run one program" in results[0].err
+    assert "seed: 5, process 0 has 0" in results[0].err
+    assert results[1].err == ""
     assert not (tmp_path / "workdir").exists()
 
 
-def test_processes_that_compute_attention_by_other_means_are_refused(train, tmp_path):
-    told = train(tmp_path / "workdir", odd=["--attention=reference"])
-    assert codes(told) == [2, 2]
-    assert "--attention: 'reference', process 0 has 'auto'" in told[0][2] and told[1][2] == ""
+def test_processes_with_different_attention_flags_are_refused(train, tmp_path):
+    results = train(tmp_path / "workdir", last_flags=["--attention=reference"])
+    assert codes(results) == [2, 2]
+    assert "attention: 'reference', process 0 has 'auto'" in results[0].err
+    assert results[1].err == ""
     assert not (tmp_path / "workdir").exists()
 
 
-def test_a_kernel_that_fails_on_one_process_is_taken_by_none(tmp_path):
-    """Two processes, each with a pretended GPU; on the second the trial fails."""
-    told = finish(start(tmp_path, 2, 1, "-c", AGREE))
-    assert codes(told) == [0, 0], told[0][2][-2000:] + told[1][2][-2000:]
-    assert "chosen: ('triton', 'xla') then xla" in told[0][1]
-    assert "chosen: ('triton', 'xla') then xla" in told[1][1]
-    assert "not triton: process 1: it does not run here" in told[0][2]
-    assert "attention:" not in told[1][2]  # one process speaks
+def test_a_kernel_that_fails_on_one_process_is_used_by_none(tmp_path):
+    """Two processes, each with a pretended GPU; on the second one the trial of the kernel fails."""
+    results = finish(start(tmp_path, 2, 1, "-c", AGREE))
+    assert codes(results) == [0, 0], results[0].err[-2000:] + results[1].err[-2000:]
+    assert "chosen: ('triton', 'xla') then xla" in results[0].out
+    assert "chosen: ('triton', 'xla') then xla" in results[1].out
+    assert "not triton: process 1: it does not run here" in results[0].err
+    assert "attention:" not in results[1].err  # only process 0 prints
 
 
 AGREE = """
@@ -191,24 +201,26 @@ with job.join(values):
 """
 
 
-def test_a_host_that_never_comes(train, tmp_path):
-    told = train(tmp_path / "workdir", "--init_seconds=3", of=3)
-    assert codes(told) == [2, 2]
-    for i, (_, _, err) in enumerate(told):
+def test_a_process_that_never_comes(train, tmp_path):
+    results = train(tmp_path / "workdir", "--init_seconds=3", job_size=3)
+    assert codes(results) == [2, 2]
+    for i, result in enumerate(results):
+        err = result.err
         assert f"process {i} of 3 did not meet the others at 127.0.0.1:" in err
         assert "within 3 s: start all of them" in err and "Traceback" not in err
 
 
-def test_what_process_0_finds_ends_all(train, trained):
+def test_an_error_of_process_0_ends_all(train, trained):
     with open(trained[1] / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        told = train(trained[1])
-    assert codes(told) == [2, 2] and "another process is at work" in told[0][2]
+        results = train(trained[1])
+    assert codes(results) == [2, 2], results
+    assert "another process is at work" in results[0].err
 
 
 @pytest.mark.slow
 def test_open_mpi_announces_the_others(trained, tmp_path):
-    """What its mpirun sets; the run is that of processes with flags."""
+    """With the variables of its mpirun; the run equals that of processes with flags."""
     workdir, folder = tmp_path / "workdir", trained[1].parents[1] / "processes0"
     corpus = json.loads((trained[1] / "config.json").read_text())["data"]["source"]
     started = []
@@ -229,8 +241,8 @@ def test_open_mpi_announces_the_others(trained, tmp_path):
                 text=True,
             )
         )
-    told = finish(started)
-    assert codes(told) == [0, 0], told[0][2][-2000:]
+    results = finish(started)
+    assert codes(results) == [0, 0], results[0].err[-2000:]
     assert fingerprints(workdir) == fingerprints(trained[1])
 
 
@@ -238,7 +250,7 @@ def test_open_mpi_announces_the_others(trained, tmp_path):
     ("flags", "message"),
     [
         (["--num_processes=2"], "--coordinator and --process_id missing: nothing here announces"),
-        (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "is none of the 2"),
+        (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "must be from 0 to 1"),
         (["--coordinator=here", "--num_processes=2", "--process_id=0"], "has no port"),
         (
             ["--coordinator=192.0.2.1:2345", "--num_processes=2", "--process_id=0"],
@@ -267,18 +279,21 @@ def test_flags_that_do_not_fit(tmp_path, flags, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
-def test_damage_that_one_process_reads_is_passed_over_by_all(train, trained, tmp_path, process):
+def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_all(
+    train, trained, tmp_path, process
+):
     workdir = shutil.copytree(trained[1], tmp_path / "copy")
     folder = workdir / "checkpoints" / "20" / "state" / f"ocdbt.process_{process}" / "d"
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    told = train(workdir)
-    assert codes(told) == [0, 0] and "checkpoint 20 is damaged and passed over" in told[0][1]
+    results = train(workdir)
+    assert codes(results) == [0, 0], results
+    assert "checkpoint 20 is damaged and passed over" in results[0].out
     assert fingerprints(workdir) == fingerprints(trained[1])
 
 
 def certificates(folder):
-    """What mutual TLS wants in the environment of a process."""
+    """The environment variables of a process that uses mutual TLS, and their files."""
 
     def openssl(*args):
         subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
@@ -315,16 +330,17 @@ def certificates(folder):
 has_tls = hasattr(jax.config, "jax_mtls_cert_file")
 
 
-@pytest.mark.skipif(has_tls, reason="this jax knows mutual TLS")
-def test_an_older_jax_refuses_what_it_would_ignore(train, tmp_path):
-    told = train(tmp_path / "workdir", JAX_MTLS_CERT_FILE="own.pem")
-    assert codes(told) == [2, 2] and "knows no mutual TLS" in told[0][2]
+@pytest.mark.skipif(has_tls, reason="this jax supports mutual TLS")
+def test_certificates_are_refused_where_jax_would_ignore_them(train, tmp_path):
+    results = train(tmp_path / "workdir", JAX_MTLS_CERT_FILE="own.pem")
+    assert codes(results) == [2, 2], results
+    assert "does not support mutual TLS" in results[0].err
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_tls, reason="mutual TLS wants jax 0.12")
+@pytest.mark.skipif(not has_tls, reason="mutual TLS needs jax 0.12")
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 def test_processes_meet_by_mutual_tls(train, trained, tmp_path):
-    told = train(tmp_path / "workdir", **certificates(tmp_path))
-    assert codes(told) == [0, 0], told
+    results = train(tmp_path / "workdir", **certificates(tmp_path))
+    assert codes(results) == [0, 0], results
     assert fingerprints(tmp_path / "workdir") == fingerprints(trained[1])

@@ -27,13 +27,13 @@ def mesh_of(kind, platform):
 )
 def test_the_mesh_decides(kind, platform, capability, major):
     with use_abstract_mesh(mesh_of(kind, platform)):
-        found = target()
-    assert (found.platform, found.kind, found.capability) == (platform, kind, capability)
-    assert found.major == major and not found.here
+        result = target()
+    assert (result.platform, result.kind, result.capability) == (platform, kind, capability)
+    assert result.major == major and not result.here
 
 
 def test_the_mesh_decides_inside_shard_map_too():
-    """Where a cache is read, each device computes on its part alone."""
+    """The cache is read inside `shard_map`, where each device computes on its part alone."""
     seen = []
 
     def local(x):
@@ -44,14 +44,14 @@ def test_the_mesh_decides_inside_shard_map_too():
     with use_abstract_mesh(mesh_of("NVIDIA H200", "gpu")):
         spec = jax.sharding.PartitionSpec()
         jax.eval_shape(jax.shard_map(local, in_specs=spec, out_specs=spec), x)
-    assert [found.kind for found in seen] == ["NVIDIA H200"]
+    assert [result.kind for result in seen] == ["NVIDIA H200"]
 
 
 def test_without_a_mesh_it_is_the_machine():
-    found = target()
-    assert found.here and found.platform == jax.default_backend()
+    result = target()
+    assert result.here and result.platform == jax.default_backend()
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
-        assert target() == found
+        assert target() == result
 
 
 @pytest.mark.parametrize(
@@ -70,5 +70,5 @@ def test_without_a_mesh_it_is_the_machine():
         ("TPU v6 lite", None),
     ],
 )
-def test_capabilities_of_gpus_that_are_not_here(kind, capability):
+def test_capabilities_of_gpus_that_this_machine_lacks(kind, capability):
     assert capability_of(kind) == capability

@@ -16,8 +16,8 @@ def clean(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_this_compiler_knows_those_for_gpus_and_starts_with_them():
-    """One that it does not know ends the process."""
+def test_this_compiler_knows_the_flags_for_gpus_and_starts_with_them():
+    """A flag that it does not know ends the process."""
     added = xla_flags.add("gpu")
     assert len(added.split()) == len(xla_flags.FLAGS["gpu"])
     assert os.environ["XLA_FLAGS"] == added == xla_flags.in_force()
@@ -43,27 +43,27 @@ def test_a_users_flags_win_and_ours_are_added_once(monkeypatch):
     assert xla_flags.add("gpu") == "" and os.environ["XLA_FLAGS"].split() == flags
 
 
-def test_they_can_be_left_out(monkeypatch):
+def test_flags_can_be_turned_off(monkeypatch):
     monkeypatch.setenv(xla_flags.SWITCH, "off")
     assert xla_flags.add("gpu") == "" and "XLA_FLAGS" not in os.environ
 
 
-def test_one_that_the_compiler_does_not_know_is_left_out(monkeypatch):
+def test_a_flag_that_the_compiler_does_not_know_is_left_out(monkeypatch):
     monkeypatch.setitem(xla_flags.FLAGS, "gpu", {"xla_gpu_of_no_compiler": "true"})
     xla_flags._known.cache_clear()
     assert xla_flags.add("gpu") == ""
     xla_flags._known.cache_clear()
 
 
-def test_a_machine_without_an_accelerator_gets_none(monkeypatch):
+def test_a_machine_without_an_accelerator_gets_no_flags(monkeypatch):
     monkeypatch.setattr(xla_flags, "DEVICES", {"gpu": ("/no/gpu",), "tpu": ("/no/tpu",)})
     assert xla_flags.add() == "" and not xla_flags.in_force()
 
 
-def test_what_jax_will_find(monkeypatch, tmp_path):
+def test_accelerator_is_what_jax_will_find(monkeypatch, tmp_path):
     (tmp_path / "device").touch()
-    found = {"gpu": (str(tmp_path / "device"),), "tpu": ("/no/tpu",)}
-    monkeypatch.setattr(xla_flags, "DEVICES", found)
+    device_files = {"gpu": (str(tmp_path / "device"),), "tpu": ("/no/tpu",)}
+    monkeypatch.setattr(xla_flags, "DEVICES", device_files)
     monkeypatch.setattr(xla_flags, "PLUGINS", {"gpu": ("jax",), "tpu": ("jax",)})
     monkeypatch.setenv("JAX_PLATFORMS", "")
     assert xla_flags.accelerator() == "gpu"
@@ -75,7 +75,7 @@ def test_what_jax_will_find(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.aot
-def test_libtpu_knows_those_for_tpus():
+def test_libtpu_knows_the_flags_for_tpus():
     pytest.importorskip("libtpu", reason="its wheel compiles for TPUs")
     program = (
         "from qkvjax.parallel import topology, xla_flags;"

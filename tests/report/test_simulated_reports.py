@@ -8,8 +8,9 @@ import pytest
 import simulated_study as simulated
 
 from qkvjax.report import files
+from qkvjax.report.csv_file import write_csv
 from qkvjax.report.page import write_report
-from qkvjax.report.summary import summarize, write_csv
+from qkvjax.report.summary import summarize
 
 
 def study_of(workdir, scores):

@@ -10,7 +10,8 @@ import simulated_study as simulated
 import qkvjax
 from qkvjax.errors import UserError
 from qkvjax.report import files, results
-from qkvjax.report.summary import summarize, write_csv
+from qkvjax.report.csv_file import write_csv
+from qkvjax.report.summary import summarize
 
 
 def summary_of(workdir):
