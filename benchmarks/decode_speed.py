@@ -41,7 +41,7 @@ def decode_call(size, sharing, rotary_values, dtype, batch, length):
     """
     config = config_of(size, sharing, dtype)
     config.model.update(position="rope", rotary_values=rotary_values)
-    spec = model_spec(configs.plain(config.model), size.vocab, length)
+    spec = model_spec(configs.resolve(config).model, size.vocab, length)
     model = jax.tree.map(lambda array: array.astype(dtype), build(spec))
     layers = model.stack.layers()
     cache = empty_caches(model, batch, length, jnp.dtype(dtype))

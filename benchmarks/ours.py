@@ -42,7 +42,7 @@ def spec_of(size: Size, sharing: str, implementation: str = "auto"):
     """Returns the spec of that model."""
     from qkvjax.models.spec import model_spec
 
-    model = configs.plain(config_of(size, sharing, "float32").model)
+    model = configs.resolve(config_of(size, sharing, "float32")).model
     return model_spec(model, size.vocab, size.length, implementation=implementation)
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     options = arguments(__doc__)
     host.keep_freed_memory()
     config = configs.from_dict(configs.to_dict(runpy.run_path(str(RECIPE))["get_config"]()))
-    run = prepare_run(config)
+    run = prepare_run(configs.resolve(config))
     plain = []  # seconds of each stretch without a save
     saving = []  # seconds of each stretch with one
     stopped = []  # seconds that a save stops training

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from qkvjax.attention.spec import canonical_sharing, parse_sharing, sharing_name
 from qkvjax.errors import UserError, among
+from qkvjax.fields import Model
 from qkvjax.models.spec import ModelSpec, model_spec
 
 Grid = tuple[dict, ...]
@@ -179,14 +180,14 @@ def equal_params(
     return tuple(_widened(point, spec_of(point), cost, target) for point in points)
 
 
-def _model_of(point: dict, model: Mapping) -> dict:
+def _model_of(point: dict, model: Mapping) -> Model:
     """Returns the group `model` of a point's config."""
     fields = {
         name.removeprefix("model."): value
         for name, value in point.items()
         if name.startswith("model.")
     }
-    return {**model, **fields}
+    return Model(**{**model, **fields})
 
 
 def _widened(point: dict, spec: ModelSpec, cost: Callable[[dict], int], target: int) -> dict:

@@ -18,8 +18,8 @@ from hypothesis import settings
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
-from qkvjax import config as configs
 from qkvjax.commands import cli
+from qkvjax.fields import Model
 from qkvjax.models.lm import LanguageModel
 from qkvjax.models.spec import model_spec
 
@@ -106,9 +106,8 @@ def tiny():
     """Makes the spec of a tiny language model; arguments are fields of the `model` group."""
 
     def make(tokenizer_size=61, seq_len=16, **fields):
-        model = configs.plain(configs.default().model)
-        model.update(d_model=32, num_layers=2, num_heads=4, mlp_ratio=1.0)
-        return model_spec(model | fields, tokenizer_size, seq_len)
+        small = {"d_model": 32, "num_layers": 2, "num_heads": 4, "mlp_ratio": 1.0}
+        return model_spec(Model(**(small | fields)), tokenizer_size, seq_len)
 
     return make
 

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from qkvjax.commands import cli
+from qkvjax.config import resolve
 from qkvjax.errors import UserError
 from qkvjax.parallel import host
 
@@ -61,12 +62,9 @@ def body(values: flags.FlagValues, what: str | None) -> None:
             f" {' or '.join(MEASURES[1:])})" + (f", not bench {what}" if what else "")
         )
     host.keep_freed_memory()  # before threads have arenas of their own
-    config = values.config
+    config = resolve(values.config)
     batches = _numbers("batches", values.batches, config.data.batch_size, (0.25, 1, 4))
     contexts = _numbers("contexts", values.contexts, config.data.seq_len, (0.5, 1, 2))
-    from qkvjax import config as configs
-
-    configs.validate(config)
     from qkvjax.costs import memory, speed
     from qkvjax.files import read_lines, write_lines
     from qkvjax.report import drawing

@@ -297,8 +297,6 @@ def _may_be_unset(flag: str, values: flags.FlagValues, ask: bool = False) -> boo
     Raises:
       UserError: a number, which cannot be unset; not where this is only asked.
     """
-    from ml_collections import config_dict
-
     from qkvjax.config import FIELDS
 
     field = flag.removeprefix("config.")
@@ -306,10 +304,10 @@ def _may_be_unset(flag: str, values: flags.FlagValues, ask: bool = False) -> boo
         return flag in values and values[flag].default is None
     if field not in FIELDS:
         return field.startswith("evals.") and field.endswith(".max_labels")
-    default = FIELDS[field][0]
-    if isinstance(default, (bool, int, float)) and not ask:
-        raise UserError(f"config.{field} cannot be unset: its default is {default!r}")
-    return isinstance(default, config_dict.FieldReference)
+    known = FIELDS[field]
+    if known.kind in (bool, int, float) and not known.optional and not ask:
+        raise UserError(f"config.{field} cannot be unset: its default is {known.default!r}")
+    return known.optional
 
 
 def _near(name: str) -> str:
@@ -369,23 +367,25 @@ def help_text(doc: str, values: flags.FlagValues, with_config: bool, with_fields
 
 def _fields_help() -> list[str]:
     """Every field of the config, by group, with its default."""
-    from qkvjax.config import FIELDS, default, flatten, to_dict
+    from qkvjax.config import EVALUATOR_FIELDS, FIELDS
 
-    defaults = flatten(to_dict(default()))
     lines = ["", "fields of a config (the default is the recipes' starting point):"]
     previous = None
-    for name, (_, text) in FIELDS.items():
+    for name, field in FIELDS.items():
         group = name.rpartition(".")[0]
         if group != previous:
             lines += ["", f"{group or 'of the whole run'}:"]
             previous = group
-        lines += _entry(f"--config.{name}", f"{text} (default {defaults.get(name)})")
-    text = (
-        "evaluators run while training; fields kind, split (train or validation) and max_labels"
-        " (about so many; unset: all)"
-    )
-    lines += ["", "evals:", *_entry("--config.evals.NAME.FIELD", text)]
+        lines += _entry(f"--config.{name}", f"{field.help} (default {_as_written(field.default)})")
+    lines += ["", "evals, which run while training:"]
+    for name, field in EVALUATOR_FIELDS.items():
+        lines += _entry(f"--config.evals.NAME.{name}", f"{field.help} (default {field.default})")
     return [*lines, "", 'a duration is steps (300), "2ep", "10M tokens" or "5%" of the run']
+
+
+def _as_written(value: object) -> object:
+    """Returns a value as --help shows it: tuples as lists."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _entry(name: str, text: str) -> list[str]:

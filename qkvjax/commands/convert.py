@@ -75,7 +75,7 @@ def import_(values: flags.FlagValues) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"source": source.name, "sha256": digest, "quantization": found.quantization}
     arrays = {f"model.{name}": array for name, array in found.arrays.items()}
-    spec = save_model(workdir, config, arrays, origin | {"date": host.now()})
+    spec = save_model(workdir, configs.resolve(config), arrays, origin | {"date": host.now()})
     print(
         f"{workdir}: {spec.num_params:,} parameters of {source.name} ({found.quantization},"
         f" widened to float32); the cache takes {spec.cache_bytes_per_token('bfloat16'):,} bytes a"
@@ -85,6 +85,7 @@ def import_(values: flags.FlagValues) -> None:
 
 def tie(values: flags.FlagValues) -> None:
     """`convert tie`: a copy of a run whose projections are shared."""
+    from qkvjax import config as configs
     from qkvjax.attention.spec import canonical_sharing, parse_sharing, sharing_name
     from qkvjax.interop.tie import METHODS, tied_arrays
     from qkvjax.training.restore import abstract_model, load_arrays, new_workdir, save_model
@@ -103,7 +104,7 @@ def tie(values: flags.FlagValues) -> None:
             " does not choose between"
         )
     old = config.model.sharing
-    config.model.sharing = values.sharing
+    config = configs.changed(config, model={"sharing": values.sharing})
     names = list(abstract_model(config)[1])
     tied = tied_arrays(arrays, names, old, values.sharing)
     output = new_workdir(values.output)

@@ -7,8 +7,8 @@
 
 --model reads a published config.json (docs/reference/plan.md lists the families) and prints what
 each sharing of its projections would save: cache, parameters, context, users, and a roofline
-estimate of decoding speed. A file of an unknown family with the keys of Llama is marked as an estimate in
-every figure; encoders, hybrids and whatever else plan cannot count are refused.
+estimate of decoding speed. In a file of an unknown family with the keys of Llama every figure is
+marked as an estimate; encoders, hybrids and whatever else plan cannot count are refused.
 
 --config gives the exact costs of one of our recipes, and of every other sharing that its
 heads allow. With --workdir, plan.json holds the same numbers.
@@ -107,11 +107,14 @@ def plan_recipe(values: flags.FlagValues) -> tuple[list[str], dict]:
     """The same for --config."""
     if given := [name for name in ("all_sharings", "batches") if values[name].present]:
         raise UserError(f"--{given[0]} goes with --topology: give both or none")
-    return sharings.recipe_costs(values.config)
+    from qkvjax.config import resolve
+
+    return sharings.recipe_costs(resolve(values.config))
 
 
 def plan_topology(values: flags.FlagValues) -> tuple[list[str], dict]:
     """The same for --config with --topology."""
+    from qkvjax.config import resolve
     from qkvjax.costs import compiled
 
     try:
@@ -122,9 +125,10 @@ def plan_topology(values: flags.FlagValues) -> tuple[list[str], dict]:
         raise UserError(f"--batches={','.join(values.batches)}: give whole numbers, as 1,4,16")
     given = values["memory"].present
     memory = roofline.parse_bytes(values.memory, "--memory") if given else None
-    before, exact = sharings.recipe_costs(values.config)
+    config = resolve(values.config)
+    before, exact = sharings.recipe_costs(config)
     more = {"memory": memory, "all_sharings": values.all_sharings, "batches": batches}
-    lines, record = compiled.plan(values.config, values.topology, **more)
+    lines, record = compiled.plan(config, values.topology, **more)
     return [*before, "", *lines], exact | record
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from absl import flags
 
 from qkvjax.commands import cli
+from qkvjax.config import resolve
 from qkvjax.parallel import distributed, host, job
 
 FLAGS = {
@@ -50,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def body(values: flags.FlagValues) -> int:
+    config = resolve(values.config)
     if values.dry_run:
         from qkvjax.training.train import train
 
-        train(values.config, None)
+        train(config, None)
         return 0
     from qkvjax.training.watchdog import watchdog
 
@@ -63,7 +65,7 @@ def body(values: flags.FlagValues) -> int:
         job.join(values),
         watchdog(values.stall_seconds, start=values.init_seconds) as alive,
     ):
-        _train_in(values.workdir, values.config, alive=alive, profile_steps=profile_steps)
+        _train_in(values.workdir, config, alive=alive, profile_steps=profile_steps)
     return 0
 
 

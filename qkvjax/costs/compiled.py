@@ -45,8 +45,8 @@ def plan(
     if config.model.kind != "lm":
         raise UserError("--topology compiles language models: choose a config with model.kind=lm")
     devices = topology.devices(target)
-    if target.count > 1 and all(size == 1 for size in config.mesh.values()):
-        config.mesh.fsdp = -1
+    if target.count > 1 and all(size == 1 for size in config.mesh.sizes.values()):
+        config = configs.changed(config, mesh={"fsdp": -1})
     if memory is None:
         memory = target.chip.memory if target.chip else _host_memory() // target.count
 
@@ -116,7 +116,7 @@ def _peaks(config, devices, train: dict) -> dict[str, dict]:
     spec = planned_spec(config)
 
     def evaluation() -> list:
-        mesh = make_mesh(dict(config.mesh), devices)
+        mesh = make_mesh(config.mesh.sizes, devices)
         optimizer, _ = make_optimizer(config, 1000, 10)
         model = abstract_state(spec, optimizer, mesh, config).model
         return [compile_scoring(config, model, mesh)]

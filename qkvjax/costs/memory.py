@@ -86,10 +86,10 @@ def _peak(config, sharing: str, mode: str, batch: int, context: int) -> int | No
         train={"accumulation": 1},
     )
     num_ids = tokenizer_size(config.data.tokenizer)
-    spec = model_spec(configs.plain(config.model), num_ids, context)
+    spec = model_spec(config.model, num_ids, context)
     if mode == "decode":
         return peak_bytes(_compile_decode_step(config, spec, num_ids))
-    mesh = make_mesh(dict(config.mesh), jax.devices()[:1])
+    mesh = make_mesh(config.mesh.sizes, jax.devices()[:1])
     compiled, _ = compile_for(config, spec, mesh)
     return peak_bytes(compiled)
 

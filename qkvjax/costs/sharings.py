@@ -159,12 +159,10 @@ def recipe_costs(config) -> tuple[list[str], dict]:
 
 def _planned_model(config):
     """Returns the spec of a config's model."""
-    from qkvjax import config as config_lib
     from qkvjax.data.open import open_dataset, reads_text
     from qkvjax.data.tokenizers import tokenizer_size
     from qkvjax.models.spec import model_spec
 
-    config_lib.validate(config)
     if reads_text(config):
         num_inputs = tokenizer_size(config.data.tokenizer)
         return model_spec(config.model, num_inputs, config.data.seq_len)
@@ -283,7 +281,7 @@ def train_flops(model, length: int) -> int:
 
 def run_tokens(config) -> tuple[int | None, str]:
     """Returns (tokens of the whole run, a text about them); None where they depend on the data."""
-    from qkvjax.config import to_steps
+    from qkvjax.durations import to_steps
 
     per_step = config.data.batch_size * config.data.seq_len
     steps = config.train.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -10,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkvjax import config as configs
 from qkvjax.attention import cache as caches
 from qkvjax.attention.layer import Attention
 from qkvjax.attention.spec import SHARINGS, AttentionSpec, sharing_name
 from qkvjax.costs.measure import interleaved, ratio, repeat
 from qkvjax.errors import UserError
 from qkvjax.kernels import dispatch
-from qkvjax.models.spec import model_spec
+from qkvjax.models.spec import layer_specs
 from qkvjax.parallel import host
 
 TOKENS = 8  # decoded by one program, so that the time to start it does not count
@@ -189,8 +189,8 @@ def _facts(what: str, config, batch: int, context: int, variant: Variant) -> dic
 
 def _layer_spec(config, sharing: str, rotary_values: str, length: int) -> AttentionSpec:
     """Returns the first layer of the config's model, with this sharing."""
-    fields = configs.plain(config.model) | {"sharing": sharing, "rotary_values": rotary_values}
-    return model_spec(fields, 256, length).layers[0]
+    model = dataclasses.replace(config.model, sharing=sharing, rotary_values=rotary_values)
+    return layer_specs(model, length)[0]
 
 
 def _variants(config, context: int, log) -> Iterator[tuple[Variant, AttentionSpec]]:

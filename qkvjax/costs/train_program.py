@@ -26,7 +26,7 @@ def compile_train_step(config, devices) -> dict:
     from qkvjax.training.run import check_mesh, compile_for, planned_spec
 
     spec = planned_spec(config)
-    mesh = make_mesh(dict(config.mesh), devices)
+    mesh = make_mesh(config.mesh.sizes, devices)
     micro_batch = config.data.batch_size // config.train.accumulation
     check_mesh(mesh, spec, config.data.seq_len, micro_batch)
     try:

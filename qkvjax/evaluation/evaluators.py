@@ -77,13 +77,13 @@ def make_evaluators(config, dataset, mesh, workdir: Path | None = None) -> dict[
       UserError: bits per byte of what is not text.
     """
     evaluators = {}
-    for name, options in config.evals.items():
-        options = dict(options)
-        kind = options.pop("kind", "bits_per_byte")
-        check_text(f"config.evals.{name}.kind", kind, dataset)
-        scored = kind in PROGRAMS and options.get("split", "validation") == "validation"
+    for name, asked in config.evals.items():
+        check_text(f"config.evals.{name}.kind", asked.kind, dataset)
+        scored = asked.kind in PROGRAMS and asked.split == "validation"
+        has_options = asked.kind in PROGRAMS
+        options = {"split": asked.split, "max_labels": asked.max_labels} if has_options else {}
         evaluators[name] = Evaluator(
-            kind=kind,
+            kind=asked.kind,
             options=options,
             dataset=dataset,
             rows=scoring.num_rows(config, mesh),

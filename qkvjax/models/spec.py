@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from qkvjax.attention.spec import AttentionSpec
 from qkvjax.errors import UserError, among
 from qkvjax.models.feedforward import FeedForwardSpec, parse_feed_forward
+
+if TYPE_CHECKING:
+    from qkvjax.fields import Model
 
 NORMS = ("layernorm", "rmsnorm")
 INITS = ("normal", "fan_in", "uniform")
@@ -39,20 +42,16 @@ OVERRIDABLE = (
 UNROLL_UP_TO = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """A model: pre-norm blocks of attention and feed-forward between an input and a head.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackSpec:
+    """The blocks of a model and what surrounds them, as far as no data are needed to know it.
 
     Attributes:
-      vocab_size: V, rows of the embedding (at least the tokenizer's ids); of an encoder or a
-        ViT the width of its input vectors, of which ids are the one-hot ones.
       d_model: D.
       layers: one AttentionSpec a layer.
       max_length: rows of the learned position table, and of scores that have a limit.
       kind: "lm" (causal, ids), "encoder" (bidirectional) or "vit" (the same with a class token
         before the patches).
-      num_outputs: classes of the head; of a language model, V.
-      output: what is labelled, one of OUTPUTS; "sequence" reads the class token.
       position: "none", "learned", "sincos" (added to the embedding) or "rope".
       norm: "layernorm" (gain, and a bias where use_bias) or "rmsnorm".
       mlp: what the feed-forward is, see `FeedForwardSpec`.
@@ -68,11 +67,8 @@ class ModelSpec:
       position_std: of the initial normal values of a learned position table; None follows
         the embedding: 0.02 under "normal", else 1 in an encoder and 1/sqrt(D) before the
         embedding's scaling in a language model.
-      num_ids: of a language model, ids of the tokenizer, which the rows of the embedding beyond
-        them pad; None means V.
     """
 
-    vocab_size: int
     d_model: int
     layers: tuple[AttentionSpec, ...]
     max_length: int
@@ -85,12 +81,11 @@ class ModelSpec:
     tie_embeddings: bool = True
     init: str = "fan_in"
     kind: str = "lm"
-    num_outputs: int | None = None
-    output: str = "tokens"
     position_std: float | None = None
-    num_ids: int | None = None
 
     def __post_init__(self):
+        if not self.layers:
+            raise UserError("model.num_layers=0 must be at least 1")
         for name, known in {"norm": NORMS, "init": INITS, "kind": KINDS}.items():
             value = getattr(self, name)
             if value not in known:
@@ -101,8 +96,6 @@ class ModelSpec:
                 f"model.kind={self.kind!r} has no embedding of tokens that a head could be tied"
                 " to: set model.tie_embeddings=False"
             )
-        if self.num_outputs is None:
-            object.__setattr__(self, "num_outputs", self.vocab_size)
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be in [0, 1)")
         if self.d_ff < 1:
@@ -144,6 +137,45 @@ class ModelSpec:
         """Layers after which the stack repeats, as `layer_pattern` says."""
         return layer_pattern(self.layers, self.feed_forward.layers)
 
+    def block_macs(self, length: int) -> int:
+        """Multiply-adds of the blocks for one sequence: matrix products and attention, no norms.
+
+        `length` counts the class token of a ViT.
+        """
+        mlp = self.feed_forward.forward_macs(self.d_model, self.d_ff)
+        return sum(layer.forward_macs(length) + length * mlp for layer in self.layers)
+
+    def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
+        """Bytes the decode cache holds for each token, over all layers; 0 where nothing is
+        decoded."""
+        if self.kind != "lm":
+            return 0
+        return sum(layer.cache_bytes_per_token(dtype, layout) for layer in self.layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec(StackSpec):
+    """A model: pre-norm blocks of attention and feed-forward between an input and a head.
+
+    Attributes:
+      vocab_size: V, rows of the embedding (at least the tokenizer's ids); of an encoder or a
+        ViT the width of its input vectors, of which ids are the one-hot ones.
+      num_outputs: classes of the head; of a language model, V.
+      output: what is labelled, one of OUTPUTS; "sequence" reads the class token.
+      num_ids: of a language model, ids of the tokenizer, which the rows of the embedding beyond
+        them pad; None means V.
+    """
+
+    vocab_size: int
+    num_outputs: int | None = None
+    output: str = "tokens"
+    num_ids: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_outputs is None:
+            object.__setattr__(self, "num_outputs", self.vocab_size)
+
     @property
     def num_params(self) -> int:
         """Learned numbers of the model, exactly."""
@@ -166,18 +198,9 @@ class ModelSpec:
 
         `length` counts the class token of a ViT. An encoder's input is taken as ids.
         """
-        mlp = self.feed_forward.forward_macs(self.d_model, self.d_ff)
-        inside = sum(layer.forward_macs(length) + length * mlp for layer in self.layers)
         labelled = 1 if self.output == "sequence" else length
         patches = (length - 1) * self.vocab_size * self.d_model if self.kind == "vit" else 0
-        return inside + patches + labelled * self.d_model * self.num_outputs
-
-    def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
-        """Bytes the decode cache holds for each token, over all layers; 0 where nothing is
-        decoded."""
-        if self.kind != "lm":
-            return 0
-        return sum(layer.cache_bytes_per_token(dtype, layout) for layer in self.layers)
+        return self.block_macs(length) + patches + labelled * self.d_model * self.num_outputs
 
 
 def scan_period(layers: tuple, shared: int = 1) -> int:
@@ -210,38 +233,68 @@ def padded_vocab(tokenizer_size: int) -> int:
 
 
 def model_spec(
-    model: Mapping,
+    model: Model,
     num_inputs: int,
     seq_len: int,
     num_outputs: int | None = None,
-    output="tokens",
+    output: str = "tokens",
     implementation: str = "auto",
 ) -> ModelSpec:
-    """Builds the spec from the `model` group of a config.
+    """Returns the spec of the `model` group of a configuration, for its data.
 
     Args:
-      model: the group as a mapping (a plain dict or a ConfigDict).
+      model: the group.
       num_inputs: number of ids of the tokenizer, or width of the input vectors.
       seq_len: length of a sequence, a ViT's class token included.
-      num_outputs, output: classes, and what has one; for what is no language model.
+      num_outputs, output: classes, and what has one; None and "tokens" for a language model.
       implementation: what computes attention.
 
     Raises:
       UserError: values that do not fit together.
     """
-    kind, count = model["kind"], model["num_layers"]
-    if count < 1:
-        raise UserError(f"model.num_layers={count} must be at least 1")
-    max_length = model["max_length"] or seq_len
-    if max_length < seq_len:
-        raise UserError(
-            f"model.max_length={max_length} is less than the {seq_len} tokens of a sequence"
-            " (data.seq_len): raise it, or unset it"
-        )
-    base = {name: model[name] for name in (*OVERRIDABLE, "d_model", "use_bias")}
-    base |= {"max_length": max_length, "causal": kind == "lm"}
+    text = model.kind == "lm"
+    return ModelSpec(
+        vocab_size=padded_vocab(num_inputs) if text else num_inputs,
+        num_outputs=None if text else num_outputs or num_inputs,
+        output=output,
+        num_ids=num_inputs if text else None,
+        **_stack_fields(model, seq_len, implementation),
+    )
+
+
+def stack_spec(model: Model, seq_len: int) -> StackSpec:
+    """Returns the blocks of the `model` group of a configuration, whatever its data.
+
+    Raises:
+      UserError: values that do not fit together.
+    """
+    return StackSpec(**_stack_fields(model, seq_len))
+
+
+def _stack_fields(model: Model, seq_len: int, implementation: str = "auto") -> dict[str, object]:
+    """Returns the arguments of `StackSpec`."""
+    same = ("d_model", "position", "norm", "mlp", "dropout", "use_bias", "tie_embeddings", "kind")
+    init, position_std = _parse_init(model.init)
+    return {
+        "layers": layer_specs(model, seq_len, implementation),
+        "max_length": _max_length(model, seq_len),
+        "d_ff": int(round(model.mlp_ratio * model.d_model / 8)) * 8,
+        "init": init,
+        "position_std": position_std,
+        **{name: getattr(model, name) for name in same},
+    }
+
+
+def layer_specs(
+    model: Model, seq_len: int, implementation: str = "auto"
+) -> tuple[AttentionSpec, ...]:
+    """Returns the attention of each layer, as `model_spec`."""
+    max_length = _max_length(model, seq_len)
+    base = {name: getattr(model, name) for name in (*OVERRIDABLE, "d_model", "use_bias")}
+    base["max_length"] = max_length
+    base["causal"] = model.kind == "lm"
     base["implementation"] = implementation
-    pattern = tuple(dict(overrides) for overrides in model["layer_overrides"]) or ({},)
+    pattern = [dict(overrides) for overrides in model.layer_overrides] or [{}]
     for overrides in pattern:
         for name in overrides:
             if name not in OVERRIDABLE:
@@ -249,27 +302,27 @@ def model_spec(
                     f"model.layer_overrides cannot change {name!r}: it changes one of"
                     f" {among(name, OVERRIDABLE)}"
                 )
-    layers = tuple(AttentionSpec(**(base | pattern[i % len(pattern)])) for i in range(count))
+    layers = tuple(
+        AttentionSpec(**(base | pattern[i % len(pattern)])) for i in range(model.num_layers)
+    )
     for layer in layers:
-        if layer.position not in ("rope", "none", model["position"]):
+        if layer.position not in ("rope", "none", model.position):
             raise UserError(
                 f"model.layer_overrides: position {layer.position!r} is added at the input and"
                 " cannot differ by layer; a layer may use 'rope' or 'none'"
             )
-    same = ("d_model", "position", "norm", "mlp", "dropout", "use_bias", "tie_embeddings", "kind")
-    init, position_std = _parse_init(model["init"])
-    return ModelSpec(
-        vocab_size=padded_vocab(num_inputs) if kind == "lm" else num_inputs,
-        layers=layers,
-        max_length=max_length,
-        d_ff=int(round(model["mlp_ratio"] * model["d_model"] / 8)) * 8,
-        num_outputs=None if kind == "lm" else num_outputs or num_inputs,
-        output=output,
-        init=init,
-        position_std=position_std,
-        num_ids=num_inputs if kind == "lm" else None,
-        **{name: model[name] for name in same},
-    )
+    return layers
+
+
+def _max_length(model: Model, seq_len: int) -> int:
+    """Returns the number of positions that there is room for."""
+    max_length = model.max_length or seq_len
+    if max_length < seq_len:
+        raise UserError(
+            f"model.max_length={max_length} is less than the {seq_len} tokens of a sequence"
+            " (data.seq_len): raise it, or unset it"
+        )
+    return max_length
 
 
 def _parse_init(text: str) -> tuple[str, float | None]:

@@ -10,6 +10,7 @@ from qkvjax import sweep
 from qkvjax.attention.spec import canonical_sharing
 from qkvjax.data.dataset_like import dataset_record
 from qkvjax.errors import UserError
+from qkvjax.fields import Config
 from qkvjax.files import read_json, read_lines, require_keys, write_json
 from qkvjax.studies.task import Part, Task, make_task
 from qkvjax.studies.tuning import COMPARE, TUNE, read_tuning
@@ -206,12 +207,16 @@ class Study:
             for i, label in enumerate(self.labels)
         }
 
+    def _base_config(self) -> Config:
+        """The configuration of all points, resolved."""
+        return configs.resolve(configs.from_dict(self.base))
+
     @functools.cached_property
     def dataset(self):
         """The data set of the base config, prepared here once before the runs need it."""
         from qkvjax.data.open import open_dataset
 
-        return open_dataset(configs.from_dict(self.base), log=print)
+        return open_dataset(self._base_config(), log=print)
 
     def digest(self, task: Task) -> str | None:
         """Returns the digest of a task's data, None if the data cannot be prepared.
@@ -326,8 +331,8 @@ class Study:
         if old:
             require_keys(str(path), old, config=dict, data=dict, command=str)
             require_keys(f"{path}: data", old["data"], digest=str)
-            before = configs.identity(configs.from_dict(old["config"]))
-            after = configs.identity(configs.from_dict(self.base))
+            before = configs.identity(configs.resolve(configs.from_dict(old["config"])))
+            after = configs.identity(self._base_config())
             if old["data"]["digest"] == self.dataset.digest:
                 before |= {name: after[name] for name in LOCATIONS}
             if self.tuning:

@@ -225,7 +225,7 @@ def _jobs_on_accelerators(
     requested: int | None, machine: devices.Devices, pending: list[Task]
 ) -> int:
     """Returns the runs at a time on accelerators; prints how to use devices that stay idle."""
-    meshes = [dict(task.config.mesh) for task in pending]
+    meshes = [task.config.mesh.sizes for task in pending]
     jobs = devices.jobs_at_a_time(requested, machine, meshes)
     count = len(machine.ids)
     if requested and requested > jobs:

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from qkvjax import config as configs
 from qkvjax import sweep
+from qkvjax.durations import to_steps
 from qkvjax.errors import UserError
-from qkvjax.models.spec import model_spec
+from qkvjax.fields import Config
+from qkvjax.models.spec import stack_spec
 from qkvjax.studies.tuning import COMPARE
 
 
@@ -58,7 +60,7 @@ class Task(NamedTuple):
     setting: str
     overrides: dict
     seed: int
-    config: object
+    config: Config
     identity: str
     phase: str
     value: object
@@ -81,15 +83,14 @@ class Task(NamedTuple):
         Only ratios between runs of one study mean something: an epoch counts as one step.
         """
         c = self.config
-        # The vocabulary is not known without the tokenizer; 256 serves for every run alike.
-        spec = model_spec(configs.plain(c.model), 256, c.data.seq_len)
-        steps = configs.to_steps(
+        stack = stack_spec(c.model, c.data.seq_len)
+        steps = to_steps(
             c.train.steps,
             "train.steps",
             tokens_per_step=c.data.batch_size * c.data.seq_len,
             steps_per_epoch=1,
         )
-        return steps * c.data.batch_size * spec.forward_macs(c.data.seq_len)
+        return steps * c.data.batch_size * stack.block_macs(c.data.seq_len)
 
 
 def make_task(number: int, part: Part, base: dict, locations: Mapping, tuned_field: str) -> Task:
@@ -150,11 +151,10 @@ def _configuration(name: str, overrides: dict, base: dict, seed: int):
                 )
             configs.set_field(config, field, value)
         config.seed = seed
-        configs.validate(config)
+        return configs.resolve(config)
     except (UserError, TypeError, AttributeError) as error:
         message = f"the grid's point {name!r} is not a valid configuration: {error}"
         raise UserError(message) from None
-    return config
 
 
 def _identity(name: str, config, overrides: dict, locations: Mapping) -> str:
@@ -173,4 +173,4 @@ def _identity(name: str, config, overrides: dict, locations: Mapping) -> str:
 @functools.cache
 def defaults() -> dict:
     """Returns the identity fields of the default configuration."""
-    return configs.identity(configs.default())
+    return configs.identity(configs.resolve(configs.default()))

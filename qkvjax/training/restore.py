@@ -49,7 +49,7 @@ def load_model(
       UserError: no run there, no such step, or no intact checkpoint (code 45).
     """
     config = _read_config(workdir)
-    config.train.attention = attention
+    config = configs.changed(config, train={"attention": attention})
     tokenizer = load_tokenizer(config.data.tokenizer) if reads_text(config) else None
     model, step = _restore(workdir, config, step, log, mesh)
     return model, tokenizer, config, step
@@ -89,7 +89,6 @@ def save_model(workdir: Path, config, arrays: Mapping[str, np.ndarray], origin: 
     Raises:
       UserError: the arrays are not those of the config's model.
     """
-    configs.validate(config)
     spec, wanted = abstract_model(config)
     if wanted.keys() != arrays.keys():
         raise UserError(f"the model lacks {sorted(wanted.keys() ^ arrays.keys())[0]}")
@@ -102,7 +101,8 @@ def save_model(workdir: Path, config, arrays: Mapping[str, np.ndarray], origin: 
         checkpoints.save(0, state)
     write_json(workdir / "origin.json", origin)
     if reads_text(config):
-        config.data.tokenizer = keep_tokenizer(workdir, config.data.tokenizer)
+        copy = keep_tokenizer(workdir, config.data.tokenizer)
+        config = configs.changed(config, data={"tokenizer": copy})
     write_json(workdir / "config.json", configs.to_dict(config))
     return spec
 
@@ -111,9 +111,9 @@ def _read_config(workdir):
     if not Path(workdir).is_dir():
         raise UserError(f"there is no workdir {workdir}: train a model first")
     config = configs.load(Path(workdir) / "config.json")
-    configs.validate(config)
     if reads_text(config):
-        config.data.tokenizer = workdir_tokenizer(Path(workdir), config.data.tokenizer)
+        copy = workdir_tokenizer(Path(workdir), config.data.tokenizer)
+        config = configs.changed(config, data={"tokenizer": copy})
     return config
 
 

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qkvjax import config as configs
 from qkvjax.data.dataset import Dataset
 from qkvjax.data.examples import Examples
 from qkvjax.data.open import open_dataset
 from qkvjax.data.tokenizers import tokenizer_size
+from qkvjax.durations import to_steps
 from qkvjax.errors import UserError
+from qkvjax.fields import Config
 from qkvjax.models.build import make
 from qkvjax.models.spec import ModelSpec, model_spec
 from qkvjax.parallel import host_batch, rules
@@ -45,7 +46,7 @@ class Durations(NamedTuple):
 class Run:
     """A run before its first step."""
 
-    config: object
+    config: Config
     dataset: Dataset | Examples
     spec: ModelSpec
     durations: Durations
@@ -109,18 +110,18 @@ def _cut(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, place, jax.device_get(array).__getitem__)
 
 
-def resolve_durations(config, dataset: Dataset) -> Durations:
+def resolve_durations(config: Config, dataset: Dataset) -> Durations:
     """The durations of a config in steps, given how long an epoch is."""
     common = _lengths(config, dataset)
-    steps = configs.to_steps(config.train.steps, "train.steps", **common)
+    steps = to_steps(config.train.steps, "train.steps", **common)
     if steps < 1:
         raise UserError(f"train.steps={config.train.steps!r}: there is nothing to train")
 
     def within(group, field):
-        value = config[group][field]
+        value = getattr(getattr(config, group), field)
         if value is None:
             return 0
-        return configs.to_steps(value, f"{group}.{field}", total=steps, **common)
+        return to_steps(value, f"{group}.{field}", total=steps, **common)
 
     warmup = within("optimizer", "warmup_steps")
     names = ("log_every", "eval_every", "checkpoint_every", "keep_every")
@@ -130,19 +131,21 @@ def resolve_durations(config, dataset: Dataset) -> Durations:
 
 def steps_of(run: Run, value) -> int:
     """A value of `train.steps` in steps of this run's data."""
-    return configs.to_steps(value, "train.steps", **_lengths(run.config, run.dataset))
+    return to_steps(value, "train.steps", **_lengths(run.config, run.dataset))
 
 
-def _lengths(config, dataset) -> dict[str, int]:
-    """What `configs.to_steps` wants to know of a run's data."""
+def _lengths(config: Config, dataset) -> dict[str, int]:
+    """What `to_steps` wants to know of a run's data."""
     return {
         "tokens_per_step": config.data.batch_size * config.data.seq_len,
         "steps_per_epoch": dataset.steps_per_epoch(config.data.batch_size),
     }
 
 
-def prepare_run(config, *, dataset=None, log: Callable[[str], None] = print, devices=None) -> Run:
-    """Validates the config, prepares its data, its mesh and the state's shapes.
+def prepare_run(
+    config: Config, *, dataset=None, log: Callable[[str], None] = print, devices=None
+) -> Run:
+    """Prepares the data of a configuration, its mesh and the shapes of the train state.
 
     Call it, and everything on the run, under `jax.set_mesh(run.mesh)` from here on.
 
@@ -152,7 +155,6 @@ def prepare_run(config, *, dataset=None, log: Callable[[str], None] = print, dev
     Raises:
       UserError: anything in the config or the data that does not fit.
     """
-    configs.validate(config)
     data = config.data
     dataset = open_dataset(config, log=log) if dataset is None else dataset
     spec = spec_of(config, dataset)
@@ -163,20 +165,21 @@ def prepare_run(config, *, dataset=None, log: Callable[[str], None] = print, dev
             f" {len(dataset.train):,}, so each step repeats rows: a duration of '2ep' is 2 steps,"
             f" {2 * data.batch_size / len(dataset.train):,.0f} passes over the data"
         )
-    mesh = make_mesh(dict(config.mesh), devices)
+    mesh = make_mesh(config.mesh.sizes, devices)
     check_mesh(mesh, spec, data.seq_len, data.batch_size // config.train.accumulation)
     optimizer, rate = make_optimizer(config, durations.steps, durations.warmup)
     abstract = abstract_state(spec, optimizer, mesh, config)
     return Run(config, dataset, spec, durations, mesh, optimizer, rate, abstract)
 
 
-def open_data(config, log: Callable[[str], None], alive: Callable[[], None]) -> Dataset | Examples:
+def open_data(
+    config: Config, log: Callable[[str], None], alive: Callable[[], None]
+) -> Dataset | Examples:
     """The data of a valid config, which may take hours to prepare the first time.
 
     Raises:
       UserError: see `prepare_run`.
     """
-    configs.validate(config)
     return open_dataset(config, log=log, alive=alive)
 
 
@@ -218,7 +221,7 @@ def check_mesh(mesh: jax.sharding.Mesh, spec: ModelSpec, seq_len: int, micro_bat
         raise UserError("a ViT's class token leaves no sequence to cut: set mesh.context=1")
 
 
-def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
+def compile_for(config: Config, spec: ModelSpec, mesh: jax.sharding.Mesh):
     """(compiled, abstract state): the train step of a language model for a mesh's devices, which
     need not be here, without data."""
     optimizer, rate = make_optimizer(config, 1000, 10)
@@ -234,7 +237,7 @@ def compile_for(config, spec: ModelSpec, mesh: jax.sharding.Mesh):
         return step.lower(state, batch).compile(), state
 
 
-def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, config):
+def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, config: Config):
     """The train state as ShapeDtypeStructs with shardings."""
     shapes = jax.eval_shape(lambda: init_state(spec, optimizer, jax.random.key(0), config))
 
@@ -244,16 +247,15 @@ def abstract_state(spec: ModelSpec, optimizer, mesh: jax.sharding.Mesh, config):
     return jax.tree.map(placed, shapes, state_shardings(shapes, mesh))
 
 
-def planned_spec(config) -> ModelSpec:
+def planned_spec(config: Config) -> ModelSpec:
     """The language model of a config, without reading data."""
     num_ids = tokenizer_size(config.data.tokenizer)
-    implementation = config.train.attention
     return model_spec(
-        configs.plain(config.model), num_ids, config.data.seq_len, implementation=implementation
+        config.model, num_ids, config.data.seq_len, implementation=config.train.attention
     )
 
 
-def spec_of(config, dataset: Dataset | Examples) -> ModelSpec:
+def spec_of(config: Config, dataset: Dataset | Examples) -> ModelSpec:
     """The model of a config for its data."""
     shape = dataset.num_inputs, config.data.seq_len, dataset.num_outputs, dataset.output
-    return model_spec(configs.plain(config.model), *shape, config.train.attention)
+    return model_spec(config.model, *shape, config.train.attention)

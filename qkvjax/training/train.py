@@ -14,6 +14,7 @@ from qkvjax import config as configs
 from qkvjax.data.dataset_like import dataset_record
 from qkvjax.data.store import data_folder
 from qkvjax.evaluation.evaluators import compile_evaluators, make_evaluators
+from qkvjax.fields import Config
 from qkvjax.files import append_line, read_lines, write_json
 from qkvjax.parallel import distributed, folders, host, xla_flags
 from qkvjax.parallel.mesh import find_devices, idle_devices
@@ -31,7 +32,7 @@ from qkvjax.workdir import only_one
 
 
 def train(
-    config,
+    config: Config,
     workdir: Path | None,
     log: Callable[[str], None] = print,
     alive: Callable[..., None] = lambda starting=False: None,
@@ -58,7 +59,7 @@ def train(
     chosen = {"XLA's flags": xla_flags.in_force()}
     distributed.check_alike(lambda: fields | distributed.program() | chosen)
     together(lambda: check_wandb(config.train.wandb))
-    if idle := idle_devices(config.mesh, len(together(find_devices))):
+    if idle := idle_devices(config.mesh.sizes, len(together(find_devices))):
         log(idle)
     starting = functools.partial(alive, starting=True)
     folder = together(data_folder) if distributed.several() else None
@@ -103,7 +104,7 @@ def train(
         lines = first(lambda: read_lines(workdir / "metrics.jsonl", step=int))
         earlier = [line for line in lines if line["step"] <= done]
         if before is not None:
-            old = configs.from_dict(before)
+            old = configs.resolve(configs.from_dict(before))
             if note := growth_note(old, config, done, lambda value: steps_of(run, value)):
                 log(note)
         if done >= steps and not loop.is_unscored(earlier, done, run, evaluators):

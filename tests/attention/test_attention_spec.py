@@ -170,10 +170,9 @@ def test_when_the_key_tile_is_the_value_tile(fields, one_tile):
 
 def test_the_implementation_of_a_model_comes_from_its_configuration():
     """No state of the process: two models of one process may use different ones."""
-    from qkvjax import config as configs
+    from qkvjax.fields import Model
     from qkvjax.models.spec import model_spec
 
-    model = configs.plain(configs.default().model)
     for name in ("auto", "reference"):
-        spec = model_spec(model, 256, 16, implementation=name)
+        spec = model_spec(Model(), 256, 16, implementation=name)
         assert {layer.implementation for layer in spec.layers} == {name}

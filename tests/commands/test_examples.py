@@ -153,4 +153,4 @@ def test_an_inside_evaluator_has_no_other_field(door, task, tmp_path):
     config = configs.default()
     config.evals.inside = {"kind": "inside", "max_labels": 3}
     with pytest.raises(Exception, match="has no other field"):
-        configs.validate(config)
+        configs.resolve(config)

@@ -84,6 +84,7 @@ def test_half_a_gigabyte(tmp_path):
             d_model=128, num_layers=8, num_heads=4, sharing=sharing, position="none", qk_norm=False
         )
         folder = new_workdir(str(tmp_path / sharing))
+        config = base.resolve(config)
         shapes = abstract_model(config)[1]
         save_model(folder, config, {n: np.zeros(s.shape) for n, s in shapes.items()}, {})
         tokens = 2**30 // (2 * 8 * 128 * 4)

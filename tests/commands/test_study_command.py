@@ -319,7 +319,7 @@ def test_another_base_is_refused(study, by_points, checksums):
     [
         ("illegal", [], "point 'num_heads=3' is not a valid.*does not divide d_model=16"),
         ("misspelt", [], "point 'sharng=q-k=v'.*did you mean 'model.sharing'"),
-        ("wrong_type", [], "point 'd_model=wide'.*is no int"),
+        ("wrong_type", [], "point 'd_model=wide'.*is not of type int"),
         ("seeded", [], "sets `seed`: study.seeds"),
         ("numbered", [], "field names and label must be strings"),
         ("grouped", [], "'model' is not a field"),
@@ -332,7 +332,7 @@ def test_another_base_is_refused(study, by_points, checksums):
         ("sharing", ["--jobs=0"], "--jobs=0: 0 is not a positive integer"),
         ("sharing", ["--config.study.seeds=0"], "study.seeds=0 must be at least 1"),
         ("sharing", ["--config.study.sedes=3"], "did you mean 'study.seeds'"),
-        ("sharing", ["--config.evals.eval.kind=f1"], "'f1' is none of bits_per_byte"),
+        ("sharing", ["--config.evals.eval.kind=f1"], "'f1' is not one of bits_per_byte"),
     ],
 )
 def test_bad_grids(study, tmp_path, lines, points, flags, message):

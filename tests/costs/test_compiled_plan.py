@@ -89,6 +89,7 @@ from qkvjax.parallel import topology
 
 config = runpy.run_path(cli.find_config("configs/lm.py"))["get_config"]("depth=2,sharing=q-k=v")
 small = {"d_model": 32, "num_heads": 4, "num_kv_heads": 1, "mlp_ratio": 2.0}
+config = configs.resolve(config)
 config = configs.changed(config, model=small, data={"seq_len": 512, "batch_size": 8})
 devices = topology.devices(topology.read("cpu:4"))
 for change in CASES:

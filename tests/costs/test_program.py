@@ -36,9 +36,9 @@ def test_compiled_flops_are_the_models_formula(sharing, num_layers):
     config = configs.default()
     config.model.update(sharing=sharing, d_model=128, num_layers=num_layers)
     config.data.update(seq_len=32, batch_size=4)
-    spec = model_spec(configs.plain(config.model), 259, 32)
+    spec = model_spec(configs.resolve(config).model, 259, 32)
     mesh = make_mesh({}, jax.devices()[:1])
-    compiled, _ = compile_for(config, spec, mesh)
+    compiled, _ = compile_for(configs.resolve(config), spec, mesh)
     flops = Program(compiled.as_text()).matmul_flops()
     assert flops == pytest.approx(4 * 32 * train_flops(spec, 32), rel=0.02)
 

@@ -54,11 +54,11 @@ def test_labels_of_weight_0_do_not_count():
 def test_bits_per_byte_need_text():
     data = examples([[0]], [[0]])
     with pytest.raises(UserError, match="use accuracy"):
-        make_evaluators(configs.default(), data, None)
+        make_evaluators(configs.resolve(configs.default()), data, None)
     config = configs.default()
     config.evals.eval = {"kind": "accuracy", "split": "train", "max_labels": 1}
     state = types.SimpleNamespace(model=Says())
-    assert make_evaluators(config, data, None)["eval"](state)["accuracy"] == 1
+    assert make_evaluators(configs.resolve(config), data, None)["eval"](state)["accuracy"] == 1
 
 
 def test_the_text_of_a_language_model_has_an_accuracy_too(tmp_path, model):

@@ -178,7 +178,7 @@ def test_encoders_are_looked_at_too(filled, recipe):
     configs.set_field(config, "data.source", "synthetic:sort:train=20:test=10")
     config.model.d_model = 32
     data = open_dataset(config)
-    m = filled(lambda: make(spec_of(config, data), jax.random.key(0)))
+    m = filled(lambda: make(spec_of(configs.resolve(config), data), jax.random.key(0)))
     seen = inside.look(m, inside.sequences(data, 4))
     assert seen[0].weights.shape == (4, 2, 16, 16)
     assert (seen[0].weights > 0).all()  # nothing is masked

@@ -61,7 +61,7 @@ def test_documents_add_up_to_the_score(corpus, tmp_path, monkeypatch, model, sou
         stream.tofile(tmp_path / "tokens/val.bin")
         name = f"tokens:{tmp_path}/tokens"
     data = prepare(name, "bytes", 16)
-    m = model(vocab_size=257)
+    m = model(tokenizer_size=257)
     items = Items()
     scores = language.score(m, data, batch_size=3, items=items)
     sums = items.arrays()
@@ -80,7 +80,7 @@ def test_documents_add_up_to_the_score(corpus, tmp_path, monkeypatch, model, sou
 def test_a_sample_names_the_documents_of_the_whole(corpus, tmp_path, monkeypatch, model):
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path))
     data = prepare(f"text:{corpus}/*.txt", "bytes", 16)
-    m = model(vocab_size=257)
+    m = model(tokenizer_size=257)
     whole, sample = Items(), Items()
     language.score(m, data, batch_size=4, items=whole)
     language.score(m, data, batch_size=4, max_labels=150, items=sample)

@@ -128,8 +128,8 @@ def test_evaluators_of_a_config(model, whole):
         "a": {"kind": "bits_per_byte", "split": "validation", "max_labels": 100},
         "b": {"kind": "bits_per_byte", "split": "validation", "max_labels": None},
     }
-    configs.validate(config)
-    evaluators = make_evaluators(config, whole, None)
+    configs.resolve(config)
+    evaluators = make_evaluators(configs.resolve(config), whole, None)
     assert list(evaluators) == ["a", "b"]
 
     class State:

@@ -61,14 +61,14 @@ def test_scoring_needs_less_memory_than_a_training_step():
     config = configs.default()
     config.model.update(d_model=64, num_layers=1, num_heads=2)
     config.data.update(seq_len=512, batch_size=16)
-    spec = model_spec(configs.plain(config.model), 50_257, 512)
+    spec = model_spec(configs.resolve(config).model, 50_257, 512)
     mesh = jax.make_mesh(
         (1,) * 5,
         ("replica", "fsdp", "context", "tensor", "expert"),
         axis_types=(jax.sharding.AxisType.Explicit,) * 5,
         devices=jax.devices()[:1],
     )
-    step, state = compile_for(config, spec, mesh)
+    step, state = compile_for(configs.resolve(config), spec, mesh)
     batch = scoring.abstract_batch(mesh, scoring.num_rows(config, mesh), 512)
     assert batch["inputs"].shape == (16, 512)
     with jax.set_mesh(mesh):
@@ -104,13 +104,15 @@ def test_compiled_evaluators_give_the_same_scores(dataset, model):
     config = configs.default()
     config.data.update(seq_len=T, batch_size=4)
     config.evals = {"a": {"kind": "bits_per_byte"}, "b": {"kind": "accuracy", "max_labels": 200}}
-    configs.validate(config)
+    configs.resolve(config)
 
     class State:
         pass
 
     State.model = model
-    first, second = make_evaluators(config, dataset, None), make_evaluators(config, dataset, None)
+    config = configs.resolve(config)
+    first = make_evaluators(config, dataset, None)
+    second = make_evaluators(config, dataset, None)
     assert len(compile_evaluators(first, jax.eval_shape(lambda: model))) == 2
     for name in ("a", "b"):
         assert first[name](State) == second[name](State)
@@ -124,7 +126,7 @@ def test_an_average_of_the_weights_is_what_is_scored(dataset, model):
         average = None
 
     State.model = model
-    evaluate = make_evaluators(config, dataset, None)["eval"]
+    evaluate = make_evaluators(configs.resolve(config), dataset, None)["eval"]
     plain = evaluate(State)
     State.average = jax.tree.map(jnp.zeros_like, model)
     uniform = evaluate(State)

@@ -18,6 +18,7 @@ import pytest
 from qkvjax import config as configs
 from qkvjax.costs.measure import peak_bytes
 from qkvjax.costs.program import Program
+from qkvjax.fields import Model
 from qkvjax.generation import decode as decoding
 from qkvjax.generation.generate import generate
 from qkvjax.generation.serving import compile_generation, serve
@@ -75,9 +76,8 @@ VARIANTS = {
 
 
 def spec_of(fields, **sizes):
-    model = configs.plain(configs.default().model)
-    model.update(d_model=32, num_layers=1, num_heads=4, mlp_ratio=1.0)
-    return model_spec(model | fields | sizes, IDS, 16)
+    small = {"d_model": 32, "num_layers": 1, "num_heads": 4, "mlp_ratio": 1.0}
+    return model_spec(Model(**(small | fields | sizes)), IDS, 16)
 
 
 def filled(spec):

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from qkvjax import config as configs
 from qkvjax.commands import cli
 from qkvjax.costs.measure import peak_bytes
 from qkvjax.evaluation.evaluators import compile_scoring
@@ -30,6 +31,7 @@ def peaks():
     """program -> peak bytes of a device; and the bytes of all parameters in float32."""
     recipe = runpy.run_path(cli.find_config("configs/lm.py"))["get_config"]
     config = recipe("size=7b,sharing=q-k=v")
+    config = configs.resolve(config)
     spec = planned_spec(config)
     dtype = "bfloat16"
     scoring = for_scoring(spec)

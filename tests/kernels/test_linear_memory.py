@@ -27,8 +27,8 @@ for length in map(int, lengths):
     config.model.num_layers = 1
     config.data.update(seq_len=length, batch_size=2)
     config.train.update(accumulation=1, remat="none")
-    spec = model_spec(configs.plain(config.model), 257, length, implementation=implementation)
-    compiled, _ = compile_for(config, spec, make_mesh({}, device))
+    spec = model_spec(configs.resolve(config).model, 257, length, implementation=implementation)
+    compiled, _ = compile_for(configs.resolve(config), spec, make_mesh({}, device))
     found = {"text": compiled.as_text(), "bytes": compiled.memory_analysis().temp_size_in_bytes}
     print("found:", json.dumps(found), flush=True)
 """

@@ -1,5 +1,7 @@
 """The bidirectional encoder and the ViT: what they see, what they label, how they begin."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,8 +31,8 @@ def encoder(recipe):
     """The spec of the paper's synthetic model; arguments are fields of `model`."""
 
     def make_spec(**fields):
-        model = configs.plain(recipe("configs/paper/synthetic.py").model)
-        return model_spec(model | fields, 10, 16, 10)
+        model = configs.resolve(recipe("configs/paper/synthetic.py")).model
+        return model_spec(dataclasses.replace(model, **fields), 10, 16, 10)
 
     return make_spec
 
@@ -40,8 +42,8 @@ def vit(recipe):
     """The spec of the paper's ViT on 28 x 28 grey images, patch 4."""
 
     def make_spec(**fields):
-        model = configs.plain(recipe("configs/paper/vision.py").model)
-        return model_spec(model | fields, 16, 50, 10, "sequence")
+        model = configs.resolve(recipe("configs/paper/vision.py")).model
+        return model_spec(dataclasses.replace(model, **fields), 16, 50, 10, "sequence")
 
     return make_spec
 
@@ -87,8 +89,9 @@ def test_without_positions_an_encoder_is_blind_to_order(encoder, filled):
 
 
 def test_a_choice_has_its_tokens_for_classes(recipe, filled):
-    model = configs.plain(recipe("configs/paper/synthetic.py").model) | {"position": "none"}
-    spec = model_spec(model | {"d_model": 32}, 7, 10, 1, "choice")
+    model = configs.resolve(recipe("configs/paper/synthetic.py")).model
+    model = dataclasses.replace(model, position="none", d_model=32)
+    spec = model_spec(model, 7, 10, 1, "choice")
     sets = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10, 7)), jnp.float32)
     assert filled(lambda: make(spec, jax.random.key(0)))(sets).shape == (3, 1, 10)
 

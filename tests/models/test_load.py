@@ -26,7 +26,7 @@ def run(tmp_path_factory, filled):
     config.model.update(num_layers=2, d_model=16, num_heads=2, sharing="q=k=v", mlp_ratio=1.0)
     config.data.update(source="text:nowhere", seq_len=8)
     write_json(workdir / "config.json", configs.to_dict(config))
-    spec = model_spec(configs.plain(config.model), 257, 8)
+    spec = model_spec(configs.resolve(config).model, 257, 8)
     models = {
         step: filled(lambda: LanguageModel(spec, key=jax.random.key(0)), seed=step)
         for step in (3, 7)

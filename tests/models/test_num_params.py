@@ -58,14 +58,14 @@ def test_any_model(tiny, fields):
 def test_every_recipe(recipe, name):
     config = recipe(f"configs/{name}")
     ids = TOKENIZER_IDS[config.data.tokenizer.partition(":")[0]]
-    spec = model_spec(configs.plain(config.model), ids, config.data.seq_len)
+    spec = model_spec(configs.resolve(config).model, ids, config.data.seq_len)
     assert count(abstract(spec)) == spec.num_params > 0
 
 
 @pytest.mark.parametrize("size", ["30m", "124m", "350m"])
 def test_every_size(recipe, size):
     config = recipe("configs/lm.py", f"size={size}")
-    spec = model_spec(configs.plain(config.model), TOKENIZER_IDS["gpt2"], config.data.seq_len)
+    spec = model_spec(configs.resolve(config).model, TOKENIZER_IDS["gpt2"], config.data.seq_len)
     assert count(abstract(spec)) == spec.num_params
 
 

@@ -27,7 +27,7 @@ def accuracy(recipe, tmp_path, monkeypatch):
             configs.set_field(config, f"model.{name}", value)
         workdir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         workdir.mkdir()
-        return train(config, workdir, log=lambda line: None)["eval/accuracy"]
+        return train(configs.resolve(config), workdir, log=lambda line: None)["eval/accuracy"]
 
     return run
 

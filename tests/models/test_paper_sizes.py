@@ -44,7 +44,7 @@ def paper(recipe):
     def make(size, sharing="q-k-v", num_kv_heads=0):
         arg = f"size={size},recipe=paper,sharing={sharing},num_kv_heads={num_kv_heads}"
         config = recipe("configs/lm.py", arg)
-        return model_spec(configs.plain(config.model), GPT2_IDS, config.data.seq_len)
+        return model_spec(configs.resolve(config).model, GPT2_IDS, config.data.seq_len)
 
     return make
 

@@ -70,7 +70,7 @@ def train(folder, model, mesh, accumulation):
     config.train.update(steps=STEPS, accumulation=accumulation)
     config.mesh.update(mesh)
     with jax.enable_x64(False):
-        run = prepare_run(config, log=lambda line: None)
+        run = prepare_run(configs.resolve(config), log=lambda line: None)
         with jax.set_mesh(run.mesh):
             state = run.init()
     x64 = jax.config.jax_enable_x64

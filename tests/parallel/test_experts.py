@@ -6,8 +6,8 @@ import numpy as np
 import processes
 import pytest
 
-from qkvjax import config as configs
 from qkvjax.costs.program import Program
+from qkvjax.fields import Model
 from qkvjax.models.moe import Experts
 from qkvjax.models.spec import model_spec
 from qkvjax.parallel import experts
@@ -24,8 +24,7 @@ MESHES = {
 
 def layer():
     """Eight experts, two for each token, with random parameters in float64."""
-    model = configs.plain(configs.default().model)
-    model |= {"d_model": D, "num_heads": 2, "num_layers": 1, "mlp": "swiglu(experts=8,top=2)"}
+    model = Model(d_model=D, num_heads=2, num_layers=1, mlp="swiglu(experts=8,top=2)")
     spec = model_spec(model, 61, T)
     abstract = jax.eval_shape(lambda: Experts(spec, key=jax.random.key(0)))
     rng = np.random.default_rng(0)

@@ -24,8 +24,8 @@ def crossing(**fields):
     config.train.compute_dtype = "bfloat16"
     for name, value in fields.items():
         configs.set_field(config, name.replace("__", "."), value)
-    spec = model_spec(configs.plain(config.model), VOCABULARY, 16)
-    step, _ = compile_for(config, spec, make_mesh({"replica": 4}))
+    spec = model_spec(configs.resolve(config).model, VOCABULARY, 16)
+    step, _ = compile_for(configs.resolve(config), spec, make_mesh({"replica": 4}))
     sums = re.findall(r"= (.*) all-reduce(?:-start)?\(", step.as_text())
     arrays = re.findall(r"(\w+)\[([\d,]+)\]", " ".join(sums))
     return [[dtype, [int(n) for n in shape.split(",")]] for dtype, shape in arrays]

@@ -50,7 +50,7 @@ def prepared(folder, mesh, accumulation=1, dropout=0.0):
     )
     config.train.update(steps=STEPS, accumulation=accumulation)
     config.mesh.update(mesh)
-    return prepare_run(config, log=lambda line: None)
+    return prepare_run(configs.resolve(config), log=lambda line: None)
 
 
 def initial(run):

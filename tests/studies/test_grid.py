@@ -51,7 +51,6 @@ def test_tasks_go_seed_by_seed(study):
     ]
     assert len({t.identity for t in tasks}) == len({t.folder for t in tasks}) == 6
     assert tasks[4].config.model.sharing == "q-k=v" and tasks[4].config.seed == 6
-    assert "study" not in tasks[0].config
 
 
 def test_sharings_by_their_names_in_reports_are_the_same_tasks(study):
@@ -78,19 +77,17 @@ def test_what_a_run_is_fixes_its_identity(study):
 
 def test_a_field_that_is_added_leaves_old_runs_what_they_are(study, monkeypatch):
     first = study(SHARED).tasks[0].identity
-    default = configs.default
+    identity = configs.identity
 
-    def later():
-        config = default()
-        with config.unlocked():
-            config.model.invented = 3
-        return config
+    def with_invented(value):
+        return lambda config: identity(config) | {"model.invented": value}
 
-    monkeypatch.setattr(configs, "default", later)
     task.defaults.cache_clear()
     try:
-        assert study(SHARED).tasks[0].identity == first
-        assert study(SHARED, model__invented=4).tasks[0].identity != first
+        monkeypatch.setattr(configs, "identity", with_invented(3))
+        assert study(SHARED).tasks[0].identity == first  # 3 is the default
+        monkeypatch.setattr(configs, "identity", with_invented(4))
+        assert study(SHARED).tasks[0].identity != first
     finally:
         task.defaults.cache_clear()
 
@@ -200,7 +197,7 @@ def test_claim_notices_other_data(study, tmp_path):
         (axis("seed", (1, 2)), 1, "sets `seed`"),
         (axis("model.num_heads", (2, 3)), 1, "point 'num_heads=3' is not a valid"),
         (axis("model.layer_overrides", ((), 3)), 1, "point 'layer_overrides=3'"),
-        (axis("model.d_model", (16, "wide")), 1, "point 'd_model=wide'.*no int"),
+        (axis("model.d_model", (16, "wide")), 1, "point 'd_model=wide'.*not of type int"),
         (axis("modle.d_model", (16,)), 1, "did you mean 'model.d_model'"),
     ],
 )

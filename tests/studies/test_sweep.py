@@ -11,6 +11,7 @@ from qkvjax import config as configs
 from qkvjax import sweep
 from qkvjax.attention.spec import SHARINGS
 from qkvjax.errors import UserError
+from qkvjax.fields import Model
 from qkvjax.models.spec import model_spec
 from qkvjax.sweep import axis, chain, product, zipped
 
@@ -97,13 +98,13 @@ def test_the_identity_hash_ignores_order():
 
 
 HEADS = st.sampled_from((2, 4, 6, 8, 12, 16))
-BASE = configs.plain(configs.default().model) | {"num_layers": 2, "num_heads": 4}
+BASE = configs.plain(Model(num_layers=2, num_heads=4))
 
 
 def spec_of(point, **fields):
     """The spec of a point of the quickstart's model."""
     overrides = {name.removeprefix("model."): v for name, v in point.items() if name != "label"}
-    return model_spec(BASE | fields | overrides, 257, 128)
+    return model_spec(Model(**(BASE | fields | overrides)), 257, 128)
 
 
 def test_the_control_of_a_tie_has_half_the_heads():

@@ -35,7 +35,7 @@ def a_run(tmp_path, **model):
         source=f"text:{tmp_path}/corpus.txt", tokenizer="bytes", seq_len=32, batch_size=4
     )
     config.train.update(steps=2, compute_dtype="bfloat16")
-    return prepare_run(config, log=lambda line: None)
+    return prepare_run(configs.resolve(config), log=lambda line: None)
 
 
 def asked_by_the_train_step(run):

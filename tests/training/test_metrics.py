@@ -44,7 +44,9 @@ def service(monkeypatch):
 
 
 def config():
-    return configs.to_dict(configs.changed(configs.default(), train={"wandb": "project"}))
+    config = configs.default()
+    config.train.wandb = "project"
+    return configs.to_dict(config)
 
 
 @pytest.mark.parametrize(

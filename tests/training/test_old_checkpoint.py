@@ -40,7 +40,7 @@ def test_the_model_gives_what_it_gave(workdir):
 
 def test_a_run_would_go_on_from_it(workdir):
     config = configs.load(workdir / "config.json")
-    spec = model_spec(configs.plain(config.model), 257, config.data.seq_len)
+    spec = model_spec(configs.resolve(config).model, 257, config.data.seq_len)
     mesh = make_mesh({}, jax.devices()[:1])
     abstract = abstract_state(spec, make_optimizer(config, 4, 0)[0], mesh, config)
     checkpoints = Checkpoints(workdir / "checkpoints")

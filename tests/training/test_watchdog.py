@@ -91,7 +91,7 @@ def test_a_batch_larger_than_an_epoch_is_told(tmp_path, monkeypatch):
     config.data.update(source=f"text:{tmp_path}/a.txt", seq_len=16, batch_size=5000)
     config.train.steps = "2ep"
     told = []
-    run = prepare_run(config, log=told.append)
+    run = prepare_run(configs.resolve(config), log=told.append)
     assert run.durations.steps == 2
     (line,) = [line for line in told if "larger than an epoch" in line]
     rows = len(run.dataset.train)
@@ -99,5 +99,5 @@ def test_a_batch_larger_than_an_epoch_is_told(tmp_path, monkeypatch):
     assert f"{10_000 / rows:,.0f} passes" in line
     config.data.batch_size = 4
     told.clear()
-    prepare_run(config, log=told.append)
+    prepare_run(configs.resolve(config), log=told.append)
     assert not any("larger than an epoch" in line for line in told)
