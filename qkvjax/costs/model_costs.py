@@ -69,7 +69,7 @@ def plan(
     record["rows"] = _rows(model, record, weight_size)
     record["cache_bytes_per_token"] = record["rows"][0]["cache_bytes_per_token"]
     lines = _heading(values, given, device, model, record)
-    table = formats.table(_HEADER, [_cells(one, model) for one in record["rows"]])
+    table = formats.table(_HEADER, [_cells(row, model) for row in record["rows"]])
     notes = formats.notes(_notes(values, model, record))
     return [*lines, "", *table, "", *notes], record
 

@@ -193,8 +193,12 @@ def _agreement(summary: Summary, ours: pd.Series, theirs: pd.Series, metric: str
     done = summary.done
     pads = bool(done["score_pads"].any()) if "score_pads" in done else False
     if reference.get("score_pads", pads) != pads:
-        here, there = ("scored", "not scored") if pads else ("not scored", "scored")
-        return f"{source} Padding is {here} here and {there} there: the figures do not compare."
+        ours_text = "scored" if pads else "not scored"
+        theirs_text = "not scored" if pads else "scored"
+        return (
+            f"{source} Padding is {ours_text} here and {theirs_text} there: the figures do not"
+            " compare."
+        )
 
     tolerance = TOLERANCES.get(metric)
     allowed = 0.0
