@@ -173,7 +173,7 @@ def programs_kept_in():
 @pytest.fixture
 def in_process(monkeypatch):
     """Lets a study train its runs in this process, and measure nothing."""
-    from qkvjax.commands import study as door
+    from qkvjax.commands import study as study_command
     from qkvjax.studies import measurements, processes
 
     class Finished:
@@ -184,7 +184,7 @@ def in_process(monkeypatch):
             return self.returncode
 
     def start_run(study, task, arguments, slot):
-        return Finished(door.main(["qkvjax study", *arguments, f"--point={task.number}"]))
+        return Finished(study_command.main(["qkvjax study", *arguments, f"--point={task.number}"]))
 
     monkeypatch.setattr(processes, "start_run", start_run)
     monkeypatch.setattr(measurements, "read_or_measure", lambda *arguments: {})

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qkvjax"
 FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "configs").rglob("*.py")])
 TREES = {file: ast.parse(file.read_text()) for file in FILES}
-DOORS = set(cli.DOORS)
+COMMANDS = set(cli.COMMANDS)
 # Imports run downwards; what has one number may import each other.
 RANK = {
     "errors": 0,
@@ -96,7 +96,7 @@ def test_setup_lists_every_package():
 
 
 def test_every_command_is_documented():
-    for command in DOORS:
+    for command in COMMANDS:
         tree = TREES[PACKAGE / "commands" / f"{command}.py"]
         assert f"qkvjax {command} " in ast.get_docstring(tree)
 
@@ -121,9 +121,9 @@ def test_importing_qkvjax_is_light():
 
 
 def test_help_needs_no_jax():
-    doors = "; ".join(f"cli.main(['qkvjax', '{door}', '-h'])" for door in sorted(DOORS))
+    calls = "; ".join(f"cli.main(['qkvjax', '{name}', '-h'])" for name in sorted(COMMANDS))
     program = "import contextlib, io; from qkvjax.commands import cli"
-    program += f"\nwith contextlib.redirect_stdout(io.StringIO()): {doors}\n0"
+    program += f"\nwith contextlib.redirect_stdout(io.StringIO()): {calls}\n0"
     assert not {"jax", "tensorflow_datasets", "matplotlib"} & loaded_after(program)
 
 

@@ -27,7 +27,7 @@ def commands_of(page):
 
 
 COMMANDS = commands_of(README)
-DOORS = [command for command in COMMANDS if command.startswith("qkvjax ")]
+OURS = [command for command in COMMANDS if command.startswith("qkvjax ")]
 SMALL = {
     "train": [
         "--config.data.source=text:my_folder",
@@ -63,8 +63,8 @@ SMALL = {
 
 
 def test_the_readme_has_commands_of_every_door():
-    assert {shlex.split(command)[1] for command in DOORS} == set(cli.DOORS)
-    others = [command for command in COMMANDS if command not in DOORS]
+    assert {shlex.split(command)[1] for command in OURS} == set(cli.COMMANDS)
+    others = [command for command in COMMANDS if command not in OURS]
     assert others == ["pip install -e ."]
 
 
@@ -93,8 +93,8 @@ def test_the_commands_in_order(tmp_path, monkeypatch, capfd):
     gguf_file.write(tmp_path / "model.gguf")
     more = [command for page in HOW_TO for command in commands_of(page)]
     more = [command for command in more if command.startswith("qkvjax ") and "v5e" not in command]
-    more = [command for command in more if command not in DOORS]
-    for command in [*DOORS, *more, "qkvjax evaluate --workdir=runs/tied --verify"]:
+    more = [command for command in more if command not in OURS]
+    for command in [*OURS, *more, "qkvjax evaluate --workdir=runs/tied --verify"]:
         argv = shlex.split(command)
         argv += SMALL[argv[1]]
         if "--topology" in command:  # more devices than this process has

@@ -1,8 +1,8 @@
-"""`qkvjax DOOR`, and the one place where user errors become messages.
+"""`qkvjax COMMAND`, and the one place where user errors become messages.
 
-Every door is `main(argv) -> int` with its own FlagValues, so that one door can run another
-in its process. `run` parses the flags, calls the door's body and turns what a user caused
-into one message and an exit code.
+Every command is `main(argv) -> int` with its own FlagValues, so that one command can run another in
+its process. `run` parses the flags, calls the command's body and turns a user's error into one
+message and an exit code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qkvjax.errors import UserError, did_you_mean
 from qkvjax.parallel import host, xla_flags
 from qkvjax.parallel.distributed import is_first
 
-DOORS = {
+COMMANDS = {
     "train": "train one model, or go on where its workdir stopped",
     "study": "train every point of a grid and write the report",
     "evaluate": "score a checkpoint",
@@ -31,12 +31,12 @@ DOORS = {
     "convert": "bring in a model from elsewhere, or tie a trained one",
     "analyze": "look into the weights and the attention of trained models",
     "bench": "measure what every sharing costs, beside three projections",
-    "plan": "what a model costs, ours or a stranger's, before anything is trained",
+    "plan": "what a model costs, yours or a published one, before anything is trained",
 }
 HELP_WIDTH = 100
 INTERRUPTED = 130
 READER_LEFT = 141  # what the shell says of a program that SIGPIPE ended
-# For doors that compute attention.
+# For commands that compute attention.
 _CHOICE = ("auto", *kernels.IMPLEMENTATIONS)
 ATTENTION = {"attention": (_CHOICE, "auto", "what computes it; auto: the fastest measured")}
 STUDY_FIELDS = ("points", "settings", "seeds", "tuned", "reference", "prompt", "title")
@@ -48,7 +48,7 @@ def entry() -> None:
 
 
 def for_a_reader(call: Callable[[], int]) -> int:
-    """call(), unless the reader of stdout leaves before its end, as in `qkvjax plan | head`."""
+    """Returns call(), or READER_LEFT where stdout is closed early (`qkvjax plan | head`)."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack “×” or “−”
     try:
@@ -63,15 +63,15 @@ def for_a_reader(call: Callable[[], int]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the door that the first argument names; returns its exit code."""
+    """Runs the command that the first argument names; returns its exit code."""
     return for_a_reader(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str]) -> int:
-    listed = "\n".join(f"  {name:10s}{what}" for name, what in DOORS.items())
+    listed = "\n".join(f"  {name:10s}{what}" for name, what in COMMANDS.items())
     usage = (
-        f"usage: qkvjax DOOR --flags\n\n{listed}\n\n`qkvjax DOOR --help` says more,"
-        " `qkvjax --version` which version this is."
+        f"usage: qkvjax COMMAND --flags\n\n{listed}\n\n`qkvjax COMMAND --help` explains a command,"
+        " `qkvjax --version` prints the version."
     )
     if len(argv) < 2:
         print(usage, file=sys.stderr)
@@ -82,9 +82,9 @@ def _main(argv: Sequence[str]) -> int:
     if argv[1] in ("-V", "--version", "version"):
         print(version_text())
         return 0
-    if argv[1] not in DOORS:
-        near = did_you_mean(argv[1], DOORS)
-        print(f"qkvjax: there is no door {argv[1]!r}{near}\n{usage}", file=sys.stderr)
+    if argv[1] not in COMMANDS:
+        near = did_you_mean(argv[1], COMMANDS)
+        print(f"qkvjax: there is no command {argv[1]!r}{near}\n{usage}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"qkvjax.commands.{argv[1]}")
     return module.main([f"qkvjax {argv[1]}", *argv[2:]])
@@ -112,10 +112,10 @@ def run(
     Args:
       argv: the program's name and its arguments; None means the process's own. A list that
         starts with a flag is taken to lack the name.
-      doc: the door's docstring, shown by --help.
-      table: the door's own flags, as `define` takes them.
-      body: the door; returns None or 0 when done.
-      config: "required" or "optional" where the door takes `--config` and its overrides.
+      doc: the command's docstring, shown by --help.
+      table: the command's flags, as `define` takes them.
+      body: does the work; returns None or 0 when done.
+      config: "required" or "optional" where the command takes `--config` and its overrides.
       fields: --help lists every field of the config.
     """
     argv = list(sys.argv if argv is None else argv)

@@ -67,7 +67,7 @@ FLAGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The door; returns its exit code."""
+    """Runs the command; returns its exit code."""
     words = list(sys.argv if argv is None else argv)
     words = words if words and words[0].startswith("-") else words[1:]
     command = shlex.join(["qkvjax", "plan", *words])

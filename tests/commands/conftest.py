@@ -1,4 +1,4 @@
-"""Doors run as a user runs them, on a corpus and a model so small that a run takes seconds."""
+"""Commands run as a user runs them, on a corpus and a model so small that a run takes seconds."""
 
 import contextlib
 import dataclasses
@@ -31,32 +31,34 @@ def get_config(arg=None):
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """How a door ended: exit code, stdout, stderr."""
+class Result:
+    """How a command ended: exit code, stdout, stderr."""
 
     code: int
     out: str
     err: str
 
 
-def run_door(door, *args):
-    """Runs a door in this process."""
+def run_in_process(command, *args):
+    """Runs a command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = importlib.import_module(f"qkvjax.commands.{door}").main([f"qkvjax {door}", *args])
-    return Told(code, out.getvalue(), err.getvalue())
+        code = importlib.import_module(f"qkvjax.commands.{command}").main(
+            [f"qkvjax {command}", *args]
+        )
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 def run_process(*args, **options):
     """Runs python with these arguments, in the folder above the tests."""
     done = subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
-    return Told(done.returncode, done.stdout, done.stderr)
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Where data, compiled programs and trained runs of this folder's tests are kept."""
-    return tmp_path_factory.mktemp("doors")
+    return tmp_path_factory.mktemp("commands")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,8 +96,8 @@ def recipe(folders, corpus):
 
 
 @pytest.fixture(scope="session")
-def door():
-    return run_door
+def run_command():
+    return run_in_process
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +127,9 @@ def kept(folders):
         quickly = jax.config.read("jax_disable_most_optimizations")
         workdir = folders / f"{name}-{quickly}"
         if not workdir.exists():
-            told = run_door("train", *flags, f"--workdir={workdir}")
-            assert told.code == 0, told.err
-            (workdir / "stdout.log").write_text(told.out)
+            result = run_in_process("train", *flags, f"--workdir={workdir}")
+            assert result.code == 0, result.err
+            (workdir / "stdout.log").write_text(result.out)
         return workdir
 
     return make

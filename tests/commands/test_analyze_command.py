@@ -3,12 +3,12 @@
 import numpy as np
 
 
-def test_two_runs(door, tied, untied, copy, lines):
+def test_two_runs(run_command, tied, untied, copy, lines):
     places = [copy(tied, "tied"), copy(untied, "untied")]
     flags = [f"--workdir={place}" for place in places]
-    told = door("analyze", *flags, "--num_sequences=3")
-    assert told.code == 0, told.err
-    assert "Q-K=V, 48 tokens" in told.out and "QKV, 48 tokens" in told.out
+    result = run_command("analyze", *flags, "--num_sequences=3")
+    assert result.code == 0, result.err
+    assert "Q-K=V, 48 tokens" in result.out and "QKV, 48 tokens" in result.out
     for place, names in zip(places, ({"W_q", "W_kv"}, {"W_q", "W_k", "W_v"})):
         records = lines(place / "analysis.jsonl")
         assert names <= {r["what"] for r in records}
@@ -21,18 +21,21 @@ def test_two_runs(door, tied, untied, copy, lines):
         }
 
 
-def test_projections_named_by_nothing_are_all(door, tied, copy, lines):
+def test_projections_named_by_nothing_are_all(run_command, tied, copy, lines):
     place = copy(tied, "all")
-    assert door("analyze", f"--workdir={place}", "--projections=", "--num_sequences=1").code == 0
+    assert (
+        run_command("analyze", f"--workdir={place}", "--projections=", "--num_sequences=1").code
+        == 0
+    )
     assert {"W_q", "W_kv"} <= {r["what"] for r in lines(place / "analysis.jsonl")}
 
 
-def test_bad_input(door, tied, tmp_path):
-    told = door("analyze", f"--workdir={tied}", "--projections=k")
-    assert told.code == 2 and "no projection 'k' in sharing 'q-k=v': it has q, kv" in told.err
+def test_bad_input(run_command, tied, tmp_path):
+    result = run_command("analyze", f"--workdir={tied}", "--projections=k")
+    assert result.code == 2 and "no projection 'k' in sharing 'q-k=v': it has q, kv" in result.err
     short = tmp_path / "short.txt"
     short.write_text("brief")
-    told = door("analyze", f"--workdir={tied}", f"--data=text:{short}")
-    assert told.code == 2 and "no validation document has data.seq_len = 16" in told.err
-    assert door("analyze").code == 2
+    result = run_command("analyze", f"--workdir={tied}", f"--data=text:{short}")
+    assert result.code == 2 and "no validation document has data.seq_len = 16" in result.err
+    assert run_command("analyze").code == 2
     assert not (tied / "analysis.jsonl").exists()

@@ -14,12 +14,12 @@ import pytest
 from qkvjax.workdir import only_one, open_workdir
 
 
-def refused(told, message):
-    """Asserts that a door refused its input, with this in its only message."""
-    assert told.code == 2, (told.code, told.out[-300:])
-    assert told.err.startswith("error: ") and told.err.count("error: ") == 1
-    assert "Traceback" not in told.err + told.out
-    assert re.search(message, told.err), told.err
+def refused(result, message):
+    """Asserts that a command refused its input, with this in its only message."""
+    assert result.code == 2, (result.code, result.out[-300:])
+    assert result.err.startswith("error: ") and result.err.count("error: ") == 1
+    assert "Traceback" not in result.err + result.out
+    assert re.search(message, result.err), result.err
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def refused(told, message):
         (["evals.eval.max_labels=0"], "max_labels=0 must be at least 1"),
     ],
 )
-def test_train_refuses(door, recipe, tmp_path, flags, message):
+def test_train_refuses(run_command, recipe, tmp_path, flags, message):
     workdir = tmp_path / "run"
     overrides = [f"--config.{flag}" for flag in flags]
-    refused(door("train", f"--config={recipe}", f"--workdir={workdir}", *overrides), message)
+    refused(run_command("train", f"--config={recipe}", f"--workdir={workdir}", *overrides), message)
     assert not workdir.exists() or not list(workdir.iterdir())
 
 
@@ -83,21 +83,21 @@ def test_train_refuses(door, recipe, tmp_path, flags, message):
         (b"x" * 100, "leaves the validation split 10 tokens, less than one row of data.seq_len"),
     ],
 )
-def test_too_little_text(door, recipe, tmp_path, text, message):
+def test_too_little_text(run_command, recipe, tmp_path, text, message):
     book, workdir = tmp_path / "book.txt", tmp_path / "run"
     book.write_bytes(text)
     flags = [f"--config={recipe}", f"--config.data.source=text:{book}", f"--workdir={workdir}"]
-    refused(door("train", *flags), message)
+    refused(run_command("train", *flags), message)
     assert not workdir.exists()
 
 
-def test_an_unwritable_workdir(door, recipe, grid_flags, tmp_path):
+def test_an_unwritable_workdir(run_command, recipe, grid_flags, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for name, flags in (("train", [f"--config={recipe}"]), ("study", grid_flags)):
-        told = door(name, *flags, f"--workdir={file}/below")
-        refused(told, "cannot be written .*: choose another with --workdir")
-        refused(door(name, *flags), "--workdir=DIR is missing")
+        result = run_command(name, *flags, f"--workdir={file}/below")
+        refused(result, "cannot be written .*: choose another with --workdir")
+        refused(run_command(name, *flags), "--workdir=DIR is missing")
     assert file.read_text() == "mine"
 
 
@@ -119,10 +119,10 @@ def test_a_workdir_is_opened_by_many_at_once(tmp_path):
     assert opened == {tmp_path / "study"} and not list((tmp_path / "study").iterdir())
 
 
-def test_an_unwritable_evaluation(door, tied, copy):
+def test_an_unwritable_evaluation(run_command, tied, copy):
     workdir = copy(tied)
     (workdir / "evaluation.jsonl").mkdir()
-    refused(door("evaluate", f"--workdir={workdir}"), "evaluation.jsonl cannot be written")
+    refused(run_command("evaluate", f"--workdir={workdir}"), "evaluation.jsonl cannot be written")
 
 
 @pytest.mark.parametrize("name", ["evaluate", "generate"])
@@ -143,13 +143,13 @@ def test_an_unwritable_evaluation(door, tied, copy):
         (b"{}", "has float32 .* where the model has float32 .*saved by another configuration"),
     ],
 )
-def test_a_corrupt_config(door, tied, copy, checksums, name, content, message):
+def test_a_corrupt_config(run_command, tied, copy, checksums, name, content, message):
     workdir = copy(tied)
     (workdir / "config.json").unlink()
     if content is not None:
         (workdir / "config.json").write_bytes(content)
     before = checksums(workdir)
-    refused(door(name, f"--workdir={workdir}"), message)
+    refused(run_command(name, f"--workdir={workdir}"), message)
     assert checksums(workdir) == before
 
 
@@ -163,23 +163,25 @@ def test_a_corrupt_config(door, tied, copy, checksums, name, content, message):
         ("metrics.jsonl", b"\xff\xff\n3\n", "metrics.jsonl, line 1, is not a JSON"),
     ],
 )
-def test_a_corrupt_workdir(door, tied, tied_flags, copy, checksums, file, content, message):
+def test_a_corrupt_workdir(run_command, tied, tied_flags, copy, checksums, file, content, message):
     workdir = copy(tied)
     (workdir / file).write_bytes(content)
     before = checksums(workdir)
-    refused(door("train", *tied_flags, f"--workdir={workdir}"), message)
+    refused(run_command("train", *tied_flags, f"--workdir={workdir}"), message)
     assert checksums(workdir) == before
 
 
-def test_another_models_checkpoints(door, tied, untied, copy, checksums):
+def test_another_models_checkpoints(run_command, tied, untied, copy, checksums):
     """A config.json that was swapped: the message names the first parameter that differs."""
     workdir = copy(untied)
     config = json.loads((workdir / "config.json").read_text())
     config["model"]["sharing"] = "q-k=v"
     (workdir / "config.json").write_text(json.dumps(config))
     before = checksums(workdir)
-    told = door("evaluate", f"--workdir={workdir}")
-    refused(told, r"has nothing for model.stack\S+gain where the model has .*another configuration")
+    result = run_command("evaluate", f"--workdir={workdir}")
+    refused(
+        result, r"has nothing for model.stack\S+gain where the model has .*another configuration"
+    )
     assert checksums(workdir) == before
 
 
@@ -193,9 +195,9 @@ def test_another_models_checkpoints(door, tied, untied, copy, checksums):
     ],
 )
 @pytest.mark.parametrize("name", ["evaluate", "generate"])
-def test_which_checkpoint(door, tied, checksums, name, flags, message):
+def test_which_checkpoint(run_command, tied, checksums, name, flags, message):
     before = checksums(tied)
-    refused(door(name, *(flag.format(tied=tied) for flag in flags)), message)
+    refused(run_command(name, *(flag.format(tied=tied) for flag in flags)), message)
     assert checksums(tied) == before
 
 
@@ -212,47 +214,47 @@ def test_which_checkpoint(door, tied, checksums, name, flags, message):
         (["--data=text:{empty}"], "holds no text"),
     ],
 )
-def test_evaluate_refuses(door, tied, tmp_path, checksums, flags, message):
+def test_evaluate_refuses(run_command, tied, tmp_path, checksums, flags, message):
     (tmp_path / "empty.txt").touch()
     before = checksums(tied)
     flags = [flag.format(empty=tmp_path / "empty.txt") for flag in flags]
-    refused(door("evaluate", f"--workdir={tied}", *flags), message)
+    refused(run_command("evaluate", f"--workdir={tied}", *flags), message)
     assert checksums(tied) == before
 
 
-def test_a_workdir_without_checkpoints(door, untied, copy):
+def test_a_workdir_without_checkpoints(run_command, untied, copy):
     import shutil
 
     workdir = copy(untied)
     shutil.rmtree(workdir / "checkpoints")
-    refused(door("evaluate", f"--workdir={workdir}"), "holds no checkpoint: train first")
-    refused(door("generate", f"--workdir={workdir}"), "holds no checkpoint: train first")
+    refused(run_command("evaluate", f"--workdir={workdir}"), "holds no checkpoint: train first")
+    refused(run_command("generate", f"--workdir={workdir}"), "holds no checkpoint: train first")
 
 
 def test_the_message_of_a_process(process, recipe, tmp_path):
     """The same from a shell: one line on stderr, nothing else."""
     flags = [f"--config={recipe}", "--config.model.sharing=q", f"--workdir={tmp_path / 'run'}"]
-    told = process("-m", "qkvjax", "train", *flags)
-    assert told.code == 2 and told.err.startswith("error: ") and told.err.count("\n") == 1
+    result = process("-m", "qkvjax", "train", *flags)
+    assert result.code == 2 and result.err.startswith("error: ") and result.err.count("\n") == 1
 
 
 # ---- files of ours that something else has changed, and processes that meet --------------------
 
 
-def test_a_refused_run_leaves_its_configuration(door, tied, tied_flags, copy, checksums):
+def test_a_refused_run_leaves_its_configuration(run_command, tied, tied_flags, copy, checksums):
     workdir = copy(tied)
     metrics = workdir / "metrics.jsonl"
     metrics.write_text("no line\n" + metrics.read_text())
     before = checksums(workdir)
-    told = door("train", *tied_flags, f"--workdir={workdir}", "--config.train.log_every=7")
-    refused(told, "line 1, is not a JSON object")
+    result = run_command("train", *tied_flags, f"--workdir={workdir}", "--config.train.log_every=7")
+    refused(result, "line 1, is not a JSON object")
     assert checksums(workdir) == before
 
 
-def test_two_trainings_in_one_workdir(door, recipe, tmp_path):
+def test_two_trainings_in_one_workdir(run_command, recipe, tmp_path):
     with only_one(tmp_path):
-        told = door("train", f"--config={recipe}", f"--workdir={tmp_path}")
-    refused(told, "another process is at work in")
+        result = run_command("train", f"--config={recipe}", f"--workdir={tmp_path}")
+    refused(result, "another process is at work in")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
@@ -268,27 +270,30 @@ def test_two_trainings_in_one_workdir(door, recipe, tmp_path):
         ("checkpoints/20/manifest/metadata", "null", None),
     ],
 )
-def test_damaged_files_of_a_run(door, tied, tied_flags, copy, name, content, message):
+def test_damaged_files_of_a_run(run_command, tied, tied_flags, copy, name, content, message):
     workdir = copy(tied)
     (workdir / name).write_text(content)
-    told = door("train", *tied_flags, f"--workdir={workdir}")
+    result = run_command("train", *tied_flags, f"--workdir={workdir}")
     if message:
-        refused(told, message)
+        refused(result, message)
     else:
-        assert told.code == 0 and "checkpoint 20 is damaged and passed over" in told.out
+        assert result.code == 0 and "checkpoint 20 is damaged and passed over" in result.out
 
 
-def test_checkpoints_that_are_no_folder(door, recipe, tmp_path):
+def test_checkpoints_that_are_no_folder(run_command, recipe, tmp_path):
     (tmp_path / "checkpoints").write_text("mine")
-    refused(door("train", f"--config={recipe}", f"--workdir={tmp_path}"), "is no folder: remove it")
+    refused(
+        run_command("train", f"--config={recipe}", f"--workdir={tmp_path}"),
+        "is no folder: remove it",
+    )
 
 
-def test_a_diverged_training_is_code_44_and_saves_nothing(door, recipe, tmp_path):
+def test_a_diverged_training_is_code_44_and_saves_nothing(run_command, recipe, tmp_path):
     flags = [f"--config={recipe}", f"--workdir={tmp_path}"]
     flags += ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0"]
-    told = door("train", *flags)
-    assert told.code == 44 and "training diverged" in told.err and "Traceback" not in told.err
-    assert "done:" not in told.out and not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    result = run_command("train", *flags)
+    assert result.code == 44 and "training diverged" in result.err and "Traceback" not in result.err
+    assert "done:" not in result.out and not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
@@ -296,8 +301,8 @@ def test_a_device_that_is_not_here(process, recipe, tmp_path, monkeypatch, platf
     if platform == "cuda" and importlib.util.find_spec("jax_cuda12_plugin"):
         pytest.skip("this installation has CUDA")
     monkeypatch.setenv("JAX_PLATFORMS", platform)
-    told = process("-m", "qkvjax", "train", f"--config={recipe}", f"--workdir={tmp_path}")
-    refused(told, f"JAX_PLATFORMS='{platform}'.*unset")
+    result = process("-m", "qkvjax", "train", f"--config={recipe}", f"--workdir={tmp_path}")
+    refused(result, f"JAX_PLATFORMS='{platform}'.*unset")
 
 
 @pytest.mark.parametrize(
@@ -314,24 +319,26 @@ def test_a_device_that_is_not_here(process, recipe, tmp_path, monkeypatch, platf
         (["--model=" + "x" * 5000], "too long"),
     ],
 )
-def test_plan_refuses(door, flags, message):
-    refused(door("plan", *flags), message)
+def test_plan_refuses(run_command, flags, message):
+    refused(run_command("plan", *flags), message)
 
 
-def test_prepared_data_that_is_damaged(door, recipe, tmp_path, monkeypatch):
+def test_prepared_data_that_is_damaged(run_command, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path / "data"))
     flags = [f"--config={recipe}", "--config.train.steps=1"]
-    assert door("train", *flags, f"--workdir={tmp_path / 'first'}").code == 0
+    assert run_command("train", *flags, f"--workdir={tmp_path / 'first'}").code == 0
     (record,) = (tmp_path / "data").rglob("*train.array_record*")
     record.write_bytes(record.read_bytes()[: record.stat().st_size // 2])
-    told = door("train", *flags, f"--workdir={tmp_path / 'second'}")
-    refused(told, "the prepared data in .* is damaged .*: delete that folder")
+    result = run_command("train", *flags, f"--workdir={tmp_path / 'second'}")
+    refused(result, "the prepared data in .* is damaged .*: delete that folder")
 
 
-def test_sizes_beyond_any_memory(door, tied):
+def test_sizes_beyond_any_memory(run_command, tied):
     flags = [f"--workdir={tied}", "--prompt=the"]
-    refused(door("generate", *flags, "--cache_length=2000000000"), "more than is free here|below")
-    refused(door("generate", *flags, "--max_tokens=" + "9" * 15), "below 2\\^31")
+    refused(
+        run_command("generate", *flags, "--cache_length=2000000000"), "more than is free here|below"
+    )
+    refused(run_command("generate", *flags, "--max_tokens=" + "9" * 15), "below 2\\^31")
 
 
 def test_output_that_nobody_can_take(process, tmp_path):
@@ -341,11 +348,11 @@ def test_output_that_nobody_can_take(process, tmp_path):
     full = subprocess.run(["bash", "-c", f"{shlex.join(plan)} >/dev/full"], capture_output=True)
     assert full.returncode == 2 and b"No space left" in full.stderr
     assert b"Traceback" not in full.stderr
-    told = process(
+    result = process(
         "-m",
         "qkvjax",
         "plan",
         "--config=configs/lm.py",
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
-    assert told.code == 0 and "KiB" in told.out
+    assert result.code == 0 and "KiB" in result.out

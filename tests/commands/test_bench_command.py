@@ -6,11 +6,11 @@ from qkvjax.costs import memory
 
 
 @pytest.fixture(scope="module")
-def measured(door, recipe, folders):
+def measured(run_command, recipe, folders):
     """Returns (result of the command, workdir)."""
     workdir = folders / "memory"
     flags = (f"--config={recipe}", "--batches=1,8", "--contexts=16", f"--workdir={workdir}")
-    return door("bench", "memory", *flags), workdir
+    return run_command("bench", "memory", *flags), workdir
 
 
 def test_every_sharing_at_every_shape(measured, lines):
@@ -44,8 +44,8 @@ def test_records_identify_the_model_by_its_size(measured, lines):
     assert len(sizes) == 1 and sizes.pop() > 1_000
 
 
-def test_sharings_that_the_heads_forbid_are_reported(door, recipe, tmp_path):
-    result = door(
+def test_sharings_that_the_heads_forbid_are_reported(run_command, recipe, tmp_path):
+    result = run_command(
         "bench",
         "memory",
         f"--config={recipe}",
@@ -79,20 +79,20 @@ def test_sharings_that_the_heads_forbid_are_reported(door, recipe, tmp_path):
         ),
     ],
 )
-def test_bad_input(door, recipe, tmp_path, monkeypatch, flags, message):
+def test_bad_input(run_command, recipe, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    result = door("bench", *flags[:1], f"--config={recipe}", *flags[1:])
+    result = run_command("bench", *flags[:1], f"--config={recipe}", *flags[1:])
     assert result.code == 2 and message in result.err and result.err.count("error:") == 1
 
 
 @pytest.fixture(scope="module")
-def timed(door, recipe, folders):
+def timed(run_command, recipe, folders):
     """Returns (result by measure, file of records) of both measures of speed, after memory."""
     workdir = folders / "speed"
     results = {}
     for what in ("memory", "decode", "kernels", "decode"):
         flags = (f"--config={recipe}", "--batches=4", "--contexts=16", f"--workdir={workdir}")
-        results[what] = door("bench", what, *flags)
+        results[what] = run_command("bench", what, *flags)
     return results, workdir / "bench.jsonl"
 
 

@@ -1,4 +1,4 @@
-"""`qkvjax DOOR`: help, unknown doors and flags, readers that leave."""
+"""`qkvjax COMMAND`: help, unknown commands and flags, readers that leave."""
 
 import importlib
 import io
@@ -13,43 +13,43 @@ from qkvjax import config as configs
 from qkvjax.commands import cli
 from qkvjax.errors import UserError
 
-DOORS = sorted(cli.DOORS)
+COMMANDS = sorted(cli.COMMANDS)
 
 
-def flags_of(door):
-    """The flags that a door defines."""
-    return list(importlib.import_module(f"qkvjax.commands.{door}").FLAGS)
+def flags_of(command):
+    """The flags that a command defines."""
+    return list(importlib.import_module(f"qkvjax.commands.{command}").FLAGS)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("word", ["--help", "-h"])
-def test_help_lists_every_flag(capsys, door, word):
-    assert cli.main(["qkvjax", door, word]) == 0
-    told = capsys.readouterr()
-    assert not told.err
-    for flag in flags_of(door):
-        assert re.search(rf"^  --{flag}\s+\S", told.out, re.MULTILINE), flag
-    assert f"qkvjax {door}" in told.out  # an example
+def test_help_lists_every_flag(capsys, command, word):
+    assert cli.main(["qkvjax", command, word]) == 0
+    result = capsys.readouterr()
+    assert not result.err
+    for flag in flags_of(command):
+        assert re.search(rf"^  --{flag}\s+\S", result.out, re.MULTILINE), flag
+    assert f"qkvjax {command}" in result.out  # an example
 
 
 def test_help_of_train_lists_every_field_with_its_default(capsys):
     assert cli.main(["qkvjax", "train", "--help"]) == 0
-    told = capsys.readouterr().out
-    words = " ".join(told.split())
+    result = capsys.readouterr().out
+    words = " ".join(result.split())
     defaults = configs.flatten(configs.to_dict(configs.default()))
     for name, field in configs.FIELDS.items():
         assert f"--config.{name} {' '.join(field.help.split())} (default {defaults[name]})" in words
-    groups = [line for line in told.splitlines() if re.fullmatch("[a-z]+:", line)]
+    groups = [line for line in result.splitlines() if re.fullmatch("[a-z]+:", line)]
     assert groups == ["flags:", "model:", "data:", "optimizer:", "train:", "mesh:"]
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_help_fits_a_terminal(capsys, door):
-    assert cli.main(["qkvjax", door, "--help"]) == 0
-    told = capsys.readouterr().out
-    assert max(map(len, told.splitlines())) <= 100
-    if door in ("study", "plan", "bench"):
-        assert "`qkvjax train --help` lists the fields" in told and "--config.seed" not in told
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal(capsys, command):
+    assert cli.main(["qkvjax", command, "--help"]) == 0
+    result = capsys.readouterr().out
+    assert max(map(len, result.splitlines())) <= 100
+    if command in ("study", "plan", "bench"):
+        assert "`qkvjax train --help` lists the fields" in result and "--config.seed" not in result
 
 
 @pytest.mark.parametrize("word", ["--version", "-V", "version"])
@@ -72,35 +72,37 @@ def test_help_wins_over_everything_else(capsys):
 
 def test_without_a_door(capsys):
     assert cli.main(["qkvjax"]) == 2
-    told = capsys.readouterr()
-    assert not told.out and all(door in told.err for door in DOORS)
+    result = capsys.readouterr()
+    assert not result.out and all(command in result.err for command in COMMANDS)
     assert cli.main(["qkvjax", "--help"]) == 0
-    told = capsys.readouterr()
-    assert not told.err and all(door in told.out for door in DOORS)
+    result = capsys.readouterr()
+    assert not result.err and all(command in result.out for command in COMMANDS)
 
 
 def test_an_unknown_door(capsys):
     assert cli.main(["qkvjax", "tran", "--help"]) == 2
-    told = capsys.readouterr()
-    assert not told.out and "did you mean 'train'?" in told.err
+    result = capsys.readouterr()
+    assert not result.out and "did you mean 'train'?" in result.err
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_an_unknown_flag(door, recipe, capsys):
-    module = importlib.import_module(f"qkvjax.commands.{door}")
-    config = [f"--config={recipe}"] if door in ("train", "study", "plan", "bench") else []
-    config = ["import"] if door == "convert" else config
-    assert module.main([f"qkvjax {door}", *config, "--workdri=x"]) == 2
-    told = capsys.readouterr()
-    assert told.err == "error: unknown flag --workdri; did you mean 'workdir'?; --help lists them\n"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_flag(command, recipe, capsys):
+    module = importlib.import_module(f"qkvjax.commands.{command}")
+    config = [f"--config={recipe}"] if command in ("train", "study", "plan", "bench") else []
+    config = ["import"] if command == "convert" else config
+    assert module.main([f"qkvjax {command}", *config, "--workdri=x"]) == 2
+    result = capsys.readouterr()
+    assert (
+        result.err == "error: unknown flag --workdri; did you mean 'workdir'?; --help lists them\n"
+    )
     assert module.main([*config, "--workdir"]) == 2
     assert "Missing value for flag --workdir" in capsys.readouterr().err
-    assert module.main([f"qkvjax {door}", *config, "stray"]) == 2
+    assert module.main([f"qkvjax {command}", *config, "stray"]) == 2
     assert "'stray' is no flag" in capsys.readouterr().err
 
 
 def run(body, *args, config=None):
-    return cli.run(["door", *args], "Doc.", {}, body, config=config)
+    return cli.run(["command", *args], "Doc.", {}, body, config=config)
 
 
 def test_what_a_body_raises(capsys):
@@ -180,8 +182,8 @@ def test_recipe_arguments_and_overrides(capsys, arguments, flags, message):
     code = run(
         lambda values: None, f"--config=configs/lm.py{colon}{arguments}", *flags, config="required"
     )
-    told = capsys.readouterr().err
-    assert code == 2 and told.count("\n") == 1 and re.match(f"error: .*{message}", told), told
+    result = capsys.readouterr().err
+    assert code == 2 and result.count("\n") == 1 and re.match(f"error: .*{message}", result), result
 
 
 @pytest.mark.parametrize(
@@ -215,8 +217,8 @@ def test_names_from_elsewhere(capsys, flags, message):
         configs.resolve(values.config)
 
     code = run(body, "--config=configs/lm.py:depth=2", *flags, config="required")
-    told = capsys.readouterr().err
-    assert code == 2 and re.search(message, told), told
+    result = capsys.readouterr().err
+    assert code == 2 and re.search(message, result), result
 
 
 def test_a_recipe_argument_that_is_a_field(capsys):
@@ -255,7 +257,7 @@ def test_what_has_no_value_is_unset():
     assert run(lambda values: seen.append(values.config), *flags, config="required") == 0
     assert seen[0].model.num_kv_heads == 4  # the last one counts
     table = {"step": (int, None, "which")}
-    assert cli.run(["door", "--step=None"], "Doc.", table, lambda values: values.step) == 0
+    assert cli.run(["command", "--step=None"], "Doc.", table, lambda values: values.step) == 0
 
 
 def test_flags_from_a_file(tmp_path):

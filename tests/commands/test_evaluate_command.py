@@ -10,17 +10,17 @@ import pytest
 import qkvjax
 
 
-def scored(door, workdir, *flags):
-    told = door("evaluate", f"--workdir={workdir}", *flags)
-    assert told.code == 0, told.err
-    return told
+def scored(run_command, workdir, *flags):
+    result = run_command("evaluate", f"--workdir={workdir}", *flags)
+    assert result.code == 0, result.err
+    return result
 
 
-def test_lines_and_batch_sizes(door, tied, copy, lines):
+def test_lines_and_batch_sizes(run_command, tied, copy, lines):
     workdir = copy(tied)
     for size in (1, 3, 16):
-        scored(door, workdir, f"--batch_size={size}")
-    told = scored(door, workdir)
+        scored(run_command, workdir, f"--batch_size={size}")
+    result = scored(run_command, workdir)
     records = lines(workdir / "evaluation.jsonl")
     assert [r["metric"] for r in records] == ["bits_per_byte", "perplexity"] * 4
     for record in records:
@@ -28,21 +28,21 @@ def test_lines_and_batch_sizes(door, tied, copy, lines):
         assert record["num_items"] == records[0]["num_items"] == record["num_bytes"]
     bits = [r["value"] for r in records if r["metric"] == "bits_per_byte"]
     np.testing.assert_allclose(bits, bits[0], rtol=1e-6)
-    assert f"bits_per_byte {bits[-1]:.6f}" in told.out
+    assert f"bits_per_byte {bits[-1]:.6f}" in result.out
     # What training wrote in its last line.
     last = lines(workdir / "metrics.jsonl")[-1]
     np.testing.assert_allclose(bits, last["eval/bits_per_byte"], rtol=1e-6)
     np.testing.assert_allclose(records[1]["value"], last["eval/perplexity"], rtol=1e-6)
 
 
-def test_another_corpus_is_scored_as_a_whole(door, tied, copy, lines, corpus, tmp_path):
+def test_another_corpus_is_scored_as_a_whole(run_command, tied, copy, lines, corpus, tmp_path):
     """Bits per byte of every document, straight from the model: each token once."""
     workdir, book = copy(tied), tmp_path / "book"
     book.mkdir()
     texts = [b"the cat", b"sat on the mat and then the dog ran home, number 7.", b"a" * 33]
     for i, text in enumerate(texts):
         (book / f"{i}.txt").write_bytes(text)
-    scored(door, workdir, f"--data=text:{book}", "--batch_size=2")
+    scored(run_command, workdir, f"--data=text:{book}", "--batch_size=2")
     record = lines(workdir / "evaluation.jsonl")[0]
     assert record["num_items"] == sum(map(len, texts)) and record["data"] == f"text:{book}"
     assert record["pad_fraction"] == 0
@@ -62,52 +62,58 @@ def test_another_corpus_is_scored_as_a_whole(door, tied, copy, lines, corpus, tm
         record["value"], nats / math.log(2) / sum(map(len, texts)), rtol=1e-5
     )
     # The run's own corpus, whole: all of it, not its validation tenth.
-    scored(door, workdir, f"--data=text:{corpus}")
+    scored(run_command, workdir, f"--data=text:{corpus}")
     size = sum(file.stat().st_size for file in corpus.iterdir())
     assert lines(workdir / "evaluation.jsonl")[2]["num_items"] == size
 
 
-def test_an_earlier_step(door, tied, copy, lines):
+def test_an_earlier_step(run_command, tied, copy, lines):
     workdir = copy(tied)
-    scored(door, workdir, "--step=10")
+    scored(run_command, workdir, "--step=10")
     record = lines(workdir / "evaluation.jsonl")[0]
     curve = {r["step"]: r.get("eval/bits_per_byte") for r in lines(workdir / "metrics.jsonl")}
     assert record["step"] == 10
     assert record["value"] == pytest.approx(curve[10], rel=1e-6) != pytest.approx(curve[20])
 
 
-def test_damage_falls_back_and_the_line_says_which_step(door, tied, copy, damage, lines):
+def test_damage_falls_back_and_the_line_says_which_step(run_command, tied, copy, damage, lines):
     workdir = copy(tied)
     damage(workdir / "checkpoints" / "20")
-    told = scored(door, workdir)
-    assert "checkpoint 20 is damaged and passed over" in told.out
+    result = scored(run_command, workdir)
+    assert "checkpoint 20 is damaged and passed over" in result.out
     assert lines(workdir / "evaluation.jsonl")[0]["step"] == 10
-    told = door("evaluate", f"--workdir={workdir}", "--step=20")
-    assert told.code == 45 and told.err.count("error:") == 1
+    result = run_command("evaluate", f"--workdir={workdir}", "--step=20")
+    assert result.code == 45 and result.err.count("error:") == 1
     damage(workdir / "checkpoints" / "10")
-    assert door("evaluate", f"--workdir={workdir}").code == 45
+    assert run_command("evaluate", f"--workdir={workdir}").code == 45
 
 
-def test_verify_reads_every_checkpoint_and_writes_nothing(door, tied, copy, damage, checksums):
+def test_verify_reads_every_checkpoint_and_writes_nothing(
+    run_command, tied, copy, damage, checksums
+):
     workdir = copy(tied)
     before = checksums(workdir)
-    told = door("evaluate", f"--workdir={workdir}", "--verify")
-    assert told.code == 0 and "step 10: intact, " in told.out and "step 20: intact, " in told.out
+    result = run_command("evaluate", f"--workdir={workdir}", "--verify")
+    assert (
+        result.code == 0 and "step 10: intact, " in result.out and "step 20: intact, " in result.out
+    )
     assert checksums(workdir) == before
     damage(workdir / "checkpoints" / "20")
-    told = door("evaluate", f"--workdir={workdir}", "--verify")
-    assert told.code == 45 and "step 10: intact" in told.out and "step 20: damaged: " in told.out
-    assert "1 of 2 checkpoints" in told.err and "pass them over" in told.err
-    assert door("evaluate", f"--workdir={workdir}", "--verify", "--step=10").code == 0
+    result = run_command("evaluate", f"--workdir={workdir}", "--verify")
+    assert (
+        result.code == 45 and "step 10: intact" in result.out and "step 20: damaged: " in result.out
+    )
+    assert "1 of 2 checkpoints" in result.err and "pass them over" in result.err
+    assert run_command("evaluate", f"--workdir={workdir}", "--verify", "--step=10").code == 0
     for flags, message in (("--step=7", "has no step 7"), ("--tasks=accuracy", "scores nothing")):
-        told = door("evaluate", f"--workdir={workdir}", "--verify", flags)
-        assert told.code == 2 and message in told.err
+        result = run_command("evaluate", f"--workdir={workdir}", "--verify", flags)
+        assert result.code == 2 and message in result.err
 
 
-def test_the_next_line_survives_a_torn_one(door, tied, copy, lines):
+def test_the_next_line_survives_a_torn_one(run_command, tied, copy, lines):
     workdir = copy(tied)
     (workdir / "evaluation.jsonl").write_text('{"task": "a"}\n{"task": "bits_per_b')
-    scored(door, workdir)
+    scored(run_command, workdir)
     records = lines(workdir / "evaluation.jsonl")
     assert [r["task"] for r in records] == ["a", "bits_per_byte", "bits_per_byte"]
 

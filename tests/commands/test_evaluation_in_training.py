@@ -39,35 +39,35 @@ def fails(plain, model, dataset, **options):
 
 
 def test_a_due_checkpoint_is_saved_before_its_evaluation(
-    door, tied, tied_flags, tmp_path, lines, score, monkeypatch
+    run_command, tied, tied_flags, tmp_path, lines, score, monkeypatch
 ):
     flags = [*tied_flags, f"--workdir={tmp_path}"]
     with monkeypatch.context() as patch:
         patch.setitem(evaluators.SCORES, "bits_per_byte", lambda *a, **k: fails(None, *a, **k))
         with pytest.raises(RuntimeError, match="no memory"):
-            door("train", *flags)
+            run_command("train", *flags)
     assert saved(tmp_path) == [10]
     assert "eval/bits_per_byte" not in lines(tmp_path / "metrics.jsonl")[-1]
     # The next start makes up for the evaluation, and the lines are those of a straight run.
-    again = door("train", *flags)
+    again = run_command("train", *flags)
     assert again.code == 0 and "resumed after step 10 of 20" in again.out
     ours, straight = (lines(w / "metrics.jsonl") for w in (tmp_path, tied))
     assert without_timing(ours) == without_timing(straight)
 
 
 def test_an_evaluation_that_fails_where_no_checkpoint_is_due_loses_nothing(
-    door, tied_flags, tmp_path, score
+    run_command, tied_flags, tmp_path, score
 ):
     score(fails)
     flags = ["--config.train.eval_every=5", "--config.train.checkpoint_every=0"]
     with pytest.raises(RuntimeError, match="no memory"):
-        door("train", *tied_flags, f"--workdir={tmp_path}", *flags)
+        run_command("train", *tied_flags, f"--workdir={tmp_path}", *flags)
     assert saved(tmp_path) == [5]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
 def test_a_signal_ends_an_evaluation_within_a_batch(
-    door, tied, tied_flags, tmp_path, lines, score, number, code
+    run_command, tied, tied_flags, tmp_path, lines, score, number, code
 ):
     batches = []
 
@@ -81,17 +81,17 @@ def test_a_signal_ends_an_evaluation_within_a_batch(
 
     score(slow)
     flags = [*tied_flags, f"--workdir={tmp_path}"]
-    stopped = door("train", *flags)
+    stopped = run_command("train", *flags)
     assert stopped.code == code and len(batches) == 3
     assert "saved after step 10 of 20" in stopped.err and saved(tmp_path) == [10]
-    again = door("train", *flags)
+    again = run_command("train", *flags)
     assert again.code == 0
     ours, straight = (lines(w / "metrics.jsonl") for w in (tmp_path, tied))
     assert without_timing(ours) == without_timing(straight)
 
 
 def test_who_asks_for_a_checkpoint_in_an_evaluation_gets_it_there(
-    door, tied_flags, tmp_path, score
+    run_command, tied_flags, tmp_path, score
 ):
     seen = []
 
@@ -104,11 +104,11 @@ def test_who_asks_for_a_checkpoint_in_an_evaluation_gets_it_there(
 
     score(asks)
     flags = ["--config.train.eval_every=5", "--config.train.checkpoint_every=0"]
-    done = door("train", *tied_flags, f"--workdir={tmp_path}", *flags)
+    done = run_command("train", *tied_flags, f"--workdir={tmp_path}", *flags)
     assert done.code == 0 and saved(tmp_path) == [5, 20]
 
 
-def test_the_time_limit_ends_an_evaluation(door, tied_flags, tmp_path, score, lines):
+def test_the_time_limit_ends_an_evaluation(run_command, tied_flags, tmp_path, score, lines):
     def slow(plain, model, dataset, pulse, **options):
         time.sleep(2)
         pulse()
@@ -116,13 +116,13 @@ def test_the_time_limit_ends_an_evaluation(door, tied_flags, tmp_path, score, li
 
     score(slow)
     flags = [*tied_flags, f"--workdir={tmp_path}", "--config.train.eval_every=1"]
-    done = door("train", *flags, "--config.train.max_seconds=1")
+    done = run_command("train", *flags, "--config.train.max_seconds=1")
     assert done.code == 0 and "as train.max_seconds says" in done.out
     assert saved(tmp_path) == [lines(tmp_path / "metrics.jsonl")[-1]["step"]]
 
 
 def test_a_last_evaluation_that_was_stopped_is_made_up_for(
-    door, tied, tied_flags, tmp_path, score, lines, monkeypatch
+    run_command, tied, tied_flags, tmp_path, score, lines, monkeypatch
 ):
     plain = evaluators.SCORES["bits_per_byte"]
 
@@ -137,17 +137,17 @@ def test_a_last_evaluation_that_was_stopped_is_made_up_for(
 
     score(stops)
     flags = [*tied_flags, f"--workdir={tmp_path}"]
-    stopped = door("train", *flags)
+    stopped = run_command("train", *flags)
     assert stopped.code == 42 and saved(tmp_path) == [10, 20]
     monkeypatch.setitem(evaluators.SCORES, "bits_per_byte", plain)
-    again = door("train", *flags)
+    again = run_command("train", *flags)
     assert again.code == 0
     ours, straight = (lines(w / "metrics.jsonl") for w in (tmp_path, tied))
     assert without_timing(ours) == without_timing(straight)
-    assert "nothing left to train" in door("train", *flags).out
+    assert "nothing left to train" in run_command("train", *flags).out
 
 
-def test_best_and_every_nth_checkpoint_stay(door, tied_flags, tmp_path, score):
+def test_best_and_every_nth_checkpoint_stay(run_command, tied_flags, tmp_path, score):
     scores = iter([3.0, 1.0, 2.0, 4.0])
 
     def scripted(plain, model, dataset, **options):
@@ -156,12 +156,12 @@ def test_best_and_every_nth_checkpoint_stay(door, tied_flags, tmp_path, score):
     score(scripted)
     flags = ["--config.train.eval_every=5", "--config.train.checkpoint_every=0"]
     flags += ["--config.train.keep_checkpoints=1", "--config.train.keep_best=True"]
-    assert door("train", *tied_flags, f"--workdir={tmp_path / 'best'}", *flags).code == 0
+    assert run_command("train", *tied_flags, f"--workdir={tmp_path / 'best'}", *flags).code == 0
     assert saved(tmp_path / "best") == [10, 20]
     flags = ["--config.train.eval_every=0", "--config.train.checkpoint_every=2"]
     flags += ["--config.train.keep_checkpoints=1", "--config.train.keep_every=5"]
     scores = iter([1.0])
-    assert door("train", *tied_flags, f"--workdir={tmp_path / 'nth'}", *flags).code == 0
+    assert run_command("train", *tied_flags, f"--workdir={tmp_path / 'nth'}", *flags).code == 0
     assert saved(tmp_path / "nth") == [5, 10, 15, 20]
 
 

@@ -1,4 +1,4 @@
-"""Encoders and their tasks through the doors: train, evaluate, analyze, plan, study."""
+"""Encoders and their tasks through the commands: train, evaluate, analyze, plan, study."""
 
 import json
 
@@ -43,11 +43,11 @@ def task(folders):
 
 
 @pytest.fixture(scope="module")
-def encoder(door, task, folders):
+def encoder(run_command, task, folders):
     """The workdir of a trained encoder."""
     workdir = folders / "encoder"
-    told = door("train", f"--config={task}", f"--workdir={workdir}")
-    assert told.code == 0, told.err
+    result = run_command("train", f"--config={task}", f"--workdir={workdir}")
+    assert result.code == 0, result.err
     return workdir
 
 
@@ -58,31 +58,31 @@ def test_metrics_of_training(encoder, lines):
     assert json.loads((encoder / "run.json").read_text())["costs"]["cache_bytes_per_token"] == 0
 
 
-def test_evaluate_scores_what_training_scored(door, encoder, lines, copy):
+def test_evaluate_scores_what_training_scored(run_command, encoder, lines, copy):
     workdir = copy(encoder)
     for size in (1, 7):
-        assert door("evaluate", f"--workdir={workdir}", f"--batch_size={size}").code == 0
+        assert run_command("evaluate", f"--workdir={workdir}", f"--batch_size={size}").code == 0
     records = lines(workdir / "evaluation.jsonl")
     assert [r["metric"] for r in records] == ["accuracy", "class_accuracy"] * 2
     last = lines(encoder / "metrics.jsonl")[-1]
     assert records[0]["value"] == records[2]["value"] == last["eval/accuracy"]
     assert records[0]["num_items"] == 120 and "tokenizer" not in records[0]
-    told = door("evaluate", f"--workdir={workdir}", "--tasks=bits_per_byte")
-    assert told.code == 2 and "needs text" in told.err
-    told = door("evaluate", f"--workdir={workdir}", "--data=synthetic:sort:test=30")
-    assert told.code == 0 and "180 labels of synthetic:sort" in told.out
+    result = run_command("evaluate", f"--workdir={workdir}", "--tasks=bits_per_byte")
+    assert result.code == 2 and "needs text" in result.err
+    result = run_command("evaluate", f"--workdir={workdir}", "--data=synthetic:sort:test=30")
+    assert result.code == 0 and "180 labels of synthetic:sort" in result.out
 
 
-def test_analyze_and_generate(door, encoder, copy):
+def test_analyze_and_generate(run_command, encoder, copy):
     workdir = copy(encoder)
-    told = door("analyze", f"--workdir={workdir}", "--num_sequences=3")
-    assert told.code == 0 and "QKV, 18 tokens" in told.out
-    told = door("generate", f"--workdir={workdir}")
-    assert told.code == 2 and "generate needs a language model of text" in told.err
+    result = run_command("analyze", f"--workdir={workdir}", "--num_sequences=3")
+    assert result.code == 0 and "QKV, 18 tokens" in result.out
+    result = run_command("generate", f"--workdir={workdir}")
+    assert result.code == 2 and "generate needs a language model of text" in result.err
 
 
-def test_data_that_the_model_was_not_made_for(door, encoder):
-    for source, told in (
+def test_data_that_the_model_was_not_made_for(run_command, encoder):
+    for source, result in (
         (
             "synthetic:induction:symbols=30",
             "has tokens of 31 symbols and 31 classes, the model 10 and 10",
@@ -90,25 +90,25 @@ def test_data_that_the_model_was_not_made_for(door, encoder):
         ("anomaly:digits", "sets of 10 images: set data.seq_len=10"),
     ):
         for name in ("evaluate", "analyze"):
-            said = door(name, f"--workdir={encoder}", f"--data={source}")
-            assert said.code == 2 and told in said.err, said.err
+            said = run_command(name, f"--workdir={encoder}", f"--data={source}")
+            assert said.code == 2 and result in said.err, said.err
 
 
-def test_plan_counts_an_encoder_without_a_cache(door, task, tmp_path):
-    told = door("plan", f"--config={task}", f"--workdir={tmp_path}")
-    assert told.code == 0, told.err
-    assert "nothing is decoded" in told.out and "cache a" not in told.out
+def test_plan_counts_an_encoder_without_a_cache(run_command, task, tmp_path):
+    result = run_command("plan", f"--config={task}", f"--workdir={tmp_path}")
+    assert result.code == 0, result.err
+    assert "nothing is decoded" in result.out and "cache a" not in result.out
     record = json.loads((tmp_path / "plan.json").read_text())
     by_hand = 16 * (10 + 10 + 12) + 16 * 3 + 4 * 16 * 16 + 2 * 8 + 3 * 16 * 16  # + gains, swiglu
     assert record["num_params"] == by_hand
 
 
-def test_a_study_with_settings(door, task, tmp_path, lines):
+def test_a_study_with_settings(run_command, task, tmp_path, lines):
     flags = (f"--config={task}", f"--workdir={tmp_path}")
-    told = door("study", *flags, "--list")
-    assert told.code == 0 and len(told.out.splitlines()) == 1 + 2 * 2
-    told = door("study", *flags, "--jobs=2")
-    assert told.code == 0, told.err
+    result = run_command("study", *flags, "--list")
+    assert result.code == 0 and len(result.out.splitlines()) == 1 + 2 * 2
+    result = run_command("study", *flags, "--jobs=2")
+    assert result.code == 0, result.err
     results = lines(tmp_path / "results.jsonl")
     assert {(r["label"], r["setting"], r["seed"]) for r in results} == {
         (label, setting, 0) for label in ("QKV", "Q=K-V") for setting in ("copy", "sub wide")
@@ -124,8 +124,8 @@ def test_a_study_with_settings(door, task, tmp_path, lines):
     assert "mean over layers, first seed of copy." in page
     assert "Setting by setting" in page and "The reference is nobody" in page
     assert not (tmp_path / ".compiled").exists()  # nothing is left to share
-    told = door("study", *flags)
-    assert told.code == 0 and "all 4 runs are finished" in told.out
+    result = run_command("study", *flags)
+    assert result.code == 0 and "all 4 runs are finished" in result.out
 
 
 @pytest.mark.parametrize(
@@ -137,19 +137,19 @@ def test_a_study_with_settings(door, task, tmp_path, lines):
         ({"settings": ({"model.d_model": 15}, {})}, "is not a valid configuration"),
     ],
 )
-def test_bad_settings(door, task, tmp_path, study, message):
+def test_bad_settings(run_command, task, tmp_path, study, message):
     path = tmp_path / "bad.py"
     change = f"    config.study.update({study!r})\n    return config\n"
     path.write_text(task.read_text().replace("    return config\n", change))
-    told = door("study", f"--config={path}", f"--workdir={tmp_path / 'w'}", "--list")
-    assert told.code == 2 and message in told.err and told.err.count("error:") == 1
+    result = run_command("study", f"--config={path}", f"--workdir={tmp_path / 'w'}", "--list")
+    assert result.code == 2 and message in result.err and result.err.count("error:") == 1
 
 
-def test_an_inside_evaluator_has_no_other_field(door, task, tmp_path):
-    told = door(
+def test_an_inside_evaluator_has_no_other_field(run_command, task, tmp_path):
+    result = run_command(
         "train", f"--config={task}", f"--workdir={tmp_path}", "--config.evals.inside.split=train"
     )
-    assert told.code == 2 and told.err.count("error:") == 1
+    assert result.code == 2 and result.err.count("error:") == 1
     config = configs.default()
     config.evals.inside = {"kind": "inside", "max_labels": 3}
     with pytest.raises(Exception, match="has no other field"):

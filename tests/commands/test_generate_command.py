@@ -17,38 +17,41 @@ ROOT = Path(__file__).parents[2]
 BYTES = 1 * 2 * 8 * 4  # layers, key-value heads, width of a head, float32
 
 
-def printed_bytes(told):
-    assert told.code == 0, told.err
-    return [int(n.replace(",", "")) for n in re.findall(r"cache ([\d,]+) bytes", told.out)]
+def printed_bytes(result):
+    assert result.code == 0, result.err
+    return [int(n.replace(",", "")) for n in re.findall(r"cache ([\d,]+) bytes", result.out)]
 
 
-def test_one_model(door, tied):
+def test_one_model(run_command, tied):
     flags = [f"--workdir={tied}", "--prompt=the cat", "--max_tokens=6"]
-    told = door("generate", *flags)
+    result = run_command("generate", *flags)
     length = 1 + len("the cat") + 6
-    assert printed_bytes(told) == [length * BYTES]
-    assert "Q-K=V" in told.out and "the cat" in told.out and "tokens/s" in told.out
-    again, other = door("generate", *flags), door("generate", *flags, "--seed=1")
-    text = [t.out.split("tokens/s")[0].rpartition("\n\n")[0] for t in (told, again, other)]
+    assert printed_bytes(result) == [length * BYTES]
+    assert "Q-K=V" in result.out and "the cat" in result.out and "tokens/s" in result.out
+    again, other = run_command("generate", *flags), run_command("generate", *flags, "--seed=1")
+    text = [t.out.split("tokens/s")[0].rpartition("\n\n")[0] for t in (result, again, other)]
     assert text[0] == text[1] != text[2]
 
 
-def test_two_models_side_by_side(door, tied, untied):
+def test_two_models_side_by_side(run_command, tied, untied):
     flags = ["--prompt=the", "--max_tokens=4", "--temperature=0"]
-    told = door("generate", f"--workdir={untied}", f"--workdir={tied}", *flags)
-    assert printed_bytes(told) == [8 * BYTES * 2, 8 * BYTES]
-    heads = told.out.splitlines()
+    result = run_command("generate", f"--workdir={untied}", f"--workdir={tied}", *flags)
+    assert printed_bytes(result) == [8 * BYTES * 2, 8 * BYTES]
+    heads = result.out.splitlines()
     assert all(" | " in line for line in heads if line.strip(" |"))
-    assert "QKV" in told.out and "Q-K=V" in told.out
+    assert "QKV" in result.out and "Q-K=V" in result.out
 
 
-def test_the_kv_layout_doubles_the_bytes_and_changes_no_token(door, tied):
+def test_the_kv_layout_doubles_the_bytes_and_changes_no_token(run_command, tied):
     flags = [f"--workdir={tied}", "--prompt=dog", "--max_tokens=5", "--temperature=0"]
-    shared, kv = door("generate", *flags), door("generate", *flags, "--cache_layout=kv")
+    shared, kv = (
+        run_command("generate", *flags),
+        run_command("generate", *flags, "--cache_layout=kv"),
+    )
     assert printed_bytes(shared) * 2 == [9 * BYTES] * 2
     assert printed_bytes(kv) == [2 * 9 * BYTES]
     assert shared.out.split("tokens/s")[0].split("\n")[:4] == kv.out.split("\n")[:4]
-    longer = door("generate", *flags, "--cache_length=64")
+    longer = run_command("generate", *flags, "--cache_length=64")
     assert printed_bytes(longer) == [64 * BYTES]
 
 
@@ -66,11 +69,11 @@ def test_the_kv_layout_doubles_the_bytes_and_changes_no_token(door, tied):
         (["--prompt=\udcff"], "not valid UTF-8"),
     ],
 )
-def test_bad_input(door, untied, checksums, flags, message):
+def test_bad_input(run_command, untied, checksums, flags, message):
     before = checksums(untied)
-    told = door("generate", f"--workdir={untied}", *flags)
-    assert told.code == 2 and not told.out
-    assert told.err.startswith("error: ") and re.search(message, told.err)
+    result = run_command("generate", f"--workdir={untied}", *flags)
+    assert result.code == 2 and not result.out
+    assert result.err.startswith("error: ") and re.search(message, result.err)
     assert checksums(untied) == before
 
 
@@ -100,11 +103,11 @@ def test_half_a_gigabyte(tmp_path):
             "--prompt=a",
         ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        told = process.stdout.read()
+        result = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
         wanted = 2**30 if sharing == "q-k-v" else 2**29
-        assert f"cache {wanted:,} bytes: {tokens} tokens" in told
+        assert f"cache {wanted:,} bytes: {tokens} tokens" in result
         peaks[sharing] = 1024 * usage.ru_maxrss
     saved = (peaks["q-k-v"] - peaks["q-k=v"]) / 2**29
     assert 0.9 < saved < 1.1, peaks

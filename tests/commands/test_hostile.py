@@ -11,37 +11,37 @@ def test_scoring_runs_and_writes_nothing_that_the_workdir_asks_for(process, tied
         (workdir / name).write_text(canary)
         (workdir / "checkpoints" / name).write_text(canary)
     before = set(tmp_path.rglob("*"))
-    told = process("-m", "qkvjax", "evaluate", f"--workdir={workdir}")
-    assert told.code == 0, told.err
+    result = process("-m", "qkvjax", "evaluate", f"--workdir={workdir}")
+    assert result.code == 0, result.err
     added = set(tmp_path.rglob("*")) - before
     items = workdir / "items"
     assert added == {workdir / "evaluation.jsonl", items, items / "bits_per_byte.npz"} - before
     assert not outside.exists()
 
 
-def test_the_name_of_an_evaluator_is_not_a_path(door, tied, copy, tmp_path):
+def test_the_name_of_an_evaluator_is_not_a_path(run_command, tied, copy, tmp_path):
     workdir = copy(tied)
     config = json.loads((workdir / "config.json").read_text())
     config["evals"] = {str(tmp_path / "outside"): {"kind": "bits_per_byte"}}
     (workdir / "config.json").write_text(json.dumps(config))
-    told = door("evaluate", f"--workdir={workdir}")
-    assert told.code == 2 and "is not a name of an evaluator" in told.err
+    result = run_command("evaluate", f"--workdir={workdir}")
+    assert result.code == 2 and "is not a name of an evaluator" in result.err
 
 
-def test_a_configuration_that_leads_elsewhere_is_read_as_data_at_most(door, tied, copy):
+def test_a_configuration_that_leads_elsewhere_is_read_as_data_at_most(run_command, tied, copy):
     workdir = copy(tied)
     config = json.loads((workdir / "config.json").read_text())
     config["data"]["tokenizer"] = "bpe:../../../../etc/passwd"
     (workdir / "config.json").write_text(json.dumps(config))
-    told = door("evaluate", f"--workdir={workdir}")
-    assert told.code == 2 and "Traceback" not in told.err and "root:" not in told.err
+    result = run_command("evaluate", f"--workdir={workdir}")
+    assert result.code == 2 and "Traceback" not in result.err and "root:" not in result.err
 
 
-def test_no_secret_of_the_environment_is_written(door, recipe, tmp_path, monkeypatch):
+def test_no_secret_of_the_environment_is_written(run_command, recipe, tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD"):
         monkeypatch.setenv(name, "very-secret-indeed")
     flags = [f"--config={recipe}", "--config.train.steps=2", f"--workdir={tmp_path}"]
-    assert door("train", *flags).code == 0
+    assert run_command("train", *flags).code == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if b"very-secret-indeed" in path.read_bytes()]

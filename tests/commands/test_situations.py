@@ -25,22 +25,22 @@ def homeless(monkeypatch):
     monkeypatch.setattr(pwd, "getpwnam", unknown)
 
 
-def test_no_home(homeless, door, monkeypatch, tmp_path):
+def test_no_home(homeless, run_command, monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     host.keep_programs()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
-    assert door("plan", "--config=configs/lm.py:depth=2").code == 0
+    assert run_command("plan", "--config=configs/lm.py:depth=2").code == 0
     with pytest.raises(UserError, match="there is none .HOME is unset.*set QKVJAX_DATA_DIR"):
         store.data_folder()
-    told = door("train", "--config=configs/lm.py:depth=2", f"--workdir={tmp_path / 'run'}")
-    assert told.code == 2 and "set QKVJAX_DATA_DIR" in told.err
-    told = door(
+    result = run_command("train", "--config=configs/lm.py:depth=2", f"--workdir={tmp_path / 'run'}")
+    assert result.code == 2 and "set QKVJAX_DATA_DIR" in result.err
+    result = run_command(
         "train",
         "--config=configs/paper/vision.py",
         "--config.data.source=tfds:mnist",
         f"--workdir={tmp_path / 'run'}",
     )
-    assert told.code == 2 and "set TFDS_DATA_DIR" in told.err
+    assert result.code == 2 and "set TFDS_DATA_DIR" in result.err
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path))
     assert store.data_folder() == tmp_path
 
@@ -56,9 +56,9 @@ def test_an_ascii_locale(process, untied, tmp_path):
         "--prompt=caf\u00e9",
         "--max_tokens=3",
     )
-    told = process(*command, env=environment | ASCII, encoding="utf-8")
-    assert told.code == 0, told.err
-    assert "caf?" in told.out  # the terminal has no é
+    result = process(*command, env=environment | ASCII, encoding="utf-8")
+    assert result.code == 0, result.err
+    assert "caf?" in result.out  # the terminal has no é
 
 
 def test_a_tokenizer_is_written_in_any_locale(process, tmp_path):
@@ -66,8 +66,8 @@ def test_a_tokenizer_is_written_in_any_locale(process, tmp_path):
     pytest.importorskip("gguf")
     gguf_file.write(tmp_path / "a.gguf")
     command = ("-m", "qkvjax", "convert", "import", f"--source={tmp_path}/a.gguf")
-    told = process(*command, f"--workdir={tmp_path}/run", env=os.environ | ASCII)
-    assert told.code == 0, told.err
+    result = process(*command, f"--workdir={tmp_path}/run", env=os.environ | ASCII)
+    assert result.code == 0, result.err
     assert "\u0120the" in (tmp_path / "run" / "tokenizer.json").read_text(encoding="utf-8")
 
 
@@ -81,8 +81,8 @@ def test_a_shell_of_slurm_says_for_whom_it_waits(process, recipe, tmp_path):
         "SLURM_LOCALID": "0",
     }
     command = ("-m", "qkvjax", "train", f"--config={recipe}", f"--workdir={tmp_path}/run")
-    told = process(*command, "--init_seconds=5", env=os.environ | variables)
-    assert told.code == 2
-    first = told.err.splitlines()[0]
+    result = process(*command, "--init_seconds=5", env=os.environ | variables)
+    assert result.code == 2
+    first = result.err.splitlines()[0]
     assert "process 0 of 4 waits at localhost:" in first and "processes 1, 2, 3" in first
     assert "SLURM job 77 say 4 tasks" in first and "--num_processes=1" in first

@@ -56,18 +56,20 @@ def grid(folders, corpus):
 
 
 @pytest.fixture(scope="module")
-def study(door, grid):
-    """study(workdir, *flags, grid="sharing"): the door with a grid of the recipe."""
+def study(run_command, grid):
+    """study(workdir, *flags, grid="sharing"): the command with a grid of the recipe."""
 
     def run(workdir, *flags, points="sharing"):
-        return door("study", f"--config={grid}:grid={points}", f"--workdir={workdir}", *flags)
+        return run_command(
+            "study", f"--config={grid}:grid={points}", f"--workdir={workdir}", *flags
+        )
 
     return run
 
 
 @pytest.fixture(scope="module")
 def two_jobs(process, grid, folders):
-    """The first seed trained by processes, two at a time: (workdir, what was told)."""
+    """The first seed trained by processes, two at a time: (workdir, what was result)."""
     workdir = folders / "two_jobs"
     flags = [f"--config={grid}:seeds=1", f"--workdir={workdir}", "--jobs=2"]
     return workdir, process("-m", "qkvjax", "study", *flags)
@@ -115,18 +117,18 @@ def test_what_a_study_leaves(by_points, lines):
 
 
 def test_processes_score_as_points_do(two_jobs, by_points, lines):
-    workdir, told = two_jobs
-    assert told.code == 0, told.err
-    assert not [line for line in told.err.splitlines() if "Traceback" in line]
-    assert "about" in told.out and "[2/2]" in told.out
-    assert f"report: {(workdir / 'report.html').resolve()}" in told.out
+    workdir, result = two_jobs
+    assert result.code == 0, result.err
+    assert not [line for line in result.err.splitlines() if "Traceback" in line]
+    assert "about" in result.out and "[2/2]" in result.out
+    assert f"report: {(workdir / 'report.html').resolve()}" in result.out
     expected = {key: score for key, score in scores(by_points, lines).items() if key[1] == 0}
     assert scores(workdir, lines) == expected
 
 
 def test_times_and_memory_are_measured(two_jobs):
-    workdir, told = two_jobs
-    progress = [line for line in told.out.splitlines() if line.startswith("  compiled ")]
+    workdir, result = two_jobs
+    progress = [line for line in result.out.splitlines() if line.startswith("  compiled ")]
     assert progress == [
         "  compiled QKV, 1 of 2",
         "  compiled Q-K=V, 2 of 2; timing all of them side by side",
@@ -172,8 +174,8 @@ def test_the_runs_of_a_seed_are_paired(by_points):
 def test_a_finished_study_trains_nothing(study, by_points, copy, checksums):
     workdir = copy(by_points)
     before = checksums(workdir)
-    told = study(workdir)
-    assert told.code == 0 and "all 4 runs are finished" in told.out
+    result = study(workdir)
+    assert result.code == 0 and "all 4 runs are finished" in result.out
     after = checksums(workdir)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     assert all(name.startswith(("report", "plots/", "study.json", ".lock")) for name in changed)
@@ -182,10 +184,10 @@ def test_a_finished_study_trains_nothing(study, by_points, copy, checksums):
 
 
 def test_list_says_what_is_done(study, by_points, tmp_path):
-    told = study(by_points, "--list")
-    assert told.code == 0 and told.out.count(" done ") == 4
-    told = study(tmp_path, "--list")
-    rows = told.out.splitlines()[-4:]
+    result = study(by_points, "--list")
+    assert result.code == 0 and result.out.count(" done ") == 4
+    result = study(tmp_path, "--list")
+    rows = result.out.splitlines()[-4:]
     assert [row.split()[:3] for row in rows] == [
         ["0", "-", "0"],
         ["1", "-", "0"],
@@ -197,8 +199,8 @@ def test_list_says_what_is_done(study, by_points, tmp_path):
 
 def test_equals_show_no_difference(study, in_process, tmp_path, lines):
     """An A/A study: what changes nothing measures exactly nothing."""
-    told = study(tmp_path, "--jobs=1", points="same")
-    assert told.code == 0, told.err
+    result = study(tmp_path, "--jobs=1", points="same")
+    assert result.code == 0, result.err
     found = scores(tmp_path, lines)
     assert len(found) == 4
     first, second = dict.fromkeys(label for label, _ in found)
@@ -212,8 +214,8 @@ def test_equals_show_no_difference(study, in_process, tmp_path, lines):
 def test_a_failed_point_is_recorded_and_the_others_go_on(
     study, in_process, tmp_path, lines, corpus, grid
 ):
-    told = study(tmp_path, "--jobs=2", points="missing")
-    assert told.code == 0 and "2 runs failed" in told.out
+    result = study(tmp_path, "--jobs=2", points="missing")
+    assert result.code == 0 and "2 runs failed" in result.out
     records = lines(tmp_path / "results.jsonl")
     assert sorted((r["label"], r["status"]) for r in records) == [
         ("bad", "failed"),
@@ -242,31 +244,31 @@ def test_a_killed_process_is_recorded(study, in_process, tmp_path, lines, monkey
         return start(study, task, *how)
 
     monkeypatch.setattr(processes, "start_run", killed_once)
-    told = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
-    assert told.code == 0 and "1 runs failed" in told.out
+    result = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
+    assert result.code == 0 and "1 runs failed" in result.out
     by_label = {r["label"]: r for r in lines(tmp_path / "results.jsonl")}
     assert by_label["QKV"]["status"] == "failed" and "code -9" in by_label["QKV"]["error"]
     assert by_label["Q-K=V"]["status"] == "done"
     monkeypatch.setattr(processes, "start_run", start)
-    told = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
-    assert told.code == 0 and "2 runs, 1 finished" in told.out
+    result = study(tmp_path, "--jobs=2", "--config.study.seeds=1")
+    assert result.code == 0 and "2 runs, 1 finished" in result.out
     assert [r["status"] for r in lines(tmp_path / "results.jsonl")].count("done") == 2
     assert table(tmp_path)["QKV"]["num_seeds"] == "1"
 
 
 def test_a_diverged_run_is_a_failure(study, tmp_path, lines):
-    told = study(tmp_path, "--point=1", points="diverging")
-    assert told.code == 44 and "lower optimizer.learning_rate" in told.err
+    result = study(tmp_path, "--point=1", points="diverging")
+    assert result.code == 44 and "lower optimizer.learning_rate" in result.err
     (record,) = lines(tmp_path / "results.jsonl")
     assert record["status"] == "failed" and "diverged" in record["error"]
 
 
 def test_a_study_without_a_finished_run_is_no_success(study, in_process, tmp_path):
-    told = study(tmp_path, "--jobs=1", "--config.data.seq_len=100000")
-    assert told.code == 2
+    result = study(tmp_path, "--jobs=1", "--config.data.seq_len=100000")
+    assert result.code == 2
     flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0"]
-    told = study(tmp_path / "diverging", "--jobs=1", "--config.study.seeds=1", *flags)
-    assert told.code == 2 and "no run has finished: 2 runs failed" in told.err
+    result = study(tmp_path / "diverging", "--jobs=1", "--config.study.seeds=1", *flags)
+    assert result.code == 2 and "no run has finished: 2 runs failed" in result.err
     assert (tmp_path / "diverging/report.html").exists()
 
 
@@ -290,8 +292,8 @@ def test_sigterm_ends_the_runs_of_a_study(grid, tmp_path):
 
 def test_max_seconds_starts_no_run_that_would_end_late(study, in_process, tmp_path):
     began = time.monotonic()
-    told = study(tmp_path, "--jobs=1", "--max_seconds=0")
-    assert told.code == 0 and "left no time for 4 runs" in told.out
+    result = study(tmp_path, "--jobs=1", "--max_seconds=0")
+    assert result.code == 0 and "left no time for 4 runs" in result.out
     assert time.monotonic() - began < 60 and not (tmp_path / "results.jsonl").exists()
 
 
@@ -308,9 +310,9 @@ def test_a_torn_line_of_results_is_trained_again(study, by_points, copy, lines):
 
 def test_another_base_is_refused(study, by_points, checksums):
     before = checksums(by_points)
-    told = study(by_points, "--point=0", "--config.optimizer.b1=0.8", "--config.seed=1")
-    assert told.code == 2 and "has runs of a study with another base" in told.err
-    assert "optimizer.b1: 0.9 -> 0.8" in told.err and "seed: 0 -> 1" in told.err
+    result = study(by_points, "--point=0", "--config.optimizer.b1=0.8", "--config.seed=1")
+    assert result.code == 2 and "has runs of a study with another base" in result.err
+    assert "optimizer.b1: 0.9 -> 0.8" in result.err and "seed: 0 -> 1" in result.err
     assert checksums(by_points) == before
 
 
@@ -336,9 +338,9 @@ def test_another_base_is_refused(study, by_points, checksums):
     ],
 )
 def test_bad_grids(study, tmp_path, lines, points, flags, message):
-    told = study(tmp_path, *flags, points=points)
-    assert told.code == 2 and told.err.count("error:") == 1
-    assert re.search(message, told.err), told.err
+    result = study(tmp_path, *flags, points=points)
+    assert result.code == 2 and result.err.count("error:") == 1
+    assert re.search(message, result.err), result.err
     assert not (tmp_path / "results.jsonl").exists()
 
 
@@ -346,8 +348,8 @@ def test_bad_grids(study, tmp_path, lines, points, flags, message):
 def test_damaged_json_is_told_with_its_path(study, by_points, copy, name):
     workdir = copy(by_points)
     (workdir / name).write_text('{"config": ')
-    told = study(workdir, "--point=0")
-    assert told.code == 2 and name in told.err and "delete it" in told.err
+    result = study(workdir, "--point=0")
+    assert result.code == 2 and name in result.err and "delete it" in result.err
 
 
 @pytest.mark.parametrize(
@@ -381,8 +383,8 @@ def test_each_run_at_a_time_sees_its_own_gpu(study, tmp_path, monkeypatch, jobs,
     monkeypatch.setattr(measurements, "read_or_measure", lambda *arguments: {})
     monkeypatch.setattr(processes.subprocess, "Popen", Process)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)
-    told = study(tmp_path, jobs)
-    assert re.search(message, told.out), told.out + told.err
+    result = study(tmp_path, jobs)
+    assert re.search(message, result.out), result.out + result.err
     assert len(started) == 4 and {process.gpu for process in started} == visible
 
 

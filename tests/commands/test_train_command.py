@@ -96,20 +96,22 @@ def test_the_loss_falls(tied, lines):
     assert scores[1] < scores[0]
 
 
-def test_dry_run_prints_the_costs_and_writes_nothing(door, recipe, tmp_path):
+def test_dry_run_prints_the_costs_and_writes_nothing(run_command, recipe, tmp_path):
     workdir = tmp_path / "never"
-    told = door("train", f"--config={recipe}:sharing=q-k=v", "--dry_run", f"--workdir={workdir}")
-    assert told.code == 0 and not told.err and not workdir.exists()
+    result = run_command(
+        "train", f"--config={recipe}:sharing=q-k=v", "--dry_run", f"--workdir={workdir}"
+    )
+    assert result.code == 0 and not result.err and not workdir.exists()
     for text in ("Q-K=V", "parameters", "cache bytes a token", "32 in bfloat16, 64 in float32"):
-        assert text in told.out
-    assert "compiled" not in told.out
+        assert text in result.out
+    assert "compiled" not in result.out
 
 
-def test_resuming_is_bit_for_bit(door, tied, tied_flags, copy, lines, checksums):
+def test_resuming_is_bit_for_bit(run_command, tied, tied_flags, copy, lines, checksums):
     workdir = copy(tied)
     shutil.rmtree(workdir / "checkpoints" / "20")  # metrics.jsonl keeps the lines of steps 15, 20
-    told = door("train", *tied_flags, f"--workdir={workdir}")
-    assert told.code == 0 and "resumed after step 10 of 20" in told.out
+    result = run_command("train", *tied_flags, f"--workdir={workdir}")
+    assert result.code == 0 and "resumed after step 10 of 20" in result.out
     assert state_digest(workdir, 20) == state_digest(tied, 20) != state_digest(tied, 10)
     resumed, straight = (lines(w / "metrics.jsonl") for w in (workdir, tied))
     assert without_timing(resumed) == without_timing(straight)
@@ -122,113 +124,121 @@ def test_resuming_is_bit_for_bit(door, tied, tied_flags, copy, lines, checksums)
 @pytest.mark.parametrize(
     "sharing", [pytest.param(s, marks=[] if s == "q=k=v" else pytest.mark.slow) for s in SHARINGS]
 )
-def test_every_sharing_resumes_bit_for_bit(door, tied_flags, tmp_path, lines, sharing):
+def test_every_sharing_resumes_bit_for_bit(run_command, tied_flags, tmp_path, lines, sharing):
     flags = [*tied_flags, f"--config.model.sharing={sharing}"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert door("train", *flags, f"--workdir={straight}").code == 0
+    assert run_command("train", *flags, f"--workdir={straight}").code == 0
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "checkpoints" / "20")
-    told = door("train", *flags, f"--workdir={resumed}")
-    assert told.code == 0
-    assert "resumed after step 10 of 20, bitwise as if it had never stopped" in told.out
+    result = run_command("train", *flags, f"--workdir={resumed}")
+    assert result.code == 0
+    assert "resumed after step 10 of 20, bitwise as if it had never stopped" in result.out
     assert state_digest(resumed, 20) == state_digest(straight, 20)
     assert without_timing(lines(resumed / "metrics.jsonl")) == without_timing(
         lines(straight / "metrics.jsonl")
     )
 
 
-def test_another_environment_is_told_not_to_be_bitwise(door, tied, tied_flags, copy, monkeypatch):
+def test_another_environment_is_told_not_to_be_bitwise(
+    run_command, tied, tied_flags, copy, monkeypatch
+):
     workdir = copy(tied)
     shutil.rmtree(workdir / "checkpoints" / "20")
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_dump_to=")
-    told = door("train", *tied_flags, f"--workdir={workdir}")
-    assert told.code == 0 and "resumed after step 10 of 20, equal within rounding" in told.out
-    assert "XLA_FLAGS was " in told.out
+    result = run_command("train", *tied_flags, f"--workdir={workdir}")
+    assert result.code == 0 and "resumed after step 10 of 20, equal within rounding" in result.out
+    assert "XLA_FLAGS was " in result.out
 
 
-def test_what_computes_attention_can_be_named(door, tied, tied_flags, copy, lines):
+def test_what_computes_attention_can_be_named(run_command, tied, tied_flags, copy, lines):
     workdir = copy(tied)
     shutil.rmtree(workdir / "checkpoints" / "20")
-    told = door("train", *tied_flags, "--attention=reference", f"--workdir={workdir}")
-    assert told.code == 0 and "attention was 'xla', is 'reference'" in told.out
-    assert re.search(r"attention +reference\n", told.out)
+    result = run_command("train", *tied_flags, "--attention=reference", f"--workdir={workdir}")
+    assert result.code == 0 and "attention was 'xla', is 'reference'" in result.out
+    assert re.search(r"attention +reference\n", result.out)
     losses = [lines(run / "metrics.jsonl")[-1]["train/loss"] for run in (tied, workdir)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    told = door("generate", "--max_tokens=3", "--attention=tpu", f"--workdir={workdir}")
-    assert told.code == 2 and "'tpu' needs a TPU: this machine has xla, reference" in told.err
+    result = run_command("generate", "--max_tokens=3", "--attention=tpu", f"--workdir={workdir}")
+    assert result.code == 2 and "'tpu' needs a TPU: this machine has xla, reference" in result.err
 
 
-def test_a_finished_run_does_nothing_and_says_so(door, tied, tied_flags, copy, checksums):
+def test_a_finished_run_does_nothing_and_says_so(run_command, tied, tied_flags, copy, checksums):
     workdir = copy(tied)
     before = checksums(workdir)
-    told = door("train", *tied_flags, f"--workdir={workdir}")
-    assert told.code == 0 and "nothing left to train" in told.out and "step 20 of 20" in told.out
+    result = run_command("train", *tied_flags, f"--workdir={workdir}")
+    assert (
+        result.code == 0 and "nothing left to train" in result.out and "step 20 of 20" in result.out
+    )
     assert checksums(workdir) == before
 
 
-def test_more_steps_under_wsd(door, tied, tied_flags, copy, lines):
+def test_more_steps_under_wsd(run_command, tied, tied_flags, copy, lines):
     workdir = copy(tied)
-    told = door("train", *tied_flags, f"--workdir={workdir}", "--config.train.steps=23")
-    assert told.code == 0 and "resumed after step 20 of 23" in told.out
+    result = run_command("train", *tied_flags, f"--workdir={workdir}", "--config.train.steps=23")
+    assert result.code == 0 and "resumed after step 20 of 23" in result.out
     records = lines(workdir / "metrics.jsonl")
     assert [record["step"] for record in records] == [5, 10, 15, 20, 23]
     assert records[3] == lines(tied / "metrics.jsonl")[3]
-    again = door("train", *tied_flags, f"--workdir={workdir}")  # 20 steps are fewer
+    again = run_command("train", *tied_flags, f"--workdir={workdir}")  # 20 steps are fewer
     assert again.code == 2 and "train.steps: 23 -> 20" in again.err
 
 
-def test_cadence_may_change_on_resume(door, tied, tied_flags, copy, lines):
+def test_cadence_may_change_on_resume(run_command, tied, tied_flags, copy, lines):
     workdir = copy(tied)
     shutil.rmtree(workdir / "checkpoints" / "20")
     cadence = ["log_every=2", "eval_every=0", "checkpoint_every=7", "keep_checkpoints=1"]
     flags = [f"--config.train.{item}" for item in cadence]
-    told = door("train", *tied_flags, f"--workdir={workdir}", *flags)
-    assert told.code == 0
+    result = run_command("train", *tied_flags, f"--workdir={workdir}", *flags)
+    assert result.code == 0
     assert state_digest(workdir, 20) == state_digest(tied, 20)
     steps = [record["step"] for record in lines(workdir / "metrics.jsonl")]
     assert steps == [5, 10, 12, 14, 16, 18, 20]
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["20"]
 
 
-def test_other_identity_keys_are_refused_with_their_names(door, tied, tied_flags, copy, checksums):
+def test_other_identity_keys_are_refused_with_their_names(
+    run_command, tied, tied_flags, copy, checksums
+):
     workdir = copy(tied)
     before = checksums(workdir)
     changed = ["--config.seed=3", "--config.model.d_model=32", "--config.optimizer.b2=0.99"]
-    told = door("train", *tied_flags, f"--workdir={workdir}", *changed)
-    assert told.code == 2 and told.err.count("error:") == 1
+    result = run_command("train", *tied_flags, f"--workdir={workdir}", *changed)
+    assert result.code == 2 and result.err.count("error:") == 1
     for line in ("seed: 0 -> 3", "model.d_model: 16 -> 32", "optimizer.b2: 0.95 -> 0.99"):
-        assert line in told.err
-    assert "--workdir" in told.err and checksums(workdir) == before
+        assert line in result.err
+    assert "--workdir" in result.err and checksums(workdir) == before
 
 
-def test_other_data_under_the_same_name_are_refused(door, recipe, tmp_path, checksums):
+def test_other_data_under_the_same_name_are_refused(run_command, recipe, tmp_path, checksums):
     book = tmp_path / "book.txt"
     book.write_text("one two three. " * 60)
     flags = [f"--config={recipe}", f"--config.data.source=text:{book}", "--config.train.steps=1"]
     flags += [f"--workdir={tmp_path / 'run'}"]
-    assert door("train", *flags).code == 0
+    assert run_command("train", *flags).code == 0
     before = checksums(tmp_path / "run")
     book.write_text("one two four! " * 60)
-    told = door("train", *flags)
-    assert told.code == 2 and "was trained on other data" in told.err
+    result = run_command("train", *flags)
+    assert result.code == 2 and "was trained on other data" in result.err
     assert checksums(tmp_path / "run") == before
 
 
-def test_max_seconds_saves_and_the_next_start_goes_on(door, tied, tied_flags, tmp_path):
+def test_max_seconds_saves_and_the_next_start_goes_on(run_command, tied, tied_flags, tmp_path):
     flags = [*tied_flags, f"--workdir={tmp_path}"]
-    told = door("train", *flags, "--config.train.max_seconds=0")
-    assert told.code == 0 and "as train.max_seconds says" in told.out
-    assert f"stopped early: {tmp_path} is at step 1 of 20" in told.out
-    assert "done:" not in told.out
+    result = run_command("train", *flags, "--config.train.max_seconds=0")
+    assert result.code == 0 and "as train.max_seconds says" in result.out
+    assert f"stopped early: {tmp_path} is at step 1 of 20" in result.out
+    assert "done:" not in result.out
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
-    told = door("train", *flags)
-    assert told.code == 0 and "resumed after step 1 of 20" in told.out
-    assert told.out.splitlines()[-1] == f"done: {tmp_path}"
+    result = run_command("train", *flags)
+    assert result.code == 0 and "resumed after step 1 of 20" in result.out
+    assert result.out.splitlines()[-1] == f"done: {tmp_path}"
     assert state_digest(tmp_path, 20) == state_digest(tied, 20)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
-def test_a_signal_saves_and_the_next_start_goes_on(recipe, door, tmp_path, lines, number, code):
+def test_a_signal_saves_and_the_next_start_goes_on(
+    recipe, run_command, tmp_path, lines, number, code
+):
     flags = [f"--config={recipe}", f"--workdir={tmp_path}", "--config.train.eval_every=0"]
     flags += ["--config.optimizer.schedule=constant", "--config.train.checkpoint_every=0"]
     command = [sys.executable, "-m", "qkvjax", "train", *flags, "--config.train.steps=1000000"]
@@ -237,30 +247,32 @@ def test_a_signal_saves_and_the_next_start_goes_on(recipe, door, tmp_path, lines
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     run.send_signal(number)
-    _, told = run.communicate(timeout=60)
-    assert run.returncode == code, told
+    _, result = run.communicate(timeout=60)
+    assert run.returncode == code, result
     step = lines(metrics)[-1]["step"]
     assert (
-        told == f"stopped: saved after step {step} of 1000000: the same command goes on from"
+        result == f"stopped: saved after step {step} of 1000000: the same command goes on from"
         " there\n"
     )
-    again = door("train", *flags, f"--config.train.steps={step + 1}")
+    again = run_command("train", *flags, f"--config.train.steps={step + 1}")
     assert again.code == 2  # fewer steps than before are another run
     restored = qkvjax.load(tmp_path)
     assert restored[2].train.steps == 1_000_000
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step)]
 
 
-def test_damage_is_passed_over_set_aside_and_made_good(door, tied, tied_flags, copy, damage, lines):
+def test_damage_is_passed_over_set_aside_and_made_good(
+    run_command, tied, tied_flags, copy, damage, lines
+):
     workdir = copy(tied)
     damage(workdir / "checkpoints" / "20")
-    told = door("train", *tied_flags, f"--workdir={workdir}")
-    assert told.code == 0 and "checkpoint 20 is damaged and passed over" in told.out
-    assert "resumed after step 10 of 20" in told.out
+    result = run_command("train", *tied_flags, f"--workdir={workdir}")
+    assert result.code == 0 and "checkpoint 20 is damaged and passed over" in result.out
+    assert "resumed after step 10 of 20" in result.out
     assert state_digest(workdir, 20) == state_digest(tied, 20)  # saved anew, intact
     assert (workdir / "checkpoints" / "20.damaged").is_dir()
-    told = door("train", *tied_flags, f"--workdir={workdir}")
-    assert told.code == 0 and "nothing left to train" in told.out
+    result = run_command("train", *tied_flags, f"--workdir={workdir}")
+    assert result.code == 0 and "nothing left to train" in result.out
 
 
 def test_nothing_intact_is_code_45_and_one_message(process, tied, tied_flags, copy, damage):
@@ -268,17 +280,17 @@ def test_nothing_intact_is_code_45_and_one_message(process, tied, tied_flags, co
     damage(workdir / "checkpoints" / "10")
     for file in (workdir / "checkpoints" / "20" / "state").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:100])  # truncated
-    told = process("-m", "qkvjax", "train", *tied_flags, f"--workdir={workdir}")
-    assert told.code == 45
-    assert told.out.count("is damaged and passed over") == 2
-    (message,) = [line for line in told.err.splitlines() if line.startswith("error:")]
+    result = process("-m", "qkvjax", "train", *tied_flags, f"--workdir={workdir}")
+    assert result.code == 45
+    assert result.out.count("is damaged and passed over") == 2
+    (message,) = [line for line in result.err.splitlines() if line.startswith("error:")]
     assert "no intact checkpoint" in message and "restore it from a copy" in message
-    assert "Traceback" not in told.err
+    assert "Traceback" not in result.err
 
 
-def test_bfloat16_computes_and_float32_keeps(door, untied, recipe, tmp_path, lines):
+def test_bfloat16_computes_and_float32_keeps(run_command, untied, recipe, tmp_path, lines):
     flags = [f"--config={recipe}", "--config.train.steps=2", f"--workdir={tmp_path}"]
-    assert door("train", *flags, "--config.train.compute_dtype=bfloat16").code == 0
+    assert run_command("train", *flags, "--config.train.compute_dtype=bfloat16").code == 0
     ours, full = (lines(w / "metrics.jsonl")[-1]["train/loss"] for w in (tmp_path, untied))
     assert ours != full and abs(ours - full) < 0.05
     model, _, config = qkvjax.load(tmp_path)
@@ -286,22 +298,24 @@ def test_bfloat16_computes_and_float32_keeps(door, untied, recipe, tmp_path, lin
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {"float32"}
 
 
-def test_wandb_without_the_package(door, recipe, tmp_path, monkeypatch):
+def test_wandb_without_the_package(run_command, recipe, tmp_path, monkeypatch):
     import importlib.util
 
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else real(name, *a)
     )
-    told = door("train", f"--config={recipe}", "--config.train.wandb=me", f"--workdir={tmp_path}")
-    assert told.code == 2 and "pip install 'qkvjax[wandb]'" in told.err
+    result = run_command(
+        "train", f"--config={recipe}", "--config.train.wandb=me", f"--workdir={tmp_path}"
+    )
+    assert result.code == 2 and "pip install 'qkvjax[wandb]'" in result.err
     assert not list(tmp_path.iterdir())
 
 
-def test_epochs_count_the_training_records(door, recipe):
-    told = door("train", f"--config={recipe}", "--dry_run", "--config.train.steps=2ep")
-    tokens = int(told.out.split("train ")[1].split(" tokens")[0].replace(",", ""))
-    assert f"{2 * (tokens // 16 // 4):,} steps of 64 tokens" in told.out
+def test_epochs_count_the_training_records(run_command, recipe):
+    result = run_command("train", f"--config={recipe}", "--dry_run", "--config.train.steps=2ep")
+    tokens = int(result.out.split("train ")[1].split(" tokens")[0].replace(",", ""))
+    assert f"{2 * (tokens // 16 // 4):,} steps of 64 tokens" in result.out
 
 
 def test_tensorflow_is_not_imported_where_it_is_installed(process, recipe, untied, tmp_path):
@@ -311,16 +325,16 @@ def test_tensorflow_is_not_imported_where_it_is_installed(process, recipe, untie
     program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from qkvjax.commands import train"
     program += "; sys.exit(train.main(sys.argv[1:]))"
     flags = [f"--config={recipe}", "--config.train.steps=2", f"--workdir={tmp_path / 'run'}"]
-    told = process("-c", program, str(tmp_path / "site"), *flags)
-    assert told.code == 0, told.err
+    result = process("-c", program, str(tmp_path / "site"), *flags)
+    assert result.code == 0, result.err
     assert state_digest(tmp_path / "run", 2) == state_digest(untied, 2)
 
 
 @pytest.mark.slow
-def test_the_newest_recipes_train(door, corpus, tmp_path):
+def test_the_newest_recipes_train(run_command, corpus, tmp_path):
     """Both recipes of configs/lm.py, one step each."""
     for recipe in ("modern", "paper"):
-        told = door(
+        result = run_command(
             "train",
             f"--config=configs/lm.py:depth=1,recipe={recipe}",
             "--config.train.steps=1",
@@ -329,16 +343,16 @@ def test_the_newest_recipes_train(door, corpus, tmp_path):
             "--config.data.batch_size=2",
             f"--workdir={tmp_path / recipe}",
         )
-        assert told.code == 0, told.err
+        assert result.code == 0, result.err
 
 
 def test_a_run_says_first_how_to_use_idle_devices(process, recipe):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = ("-m", "qkvjax", "train", f"--config={recipe}", "--dry_run")
-    told = process(*command, env=os.environ | flags)
-    assert told.code == 0, told.err
-    first = told.out.splitlines()[0]
+    result = process(*command, env=os.environ | flags)
+    assert result.code == 0, result.err
+    first = result.out.splitlines()[0]
     assert first.startswith("1 of 4 devices is used: ")
     assert "--config.mesh.fsdp=-1" in first and "qkvjax study --jobs=4" in first
-    told = process(*command, "--config.mesh.fsdp=-1", env=os.environ | flags)
-    assert told.code == 0 and "devices" not in told.out.splitlines()[0]
+    result = process(*command, "--config.mesh.fsdp=-1", env=os.environ | flags)
+    assert result.code == 0 and "devices" not in result.out.splitlines()[0]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from qkvjax.commands import study as door
+from qkvjax.commands import study as study_command
 from qkvjax.errors import UserError
 from qkvjax.report import page
 from qkvjax.studies import point, processes
@@ -84,7 +84,7 @@ def study(grid):
         out, err = io.StringIO(), io.StringIO()
         config = f"--config={grid}:{arg}" if arg else f"--config={grid}"
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = door.main(["qkvjax study", config, f"--workdir={workdir}", *flags])
+            code = study_command.main(["qkvjax study", config, f"--workdir={workdir}", *flags])
         return code, out.getvalue(), err.getvalue()
 
     return run
