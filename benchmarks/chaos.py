@@ -1,13 +1,13 @@
-"""Disturbs a small run, and compares its end with that of a run that nobody disturbed.
+"""Disturbs a small run at random, and compares its end with that of an undisturbed run.
 
   python benchmarks/chaos.py --minutes=3
   python benchmarks/chaos.py --rounds=10 --only=kill --seed=7
 
-What happens to the process, at random times: SIGKILL; SIGTERM; SIGSTOP for some seconds; no file
-may grow any more, as on a full disk; SIGKILL and then some bytes of its newest checkpoint change.
-Each time the same command goes on. At the end both runs have the same fingerprint of every array,
-every step once in metrics.jsonl, and no process has ended in another way than it should; else the
-exit code is 1.
+At random times one of these happens to the process: SIGKILL; SIGTERM; SIGSTOP for some seconds; no
+file may grow any more, as on a full disk; SIGKILL, and then some bytes of the newest checkpoint
+change. After each the same command is started again. The exit code is 0 if at the end all this
+holds, else 1: both runs have the same fingerprint of every array, metrics.jsonl has every step
+once, and no process ended in an unexpected way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-EVERY = 100  # steps between checkpoints
+CHECKPOINT_EVERY = 100  # steps
 FLAGS = (
     "--config=configs/lm.py:depth=1,sharing=q-k=v",
     "--config.model.d_model=32",
@@ -36,18 +36,27 @@ FLAGS = (
     "--config.optimizer.schedule=constant",
     "--config.optimizer.warmup_steps=20",
     "--config.train.log_every=20",
-    f"--config.train.checkpoint_every={EVERY}",
+    f"--config.train.checkpoint_every={CHECKPOINT_EVERY}",
     "--config.train.keep_checkpoints=3",
     "--config.train.eval_every=0",
 )
-ENDLESS = 1_000_000
+ENDLESS = 1_000_000  # steps
+SAVED = 42  # exit code of a run that SIGTERM ended
+BAD_INPUT = 2  # exit code of a run that could not write a file
+END_OF_LOG = 5000  # characters
 
 
 class Run:
-    """A run in `workdir` that is started again and again."""
+    """A run in one workdir, which is started again and again.
+
+    Args:
+      workdir: of the run.
+      corpus: text file to train on.
+    """
 
     def __init__(self, workdir: Path, corpus: Path):
-        self.workdir, self.log = workdir, workdir.with_suffix(".log")
+        self.workdir = workdir
+        self.log = workdir.with_suffix(".log")
         self.command = [
             sys.executable,
             "-m",
@@ -60,9 +69,9 @@ class Run:
         self.process = None
 
     def start(self, steps: int = ENDLESS) -> None:
-        """Starts, and waits for the first line that it adds."""
+        """Starts the process, and waits until it adds a line to metrics.jsonl or ends."""
         before = self.last_step()
-        # Through a pipe: what it says is not on the disk that is full.
+        # Output goes through a pipe to another process, for which the disk is never full.
         with open(self.log, "a") as log:
             writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
         self.process = subprocess.Popen(
@@ -72,48 +81,51 @@ class Run:
         )
         writer.stdin.close()
         while self.process.poll() is None and self.last_step() <= before:
-            before = min(before, self.last_step())
+            before = min(before, self.last_step())  # a restart removes steps after its checkpoint
             time.sleep(0.05)
 
     def wait(self, seconds: float = 90) -> int:
+        """Waits for the process to end; returns its exit code."""
         return self.process.wait(timeout=seconds)
 
     def lines(self) -> list[dict]:
-        """Whole lines of metrics.jsonl."""
+        """Returns the complete lines of metrics.jsonl."""
         path = self.workdir / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
     def last_step(self) -> int:
+        """Returns the last step in metrics.jsonl, -1 if there is none."""
         return max((line["step"] for line in self.lines()), default=-1)
 
-    def saved(self) -> list[int]:
-        """Steps of complete checkpoints."""
+    def saved_steps(self) -> list[int]:
+        """Returns the steps of complete checkpoints."""
         folder = self.workdir / "checkpoints"
         return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
 
     def fingerprints(self, step: int) -> dict:
+        """Returns the fingerprint of each array in a checkpoint."""
         file = self.workdir / "checkpoints" / str(step) / "manifest" / "metadata"
         return json.loads(file.read_text())["arrays"]
 
 
 def kill(run: Run, rng: random.Random) -> str:
-    """SIGKILL; what it costs is the steps since the last checkpoint."""
+    """Sends SIGKILL; the steps since the last checkpoint are lost."""
     run.process.kill()
     run.wait()
-    return f"{run.last_step() - max(run.saved(), default=0)} steps lost"
+    return f"{run.last_step() - max(run.saved_steps(), default=0)} steps lost"
 
 
-def stop(run: Run, rng: random.Random) -> str:
-    """SIGTERM, which saves and ends with 42."""
+def terminate(run: Run, rng: random.Random) -> str:
+    """Sends SIGTERM; the run saves a checkpoint and ends."""
     run.process.terminate()
     code = run.wait()
-    assert code == 42, f"SIGTERM ended with {code}, not 42"
+    assert code == SAVED, f"SIGTERM ended with {code}, not {SAVED}"
     return "saved"
 
 
 def freeze(run: Run, rng: random.Random) -> str:
-    """SIGSTOP and, later, SIGCONT; nothing comes of it."""
+    """Sends SIGSTOP and, after a while, SIGCONT; the run continues."""
     run.process.send_signal(signal.SIGSTOP)
     seconds = rng.uniform(0.2, 3)
     time.sleep(seconds)
@@ -121,18 +133,18 @@ def freeze(run: Run, rng: random.Random) -> str:
     return f"{seconds:.1f} s"
 
 
-def full(run: Run, rng: random.Random) -> str:
-    """No file can grow; it ends with a message, code 2."""
+def fill_disk(run: Run, rng: random.Random) -> str:
+    """Lets no file grow any more; the run ends with a message."""
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     code = run.wait()
-    assert code == 2, f"a full disk ended with {code}, not 2"
+    assert code == BAD_INPUT, f"a full disk ended with {code}, not {BAD_INPUT}"
     return "ended with a message"
 
 
-def flip(run: Run, rng: random.Random) -> str:
-    """SIGKILL, and some bytes of a file of the newest checkpoint change."""
+def flip_bits(run: Run, rng: random.Random) -> str:
+    """Sends SIGKILL, and changes bits in a file of the newest checkpoint."""
     kill(run, rng)
-    steps = run.saved()
+    steps = run.saved_steps()
     if len(steps) < 2:
         return "nothing to damage yet"
     folder = run.workdir / "checkpoints" / str(steps[-1])
@@ -145,62 +157,86 @@ def flip(run: Run, rng: random.Random) -> str:
     return f"{file.relative_to(run.workdir)}"
 
 
-EVENTS = {"kill": kill, "term": stop, "stop": freeze, "full": full, "flip": flip}
+EVENTS = {
+    "kill": kill,
+    "term": terminate,
+    "stop": freeze,
+    "full": fill_disk,
+    "flip": flip_bits,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=3)
-    parser.add_argument("--rounds", type=int, help="so many events, instead of --minutes")
+    parser.add_argument("--rounds", type=int, help="number of events, instead of --minutes")
     parser.add_argument("--only", choices=EVENTS, help="one kind of event")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     options = parser.parse_args()
     print(f"seed {options.seed}: --seed={options.seed} does the same again", flush=True)
-    rng, events = random.Random(options.seed), [options.only] if options.only else list(EVENTS)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["QKVJAX_DATA_DIR"] = f"{folder}/prepared"
         corpus = Path(folder) / "corpus.txt"
         corpus.write_text("To be, or not to be, that is the question. " * 200)
-        run = Run(Path(folder) / "disturbed", corpus)
-        began, done = time.monotonic(), 0
-        run.start()
-
-        def over() -> bool:
-            if options.rounds:
-                return done == options.rounds
-            return time.monotonic() - began >= 60 * options.minutes
-
-        while not over():
-            time.sleep(rng.uniform(0, 2))
-            event, done = rng.choice(events), done + 1
-            try:
-                came_of_it = EVENTS[event](run, rng)
-            except AssertionError:
-                print(run.log.read_text()[-5000:])
-                raise
-            print(f"step {run.last_step():>6}  {event}: {came_of_it}", flush=True)
-            if run.process.poll() is not None:
-                run.start()
-        stop(run, rng)
-        told = run.log.read_text()
-        last = run.saved()[-1]
+        disturbed = Run(Path(folder) / "disturbed", corpus)
+        num_events = disturb(disturbed, options)
+        last = disturbed.saved_steps()[-1]
         calm = Run(Path(folder) / "calm", corpus)
         calm.start(last)
         assert calm.wait(600) == 0, calm.log.read_text()[-2000:]
-        steps = [line["step"] for line in run.lines()]
-        verdict = {
-            "no traceback": "Traceback" not in told,
-            "same fingerprints": run.fingerprints(last) == calm.fingerprints(last),
-            "each step once": steps == sorted(set(steps)),
-        }
-        if not all(verdict.values()):
-            print(told[told.find("Traceback") - 1000 :][:5000])
-        resumed, damaged = map(told.count, ("resumed after", "is damaged and passed over"))
-        print(
-            f"{done} events, {last} steps; {resumed} times resumed, {damaged} damaged checkpoints"
-        )
-        print("  ".join(f"{name}: {'yes' if held else 'NO'}" for name, held in verdict.items()))
-    return 0 if all(verdict.values()) else 1
+        return compare(disturbed, calm, num_events)
+
+
+def disturb(run: Run, options: argparse.Namespace) -> int:
+    """Runs and disturbs, ends with SIGTERM, and returns the number of events."""
+    rng = random.Random(options.seed)
+    events = [options.only] if options.only else list(EVENTS)
+    num_events = 0
+    began = time.monotonic()
+    run.start()
+    while not _is_over(options, num_events, time.monotonic() - began):
+        time.sleep(rng.uniform(0, 2))
+        event = rng.choice(events)
+        num_events += 1
+        try:
+            outcome = EVENTS[event](run, rng)
+        except AssertionError:
+            print(run.log.read_text()[-END_OF_LOG:])
+            raise
+        print(f"step {run.last_step():>6}  {event}: {outcome}", flush=True)
+        if run.process.poll() is not None:
+            run.start()
+    terminate(run, rng)
+    return num_events
+
+
+def _is_over(options: argparse.Namespace, num_events: int, seconds: float) -> bool:
+    if options.rounds:
+        return num_events == options.rounds
+    return seconds >= 60 * options.minutes
+
+
+def compare(disturbed: Run, calm: Run, num_events: int) -> int:
+    """Prints how the disturbed run compares with the calm one; returns the exit code."""
+    output = disturbed.log.read_text()
+    last = disturbed.saved_steps()[-1]
+    steps = [line["step"] for line in disturbed.lines()]
+    checks = {
+        "no traceback": "Traceback" not in output,
+        "same fingerprints": disturbed.fingerprints(last) == calm.fingerprints(last),
+        "each step once": steps == sorted(set(steps)),
+    }
+    passed = all(checks.values())
+    if not passed:
+        print(output[output.find("Traceback") - 1000 :][:END_OF_LOG])
+    num_resumed = output.count("resumed after")
+    num_damaged = output.count("is damaged and passed over")
+    print(
+        f"{num_events} events, {last} steps; {num_resumed} times resumed,"
+        f" {num_damaged} damaged checkpoints"
+    )
+    print("  ".join(f"{name}: {'yes' if holds else 'NO'}" for name, holds in checks.items()))
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

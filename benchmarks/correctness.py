@@ -1,10 +1,10 @@
-"""Attention on this device against the reference in float64 on the host: relative errors.
+"""Compares attention on this device with the reference in float64 on the host: relative errors.
 
   python benchmarks/correctness.py --output=results/correctness.jsonl
-  python benchmarks/correctness.py --prepare=FOLDER      lowers the kernels for an H200, here
+  python benchmarks/correctness.py --prepare=FOLDER      lowers kernels for an H200, without one
   python benchmarks/correctness.py --prepared=FOLDER --output=results/correctness.jsonl
 
-Output and gradients of whole sequences, and a token's output onto a cache, of an odd length: every
+Whole sequences with their gradients, and one token onto a cache, of an odd length: every
 implementation with all its masks, head layouts and head widths, with two tensors and with K = V.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -24,13 +25,42 @@ from prepared import compile_all, prepare
 from qkvjax.kernels import choice, dispatch
 from qkvjax.kernels.stored import KeyOfState
 
-LIMIT = {"float32": 2e-3, "bfloat16": 1e-2}
-BATCH, HEADS = 2, 4
+LIMIT = {"float32": 2e-3, "bfloat16": 1e-2}  # of the relative error
+BATCH = 2
+HEADS = 4
+MASKS = (
+    dict(tied=True, kv_heads=1),
+    dict(tied=False, kv_heads=2, packed=True),
+    dict(tied=True, kv_heads=4, causal=False, packed=True),
+    dict(tied=True, kv_heads=2, window=100, packed=True),
+    dict(tied=False, kv_heads=4, causal=False, window=70),
+    dict(tied=True, kv_heads=0),
+    dict(tied=False, kv_heads=0, packed=True),
+)
+CACHES = (
+    dict(tied=True, kv_heads=1),
+    dict(tied=False, kv_heads=2, window=100),
+    dict(tied=True, kv_heads=4, raw=True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """K = 0 says that the queries are the keys."""
+    """One comparison.
+
+    Attributes:
+      impl: implementation of attention.
+      dtype: of the arrays.
+      width: H, head width.
+      length: T, tokens of a sequence or of a cache.
+      tied: whether K = V.
+      kv_heads: K; 0 means that the queries are the keys (Q = K).
+      causal: whether a query sees earlier keys alone.
+      window: keys that a query sees; None means all.
+      packed: whether a sequence has several documents.
+      decodes: whether it is one token onto a cache.
+      raw: whether the cache has states without rotation, from which keys are made.
+    """
 
     impl: str
     dtype: str
@@ -49,118 +79,141 @@ class Case:
         return "-".join(map(str, dataclasses.astuple(self)))
 
 
-def cases(impls, widths, length: int):
-    masks = [
-        dict(tied=True, kv_heads=1),
-        dict(tied=False, kv_heads=2, packed=True),
-        dict(tied=True, kv_heads=4, causal=False, packed=True),
-        dict(tied=True, kv_heads=2, window=100, packed=True),
-        dict(tied=False, kv_heads=4, causal=False, window=70),
-        dict(tied=True, kv_heads=0),
-        dict(tied=False, kv_heads=0, packed=True),
-    ]
-    caches = [
-        dict(tied=True, kv_heads=1),
-        dict(tied=False, kv_heads=2, window=100),
-        dict(tied=True, kv_heads=4, raw=True),
-    ]
+def cases(impls, widths, length: int) -> Iterator[Case]:
+    """Yields what to compare for some implementations and head widths."""
     for impl, width, dtype in itertools.product(impls, widths, LIMIT):
-        if impl in dispatch.NO_CACHE and (dtype == "float32" or width < 64):
+        has_cache = impl not in dispatch.NO_CACHE
+        if not has_cache and (dtype == "float32" or width < 64):
             continue
-        for mask in masks:
+        for mask in MASKS:
             if impl == "cudnn":
                 mask = mask | dict(packed=False, causal=True)
             if mask["kv_heads"] or impl == "triton":
                 yield Case(impl, dtype, width, length, **mask)
-        for cache in caches if impl not in dispatch.NO_CACHE else []:
+        for cache in CACHES if has_cache else ():
             yield Case(impl, dtype, width, length, **cache, decodes=True)
 
 
 def arrays(case: Case) -> list[jax.Array]:
-    """(slope, q, k, v), without what there is not; of a token's attention without slope."""
-    count = [HEADS, HEADS, case.kv_heads, case.kv_heads or HEADS]
-    wanted = [not case.decodes, True, case.kv_heads > 0, not case.tied]
+    """Returns the arguments of `function`.
+
+    Of sequences: the cotangent of the output, q, k, v; of one token onto a cache: q, k, v. Without
+    k where Q = K, without v where K = V.
+    """
     keys = jax.random.split(jax.random.key(0), 4)
-    found = [
-        jax.random.normal(key, (BATCH, case.length, heads, case.width), case.dtype)
-        for key, heads, want in zip(keys, count, wanted)
-        if want
-    ]
-    return [found[0][:, -1:], *found[1:]] if case.decodes else found
+    heads = {"cotangent": HEADS, "q": HEADS, "k": case.kv_heads, "v": case.kv_heads or HEADS}
+    values = {
+        name: jax.random.normal(key, (BATCH, case.length, count, case.width), case.dtype)
+        for (name, count), key in zip(heads.items(), keys)
+    }
+    if case.decodes:
+        del values["cotangent"]
+        values["q"] = values["q"][:, -1:]
+    if case.kv_heads == 0:
+        del values["k"]
+    if case.tied:
+        del values["v"]
+    return list(values.values())
 
 
 def segments(case: Case) -> jax.Array | None:
-    """About ten documents a sequence."""
+    """Returns the documents' numbers [B, T], about ten documents a sequence."""
     if not case.packed:
         return None
     ends = np.random.default_rng(0).random((BATCH, case.length)) < 10 / case.length
     return jnp.asarray(np.cumsum(ends, axis=1), jnp.int32)
 
 
-def function(case: Case, impl: str):
-    """(output, *gradients) of a case's arrays."""
-    if case.decodes:
-        options = {"positions": jnp.full((BATCH, 1), case.length - 1), "window": case.window}
-        key = KeyOfState(1e4, case.width) if case.raw else None
-        if impl == "reference" and case.raw:  # which makes no keys as it reads
+def function(case: Case, impl: str) -> Callable:
+    """Returns a function from the arrays of a case to (output, *gradients).
 
-            def decode(q, k):
-                wide = jnp.promote_types(k.dtype, jnp.float32)
-                cos, sin = (t[:, None] for t in key.at(case.length, wide))
-                a, b = jnp.split(k.astype(wide), 2, axis=-1)
-                turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-                return dispatch.decode_attention(q, turned.astype(k.dtype), k, **options, impl=impl)
+    Args:
+      case: what to compute.
+      impl: that of the case, or "reference".
+    """
+    return _decode(case, impl) if case.decodes else _attend(case, impl)
 
-            return lambda *arrays: (decode(*arrays),)
-        run = functools.partial(dispatch.decode_attention, impl=impl)
-        if impl in dispatch.KERNELS:
-            run = choice.kernel(impl, decodes=True).decode
-        return lambda *arrays: (run(*arrays, **options, key=key),)
+
+def _decode(case: Case, impl: str) -> Callable:
+    """Returns one token onto a cache: its output alone."""
+    options = {"positions": jnp.full((BATCH, 1), case.length - 1), "window": case.window}
+    key = KeyOfState(1e4, case.width) if case.raw else None
+    if impl == "reference" and case.raw:
+
+        def decode_rotated(q, states):
+            """The reference makes no keys from states, so they are made before."""
+            keys = _rotated(states, key).astype(states.dtype)
+            return (dispatch.decode_attention(q, keys, states, **options, impl=impl),)
+
+        return decode_rotated
+    decode = functools.partial(dispatch.decode_attention, impl=impl)
+    if impl in dispatch.KERNELS:  # directly, without what dispatch does for meshes
+        decode = choice.kernel(impl, decodes=True).decode
+    return lambda *arrays: (decode(*arrays, **options, key=key),)
+
+
+def _rotated(states: jax.Array, key: KeyOfState) -> jax.Array:
+    """Returns the keys [B, T, K, H] of states, in float32 or wider."""
+    dtype = jnp.promote_types(states.dtype, jnp.float32)
+    cos, sin = (table[:, None] for table in key.at(states.shape[1], dtype))
+    first, second = jnp.split(states.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _attend(case: Case, impl: str) -> Callable:
+    """Returns attention over sequences, with its gradients."""
     options = {"causal": case.causal, "window": case.window, "segment_ids": segments(case)}
-    attend = functools.partial(dispatch.attention, **options, impl=impl)
-    if impl in dispatch.KERNELS:  # without what dispatch does for meshes
-        attend = functools.partial(choice.kernel(impl).attention, **options)
-    if not case.kv_heads:
-        several = attend
-        attend = lambda x, v=None: several(x, x, v)  # noqa: E731
+    kernel = functools.partial(dispatch.attention, **options, impl=impl)
+    if impl in dispatch.KERNELS:  # directly, without what dispatch does for meshes
+        kernel = functools.partial(choice.kernel(impl).attention, **options)
 
-    def all_of(slope, *arrays):
-        out, back = jax.vjp(attend, *arrays)
-        return out, *back(slope)
+    def attend(q, *rest):
+        return kernel(q, q, *rest) if case.kv_heads == 0 else kernel(q, *rest)
 
-    return all_of
+    def with_gradients(cotangent, *arrays):
+        output, backward = jax.vjp(attend, *arrays)
+        return output, *backward(cotangent)
+
+    return with_gradients
 
 
 def truth(case: Case) -> list[np.ndarray]:
-    """By `kernels.reference` in float64 on the CPU."""
+    """Returns output and gradients of `kernels.reference` in float64 on the CPU."""
     cpu = jax.devices("cpu")[0]
-    given = [np.asarray(x, np.float64) for x in arrays(case)]
+    inputs = [np.asarray(array, np.float64) for array in arrays(case)]
     with jax.enable_x64(True), jax.default_device(cpu):
-        found = jax.jit(function(case, "reference"))(*(jax.device_put(x, cpu) for x in given))
-        return [np.asarray(x) for x in found]
+        reference = jax.jit(function(case, "reference"))
+        results = reference(*(jax.device_put(array, cpu) for array in inputs))
+        return [np.asarray(array) for array in results]
+
+
+def relative_error(result: jax.Array, expected: np.ndarray) -> float:
+    """Returns the norm of the difference over the norm of the expected array."""
+    difference = np.asarray(result, np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
 def main() -> None:
-    given = arguments(__doc__, length=1000, widths=["64", "128", "256"], prepare="", prepared="")
-    widths = [int(width) for width in given.widths]
-    if given.prepare:
-        for case in cases(("hopper", "triton"), widths, given.length):
-            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(case)]
-            prepare(Path(given.prepare), case.name, function(case, case.impl), shapes)
+    options = arguments(__doc__, length=1000, widths=["64", "128", "256"], prepare="", prepared="")
+    widths = [int(width) for width in options.widths]
+    if options.prepare:
+        for case in cases(("hopper", "triton"), widths, options.length):
+            shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays(case)]
+            prepare(Path(options.prepare), case.name, function(case, case.impl), shapes)
         return
     impls = [name for name in dispatch.IMPLEMENTATIONS if not dispatch.missing(name)]
-    chosen = list(cases(impls, widths, given.length))
+    chosen = list(cases(impls, widths, options.length))
     programs = {case.name: (function(case, case.impl), arrays(case)) for case in chosen}
-    futures = compile_all(programs, Path(given.prepared) if given.prepared else None)
-    worst = 0.0
+    futures = compile_all(programs, Path(options.prepared) if options.prepared else None)
+    worst = 0.0  # error over limit
     for case in chosen:
-        found = futures[case.name].result()(*arrays(case))
-        pairs = [(np.asarray(a, np.float64), b) for a, b in zip(found, truth(case), strict=True)]
-        errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
-        worst = max(worst, max(errors) / LIMIT[case.dtype])
-        facts = dataclasses.asdict(case) | {"limit": LIMIT[case.dtype], "errors": errors}
-        record(given.output, benchmark="correctness", **facts)
-    if not worst < 1:
+        results = futures[case.name].result()(*arrays(case))
+        errors = [relative_error(*pair) for pair in zip(results, truth(case), strict=True)]
+        limit = LIMIT[case.dtype]
+        worst = max(worst, max(errors) / limit)
+        values = dataclasses.asdict(case) | {"limit": limit, "errors": errors}
+        record(options.output, benchmark="correctness", **values)
+    if not worst < 1:  # also where it is nan
         raise SystemExit(f"an error exceeds its limit, {worst:.2f} times")
 
 

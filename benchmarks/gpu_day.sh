@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# A day on a borrowed GPU in one command: every stage measures, appends JSONL and is skipped
-# when its stamp is there, so that a run cut short goes on.
+# Runs all benchmarks on a borrowed GPU, stage by stage. Each stage appends JSONL and, if it
+# succeeds, leaves a stamp. Stages with a stamp are skipped, so that an interrupted run continues.
 #
-#   bash benchmarks/gpu_day.sh [RESULTS]         RESULTS: a folder, benchmarks/results if unset
+#   bash benchmarks/gpu_day.sh [RESULTS]         RESULTS: a folder, by default benchmarks/results
 #   MINI=1 bash benchmarks/gpu_day.sh RESULTS    the same stages in miniature, on a CPU
-#   STAGES="correctness train_124m_triton" ...          only these
+#   STAGES="correctness train_124m_xla" ...      only these stages
 #   PREPARE=FOLDER bash benchmarks/gpu_day.sh    lowers kernels for an H200, on any machine with
-#                                                the GPU machine's version of jax
-#   PREPARED=FOLDER bash benchmarks/gpu_day.sh   takes them from there, which saves minutes
+#                                                the same version of jax as that with the GPU
+#   PREPARED=FOLDER bash benchmarks/gpu_day.sh   uses these lowered kernels, which saves minutes
+#   TEXT=PATH BPE=FOLDER ...                     also runs a model at full size on a text
 #
-# Needs no network. Uses $PYTHON (python3) with jax, flax, optax, orbax-checkpoint,
-# ml-collections, grain and tensorflow-datasets; PyTorch is used where it is there. Each stage
-# is meant to stay under 9 minutes and is stopped after 9.
+# Needs no network. Uses $PYTHON (by default python3) with jax, flax, optax, orbax-checkpoint,
+# ml-collections, grain and tensorflow-datasets; PyTorch is used if it is installed. Each stage
+# should take less than 9 minutes and is stopped after 9.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 results=${1:-benchmarks/results}
@@ -31,14 +32,14 @@ if ! missing=$("$python" - <<'PY'
 import importlib.util, sys
 names = ("jax", "flax", "optax", "orbax.checkpoint", "ml_collections", "grain", "tensorflow_datasets",
          "matplotlib", "tensorboardX", "tqdm")
-def there(name):
+def installed(name):
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-gone = [name for name in names if not there(name)]
-print(" ".join(gone))
-sys.exit(bool(gone))
+missing = [name for name in names if not installed(name)]
+print(" ".join(missing))
+sys.exit(bool(missing))
 PY
 ); then
     echo "error: $python lacks $missing: install them or set PYTHON" >&2
@@ -47,8 +48,17 @@ fi
 
 if [ -n "${MINI:-}" ]; then
     export JAX_PLATFORMS=cpu
-    small=tiny large=tiny ours=reference dtype=float32 lengths="64" batches="2" widths="16"
-    correct=(--length=64 --widths=16) parts="ops caches" mini=1
+    small=tiny
+    large=tiny
+    ours=reference
+    dtype=float32
+    lengths="64"
+    batches="2"
+    widths="16"
+    correct=(--length=64 --widths=16)
+    parts="ops caches"
+    mini=1
+    compile=0
     bench=(--config=configs/lm.py:depth=1 --config.data.seq_len=16 --config.data.batch_size=2
         --contexts=16 --batches=2)
     study=("--config=configs/quickstart.py:steps=2,seeds=1" --config.model.d_model=16
@@ -56,18 +66,26 @@ if [ -n "${MINI:-}" ]; then
         --config.evals.eval_train.max_labels=200
         "--config.study.points=({'model.sharing': 'q-k-v'}, {'model.sharing': 'q-k=v'})")
 else
-    small=124m large=350m ours=auto dtype=bfloat16 lengths="2048 32768" batches="1 32"
-    correct=() parts="ops caches tiles splits" mini=0
+    small=124m
+    large=350m
+    ours=auto
+    dtype=bfloat16
+    lengths="2048 32768"
+    batches="1 32"
     widths="64 128 256"
+    correct=()
+    parts="ops caches tiles splits"
+    mini=0
+    compile=1
     bench=(--config=configs/lm.py:depth=12 --config.model.num_heads=32 --config.model.num_kv_heads=8
         --config.train.compute_dtype=bfloat16 --config.data.seq_len=4096 --contexts=16384
         --config.data.batch_size=1 --batches=8)
     study=(--config=configs/quickstart.py)
 fi
-compile=$([ -n "${MINI:-}" ] && echo 0 || echo 1)
 failed=0
 
-stage() { # stage NAME COMMAND...
+# stage NAME COMMAND...: runs a command unless it is done or not in STAGES; logs to NAME.log.
+stage() {
     local name=$1 code
     shift
     case " ${STAGES:-$name} " in *" $name "*) ;; *) return ;; esac
@@ -123,7 +141,7 @@ for width in $widths; do
             --config.model.head_dim="$width" --workdir="$results/bench_$width"
     done
 done
-# A run through every command at full size; TEXT and BPE name the text and GPT-2's BPE.
+# A model at full size through every command.
 if [ -n "${TEXT:-}" ]; then
     full=(--text="$TEXT" --dtype=$dtype --workdir="$results/full_size"
         --output="$results/full_size.jsonl")

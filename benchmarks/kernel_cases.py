@@ -16,6 +16,7 @@ from qkvjax.kernels.hopper import backward as hopper_backward
 from qkvjax.kernels.hopper import block as hopper_block
 from qkvjax.kernels.stored import KeyOfState
 from qkvjax.kernels.triton import attention as triton
+from qkvjax.kernels.triton import backward as triton_backward
 from qkvjax.kernels.triton import decode as triton_decode
 
 HEADS = {32: 12, 64: 32, 128: 16, 256: 8}  # head width -> query heads
@@ -283,7 +284,7 @@ def _pass(case: Case, make: Callable) -> tuple[Callable, tuple]:
             return forward_pass(options, parts(q), parts(k), v, segments)
 
         return forward, (segments, *arrays)
-    backward_pass = getattr(hopper_backward if is_hopper else triton, f"{case.what}_pass")
+    backward_pass = getattr(hopper_backward if is_hopper else triton_backward, f"{case.what}_pass")
 
     def gradients(segments, cotangent, normaliser, delta, q, k, v=None):
         return backward_pass(options, parts(q), parts(k), v, segments, cotangent, normaliser, delta)

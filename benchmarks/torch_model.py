@@ -1,4 +1,4 @@
-"""The twin: the model of `ours.config_of` in plain PyTorch."""
+"""The model of `ours.config_of` in plain PyTorch, called the twin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward without biases."""
+    """Pre-norm attention and feed-forward without biases, on x [B, T, D]."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -23,17 +23,15 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x):
-        split = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y in self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
-        )
-        y = F.scaled_dot_product_attention(*split, is_causal=True)
+        roles = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        q, k, v = (role.unflatten(-1, (self.heads, -1)).transpose(1, 2) for role in roles)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.output(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 class Twin(nn.Module):
-    """Token and position tables, blocks, norm, tied head, cross-entropy."""
+    """Token and position tables, blocks, norm, tied head; its output is the cross-entropy."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -45,8 +43,9 @@ class Twin(nn.Module):
             nn.init.normal_(table.weight, std=size.width**-0.5)
 
     def forward(self, inputs, targets):
-        places = torch.arange(inputs.shape[1], device=inputs.device)
-        x = self.embedding(inputs) * self.norm.weight.numel() ** 0.5 + self.positions(places)
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        width = self.norm.weight.numel()
+        x = self.embedding(inputs) * width**0.5 + self.positions(positions)
         for block in self.blocks:
             x = block(x)
         logits = self.norm(x) @ self.embedding.weight.T
@@ -54,7 +53,13 @@ class Twin(nn.Module):
 
 
 def train_call(size: Size, dtype: str, compiled: bool):
-    """A function that runs one step: forward, backward, clipping, AdamW."""
+    """Returns a function that runs one step: forward, backward, clipping, AdamW.
+
+    Args:
+      size: of the model and its batch.
+      dtype: "bfloat16" for autocast, else float32.
+      compiled: whether to use torch.compile.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = Twin(size).to(device)
@@ -63,7 +68,8 @@ def train_call(size: Size, dtype: str, compiled: bool):
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
     )
     ids = torch.randint(0, size.vocab, (size.batch, size.length + 1), device=device)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    inputs = ids[:, :-1].contiguous()
+    targets = ids[:, 1:].contiguous()
 
     def call():
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
