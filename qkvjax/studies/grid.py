@@ -7,11 +7,11 @@ from pathlib import Path
 
 from qkvjax import config as configs
 from qkvjax import sweep
-from qkvjax.attention.spec import canonical_sharing
 from qkvjax.data.dataset_like import dataset_record
 from qkvjax.errors import UserError
 from qkvjax.fields import Config
 from qkvjax.files import read_json, read_lines, require_keys, write_json
+from qkvjax.studies.points import read_points
 from qkvjax.studies.task import Part, Task, make_task
 from qkvjax.studies.tuning import COMPARE, TUNE, read_tuning
 from qkvjax.training.identity import LOCATIONS
@@ -56,9 +56,9 @@ class Study:
                 " study's own --max_seconds"
             )
         self.locations = self._locations()
-        self.points, self.labels = _grid("points", options["points"])
+        self.points, self.labels = read_points("points", options["points"])
         # Every point is trained in every setting, and compared with the baseline there.
-        settings, names = _grid("settings", options.get("settings") or [{}])
+        settings, names = read_points("settings", options.get("settings") or [{}])
         self.settings = dict(zip(names, settings)) if len(settings) > 1 else {"": settings[0]}
         self.setting = names[0] if len(settings) == 1 and settings[0] else None
         self.reference = options.get("reference")
@@ -208,7 +208,7 @@ class Study:
         }
 
     def _base_config(self) -> Config:
-        """The configuration of all points, resolved."""
+        """Returns the resolved configuration that all points change."""
         return configs.resolve(configs.from_dict(self.base))
 
     @functools.cached_property
@@ -315,6 +315,33 @@ class Study:
         ]
         return {"tuned": {**self.tuning._asdict(), "chosen": chosen}}
 
+    def _check_base(self, path: Path, old: dict) -> None:
+        """Raises UserError if the workdir has results of another base configuration or data.
+
+        Args:
+          path: of study.json.
+          old: its content.
+        """
+        require_keys(str(path), old, config=dict, data=dict, command=str)
+        require_keys(f"{path}: data", old["data"], digest=str)
+        before = configs.identity(configs.resolve(configs.from_dict(old["config"])))
+        after = configs.identity(self._base_config())
+        same_data = old["data"]["digest"] == self.dataset.digest
+        if same_data:
+            before |= {name: after[name] for name in LOCATIONS}
+        if self.tuning:
+            # An untuned study may have trained the tuning runs here, from another base seed.
+            before |= {"seed": after["seed"]}
+        differences = configs.differing(before, after)
+        if not same_data:
+            differences.append(f"data: {old['data']['digest'][:12]} -> {self.dataset.digest[:12]}")
+        if differences and self.lines():
+            raise UserError(
+                f"{self.workdir} has runs of a study with another base; choose another"
+                " --workdir, delete this one, or continue with its values:\n  "
+                + "\n  ".join(differences)
+            )
+
     def claim(self, command: str, keep_command: bool = False) -> None:
         """Writes study.json, which the report reads.
 
@@ -329,24 +356,7 @@ class Study:
         path = self.workdir / "study.json"
         old = read_json(path)
         if old:
-            require_keys(str(path), old, config=dict, data=dict, command=str)
-            require_keys(f"{path}: data", old["data"], digest=str)
-            before = configs.identity(configs.resolve(configs.from_dict(old["config"])))
-            after = configs.identity(self._base_config())
-            if old["data"]["digest"] == self.dataset.digest:
-                before |= {name: after[name] for name in LOCATIONS}
-            if self.tuning:
-                # An untuned study may have trained the tuning runs here, from another base seed.
-                before |= {"seed": after["seed"]}
-            lines = configs.differing(before, after)
-            if old["data"]["digest"] != self.dataset.digest:
-                lines.append(f"data: {old['data']['digest'][:12]} -> {self.dataset.digest[:12]}")
-            if lines and self.lines():
-                raise UserError(
-                    f"{self.workdir} has runs of a study with another base; choose another"
-                    " --workdir, delete this one, or continue with its values:\n  "
-                    + "\n  ".join(lines)
-                )
+            self._check_base(path, old)
         measured = read_json(self.workdir / "measurements.json")
         points = [
             {"label": label, **sweep.overrides_of(point)}
@@ -372,34 +382,3 @@ class Study:
                 "data": {"source": self.base["data"]["source"]} | data,
             },
         )
-
-
-def _grid(name: str, points) -> tuple[list[dict], list[str]]:
-    """Returns the points of a grid of the config and their labels.
-
-    Raises:
-      UserError: it is not a list of dicts, a point sets the seed, or two labels are equal.
-    """
-    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
-        raise UserError(
-            f"study.{name}={points!r} is not a grid: make it with qkvjax.sweep, one dict per point"
-        )
-    for point in points:
-        if not all(isinstance(text, str) for text in (*point, point.get("label", ""))):
-            raise UserError(f"the grid's point {point!r}: field names and label must be strings")
-    if any("seed" in point for point in points):
-        raise UserError("a point of the grid sets `seed`: study.seeds is the number of seeds")
-    points = [
-        {
-            field: canonical_sharing(value) if field == "model.sharing" else value
-            for field, value in point.items()
-        }
-        for point in points
-    ]
-    labels = [sweep.label(point) for point in points]
-    twins = {label for label in labels if labels.count(label) > 1}
-    if twins:
-        raise UserError(
-            f"two points of the grid are called {sorted(twins)[0]!r}: give labels that differ"
-        )
-    return points, labels
