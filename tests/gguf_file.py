@@ -17,9 +17,9 @@ SHAPES = {
 
 
 def tokens():
-    from qkvjax.data.bpe import _byte_of_character
+    from qkvjax.data.bpe import byte_of_character
 
-    return [*_byte_of_character(), "Ġt", "he", "Ġthe", "<|endoftext|>"]
+    return [*byte_of_character(), "Ġt", "he", "Ġthe", "<|endoftext|>"]
 
 
 def write(path, tied=True, architecture="llama", without=(), extra=(), **keys):

@@ -18,7 +18,7 @@ from qkvjax.data.prepare import Settings, check_enough, make_copy, remarks
 from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
 from qkvjax.data.split import check_split
-from qkvjax.data.store import damaged, find_or_go_on
+from qkvjax.data.store import damaged, find_or_resume
 from qkvjax.data.token_files import open_tokens
 from qkvjax.data.tokenizers import Tokenizer, load_tokenizer
 from qkvjax.errors import UserError
@@ -245,7 +245,7 @@ def _from_documents(source: Source, tokenizer: Tokenizer, settings: Settings, lo
         make_copy(folder, source, tokenizer, settings, log, alive)
 
     kind = source.name.partition(":")[0]
-    folder = find_or_go_on(f"{kind}-{key[:16]}", make, alive)
+    folder = find_or_resume(f"{kind}-{key[:16]}", make, alive)
     summary = _read_summary(folder)
     counts = summary["counts"]
     rows = {name: PreparedRows(folder, name, count["rows"]) for name, count in counts.items()}

@@ -1,8 +1,8 @@
-"""Tokenising on all cores: batches of pieces in, their ids out, in order.
+"""Tokenises on all cores: batches of pieces in, their ids out, in order.
 
-The library's threads do not help enough, since half of the work is Python's; so other processes
-tokenise. They are started as programs, not by `multiprocessing`, which imports the user's script
-again in each of them, and not by forking, which is unsafe once JAX has threads.
+The threads of the library do not help enough, because half of the work is Python's. So other
+processes tokenise. They are started as programs: `multiprocessing` would import the user's script
+again in each of them, and forking is unsafe once JAX has threads.
 """
 
 from __future__ import annotations
@@ -22,111 +22,119 @@ import numpy as np
 
 from qkvjax.data.encoding_worker import receive, send
 from qkvjax.data.tokenizers import Tokenizer
-from qkvjax.data.unencodable import Unfit
+from qkvjax.data.unencodable import Unencodable
 
-_ALONE = 4 << 20  # bytes that are tokenised here before other processes are worth their start
-_MOST_WORKERS = 32  # of about 150 MB each; reading does not keep more of them busy
+_ALONE_BYTES = 4 << 20  # tokenised in this process, before others are worth their start
+_MAX_WORKERS = 32  # of about 150 MB each; reading cannot supply more of them
 
 
 class Batch(Protocol):
-    """Something with pieces to be tokenised."""
+    """Something with pieces of documents to be tokenised."""
 
     pieces: list[bytes]
 
 
-class UnfitPiece(Exception):
-    """A piece of a batch that the tokenizer does not take.
+class UnencodablePiece(Exception):
+    """A piece of a batch that the tokenizer cannot encode.
 
     Attributes:
       batch: the batch.
-      piece: which of its pieces.
-      why: the tokenizer's `Unfit`.
+      piece: index of the piece.
+      error: what the tokenizer raised.
     """
 
-    def __init__(self, batch: Batch, piece: int, why: Unfit):
-        super().__init__(piece, why)
+    def __init__(self, batch: Batch, piece: int, error: Unencodable):
+        super().__init__(piece, error)
         self.batch = batch
         self.piece = piece
-        self.why = why
+        self.error = error
 
 
-def encoded(
+def encode_batches(
     tokenizer: Tokenizer, batches: Iterable[Batch], dtype, num_workers: int | None = None
 ) -> Iterator[tuple[Batch, list[np.ndarray]]]:
-    """Each batch with the ids of its pieces, arrays [n], in the order of the batches.
+    """Yields each batch with the ids of its pieces, arrays [n], in the order of the batches.
 
     Args:
       dtype: of the ids.
-      num_workers: other processes that tokenise, from the second 4 MB on; None: one a core.
+      num_workers: number of other processes, which tokenise after the first 4 MB; None: one for
+        each core.
 
     Raises:
-      UnfitPiece: a piece is not what the tokenizer takes.
-      ChildProcessError: another process ended, for want of memory say.
+      UnencodablePiece: the tokenizer cannot encode a piece.
+      ChildProcessError: another process ended, for example because memory ran out.
     """
     if num_workers is None:
-        num_workers = _cores()
+        num_workers = _num_cores()
     if tokenizer.name == "bytes" or num_workers < 2 or not sys.executable:
         num_workers = 0
     batches = iter(batches)
-    done = 0
+    num_bytes = 0
     for batch in batches:
         yield batch, _encode(tokenizer, batch, dtype)
-        done += sum(map(len, batch.pieces))
-        if num_workers and done >= _ALONE:
+        num_bytes += sum(map(len, batch.pieces))
+        if num_workers and num_bytes >= _ALONE_BYTES:
             break
     if num_workers:
-        yield from _by_workers(tokenizer, batches, dtype, num_workers)
+        yield from _encode_by_workers(tokenizer, batches, dtype, num_workers)
 
 
-def _cores():
-    """Cores that this process may use, as far as more of them help."""
-    known = hasattr(os, "sched_getaffinity")  # on Linux
-    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return min(count, _MOST_WORKERS)
+def _num_cores() -> int:
+    """Returns the number of cores that this process may use, at most _MAX_WORKERS."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return min(count, _MAX_WORKERS)
 
 
-def _encode(tokenizer, batch, dtype):
-    found = []
-    for number, piece in enumerate(batch.pieces):
+def _encode(tokenizer: Tokenizer, batch: Batch, dtype) -> list[np.ndarray]:
+    """Returns the ids of each piece, encoded in this process."""
+    encoded = []
+    for index, piece in enumerate(batch.pieces):
         try:
-            found.append(tokenizer.encode_piece(piece).astype(dtype))
-        except Unfit as why:
-            raise UnfitPiece(batch, number, why) from None
-    return found
+            encoded.append(tokenizer.encode_piece(piece).astype(dtype))
+        except Unencodable as error:
+            raise UnencodablePiece(batch, index, error) from None
+    return encoded
 
 
-def _by_workers(tokenizer, batches, dtype, count):
-    workers, free = [], queue.SimpleQueue()
+def _encode_by_workers(tokenizer: Tokenizer, batches: Iterator[Batch], dtype, max_workers: int):
+    """Yields what `encode_batches` does; one thread for each other process waits for its answer."""
+    workers = []
+    idle = queue.SimpleQueue()
+
+    def encode(batch):
+        worker = idle.get()
+        try:
+            return worker.encode(batch)
+        finally:
+            idle.put(worker)
+
     with contextlib.ExitStack() as stack:
-        # In reverse: a thread that waits for a process sees its end, and then leaves the pipes.
-        stack.callback(lambda: [worker.close() for worker in workers])
-        threads = stack.enter_context(ThreadPoolExecutor(count))
+        # Callbacks run in reverse order. First the processes are killed, so that threads that wait
+        # for an answer end; then the threads are joined; then nobody uses the pipes any more.
+        stack.callback(lambda: [worker.close_pipes() for worker in workers])
+        threads = stack.enter_context(ThreadPoolExecutor(max_workers))
         stack.callback(lambda: [worker.kill() for worker in workers])
 
-        def ask(batch):
-            worker = free.get()
-            try:
-                return worker.ask(batch)
-            finally:
-                free.put(worker)
-
-        waiting = collections.deque()
+        pending = collections.deque()
         for batch in batches:
-            if len(workers) < count:
+            if len(workers) < max_workers:
                 workers.append(_Worker(tokenizer, dtype))
-                free.put(workers[-1])
-            waiting.append((batch, threads.submit(ask, batch)))
-            if len(waiting) > count:
-                batch, answer = waiting.popleft()
-                yield batch, answer.result()
-        for batch, answer in waiting:
-            yield batch, answer.result()
+                idle.put(workers[-1])
+            pending.append((batch, threads.submit(encode, batch)))
+            if len(pending) > max_workers:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for batch, future in pending:
+            yield batch, future.result()
 
 
 class _Worker:
-    """Another process that tokenises."""
+    """Another process that tokenises, see `qkvjax.data.encoding_worker`."""
 
-    def __init__(self, tokenizer, dtype):
+    def __init__(self, tokenizer: Tokenizer, dtype):
         self._dtype = np.dtype(dtype)
         program = [sys.executable, "-m", "qkvjax.data.encoding_worker"]
         path = os.pathsep.join(filter(None, sys.path))
@@ -137,8 +145,8 @@ class _Worker:
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
         )
 
-    def ask(self, batch):
-        """The ids of each piece of a batch."""
+    def encode(self, batch: Batch) -> list[np.ndarray]:
+        """Returns the ids of each piece of a batch."""
         try:
             send(self._process.stdin, *batch.pieces)
             answer = receive(self._process.stdout)
@@ -147,22 +155,23 @@ class _Worker:
         if answer is None:
             code = self._process.wait()
             raise ChildProcessError(
-                f"a process that tokenises ended with code {code}; -9 says that the system had no"
+                f"a process that tokenises ended with code {code}; -9 means that the system had no"
                 " memory left for it"
             )
-        kind, *rest = answer
-        if kind == b"unfit":
-            facts = json.loads(rest[0])
-            raise UnfitPiece(batch, facts["piece"], Unfit(facts["reason"], facts["at"]))
-        counts = np.frombuffer(rest[0], np.int64)
-        ids = np.frombuffer(rest[1], self._dtype)
+        kind, *content = answer
+        if kind == b"unencodable":
+            facts = json.loads(content[0])
+            error = Unencodable(facts["reason"], facts["position"])
+            raise UnencodablePiece(batch, facts["piece"], error)
+        counts = np.frombuffer(content[0], np.int64)
+        ids = np.frombuffer(content[1], self._dtype)
         return [ids[end - count : end] for count, end in zip(counts, np.cumsum(counts))]
 
-    def kill(self):
+    def kill(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def close(self):
-        with contextlib.suppress(BrokenPipeError):  # of what was not sent to the end
+    def close_pipes(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # of a message that was not sent to its end
             self._process.stdin.close()
         self._process.stdout.close()

@@ -1,8 +1,8 @@
-"""Tokenised documents on disk, in parts that outlive the process that wrote them.
+"""Tokenised documents on disk, in parts that remain when the process that wrote them is stopped.
 
-A part is two files: `00007.ids`, the ids of some whole documents, a separator before each, and
-`00007.npz`, where they lie and what identifies them. The second is written last, so a part that has
-it is complete.
+A part is two files. `00007.ids` has the ids of some whole documents, with a separator before each.
+`00007.npz` is its index: sizes of the documents and what identifies them. The index is written
+last, so a part that has one is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-PART_BYTES = 32 << 20  # of text, about: what a killed process loses at most
+PART_BYTES = 32 << 20  # of text, about; a process that is killed loses at most this much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Part:
 
     Attributes:
       ids: [n], a memory map: separator, t1..tn of each document.
-      digests: uint8 [documents, 32], their sha256.
-      num_bytes: int64 [documents].
+      digests: uint8 [documents, 32], the sha256 of each.
+      num_bytes: int64 [documents], of the text.
       num_ids: int64 [documents], without the separators.
-      starts: int64 [documents], where in `ids` the separator of each stands.
+      starts: int64 [documents], the position of each document's separator in `ids`.
     """
 
     ids: np.ndarray
@@ -35,9 +35,18 @@ class Part:
     num_ids: np.ndarray
     starts: np.ndarray
 
+    def __len__(self) -> int:
+        """Returns the number of documents."""
+        return len(self.num_ids)
+
+    def document(self, number: int) -> np.ndarray:
+        """Returns the ids of one document, [n], without its separator."""
+        start = self.starts[number] + 1
+        return self.ids[start : start + self.num_ids[number]]
+
 
 class Parts:
-    """The parts in a folder, in order, and a writer that adds to them.
+    """The parts in a folder, in order, and a writer that adds more.
 
     Args:
       folder: exists.
@@ -50,41 +59,44 @@ class Parts:
         self.dtype = np.dtype(dtype)
         self._separator = separator
         self._count = 0
-        while self._index(self._count).is_file():
+        while self._index_path(self._count).is_file():
             self._count += 1
-        self._file = None
+        self._file = None  # of the part that is being written
 
     def __len__(self) -> int:
+        """Returns the number of complete parts."""
         return self._count
 
     def __iter__(self) -> Iterator[Part]:
-        """The finished parts; only the index of one is in memory at a time."""
+        """Yields the complete parts; only one index is in memory at a time."""
         for number in range(self._count):
             yield self._load(number)
 
-    def _load(self, number):
-        with np.load(self._index(number)) as index:
-            digests, num_bytes, num_ids = (index[n] for n in ("digests", "num_bytes", "num_ids"))
-        sizes = num_ids + 1
-        ids = np.memmap(self._ids(number), self.dtype, mode="r", shape=(int(sizes.sum()),))
-        return Part(ids, digests, num_bytes, num_ids, np.cumsum(sizes) - sizes)
+    def _load(self, number: int) -> Part:
+        with np.load(self._index_path(number)) as index:
+            digests = index["digests"]
+            num_bytes = index["num_bytes"]
+            num_ids = index["num_ids"]
+        sizes = num_ids + 1  # with the separators
+        ids = np.memmap(self._ids_path(number), self.dtype, mode="r", shape=(int(sizes.sum()),))
+        return Part(ids, digests, num_bytes, num_ids, starts=np.cumsum(sizes) - sizes)
 
     def begin_document(self) -> None:
-        """Opens a part if there is none, and puts a separator."""
+        """Writes a separator, into a new part if none is open."""
         if self._file is None:
-            self._file = open(self._ids(self._count), "wb")
+            self._file = open(self._ids_path(self._count), "wb")
             self._documents = []
             self._bytes = 0
         self._file.write(np.array([self._separator], self.dtype).tobytes())
         self._num_ids = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """Adds ids of the document that was begun last."""
+        """Adds ids to the document that was begun last."""
         self._file.write(ids.astype(self.dtype).tobytes())
         self._num_ids += len(ids)
 
     def end_document(self, digest: bytes, num_bytes: int) -> None:
-        """Counts the document; a part that is large enough is finished."""
+        """Counts the document, and completes a part that is large enough."""
         self._documents.append((digest, num_bytes, self._num_ids))
         self._bytes += num_bytes
         if self._bytes >= PART_BYTES:
@@ -95,7 +107,7 @@ class Parts:
         if self._file is None:
             return
         self._file.flush()
-        os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())  # the ids must be on disk before the index is
         self._file.close()
         self._file = None
         digests, num_bytes, num_ids = zip(*self._documents, strict=True)
@@ -109,11 +121,11 @@ class Parts:
             )
             file.flush()
             os.fsync(file.fileno())
-        unfinished.rename(self._index(self._count))
+        unfinished.rename(self._index_path(self._count))
         self._count += 1
 
-    def _ids(self, number):
+    def _ids_path(self, number: int) -> Path:
         return self._folder / f"{number:05d}.ids"
 
-    def _index(self, number):
+    def _index_path(self, number: int) -> Path:
         return self._folder / f"{number:05d}.npz"

@@ -1,10 +1,11 @@
-"""From documents to a prepared copy: one pass over the corpus, one over its tokens.
+"""Makes a prepared copy of documents: one pass over the corpus, one over its tokens.
 
-The corpus is read, hashed and tokenised into parts (`qkvjax.data.parts`). Which documents are held
-out is known at the end of that pass only, so the rows of each split are then packed from the parts,
-which are deleted at last. Both passes go on where a process that was stopped left them.
+The first pass reads, hashes and tokenises the corpus into parts (`qkvjax.data.parts`). Which
+documents are held out is known only at the end of this pass, so a second pass packs the rows of
+each split from the parts, which are then deleted. If a process is stopped, the next one resumes
+either pass.
 
-Memory: some batches of a few megabytes, the largest document, and eight bytes a document.
+Memory: some batches of a few megabytes, the largest document, and eight bytes for each document.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from qkvjax.data.corpus import Corpus
-from qkvjax.data.encoding import UnfitPiece, encoded
+from qkvjax.data.encoding import UnencodablePiece, encode_batches
 from qkvjax.data.packing import packed_rows, window_rows
 from qkvjax.data.parts import Parts
 from qkvjax.data.sources import Source
 from qkvjax.data.split import SPLITS, Divider, Split
 from qkvjax.data.tokenizers import Tokenizer
-from qkvjax.data.unencodable import Unfit
+from qkvjax.data.unencodable import Unencodable
 from qkvjax.errors import UserError
 from qkvjax.progress import Progress
 
-_BATCH_BYTES = 4 << 20  # of text, tokenised by one process at a time
-_EXACT = ("text", "stdlib")  # sources whose documents are their files
+_BATCH_BYTES = 4 << 20  # of text; one process tokenises a batch at a time
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Settings:
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that are made."""
-        return SPLITS[1:] if self.whole else SPLITS
+        return ("validation",) if self.whole else SPLITS
 
     def packed(self, split: str) -> bool:
-        """Whether the rows of a split are cut from one stream."""
+        """Returns whether the rows of a split are cut from one stream."""
         return split == "train" and not self.score_pads
 
 
@@ -65,18 +66,16 @@ def make_copy(
     log: Callable[[str], None],
     alive: Callable[[], None],
 ) -> None:
-    """Fills `folder` with packed rows and summary.json, from what an earlier call left in it.
+    """Fills `folder` with packed rows and summary.json, resuming what an earlier call left there.
 
     Raises:
       UserError: see the sources and tokenizers; a split without a row.
     """
-    summary = folder / "summary.json"
+    summary_path = folder / "summary.json"
     work = folder / "work"
-    if not summary.is_file():
+    if not summary_path.is_file():
         if not work.is_dir():
-            # Remains of something else: nothing says which corpus they belong to.
-            for remains in folder.iterdir():
-                shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
+            _delete_content(folder)  # nothing says which corpus it belongs to
             work.mkdir()
         dtype = np.uint16 if tokenizer.num_ids <= 2**16 else np.int32
         parts = Parts(work, dtype, tokenizer.separator)
@@ -85,61 +84,93 @@ def make_copy(
         finally:
             if not len(parts):  # stopped before there was anything to keep
                 shutil.rmtree(work)
-        facts = _pack(folder, source.name, tokenizer, parts, split, settings, log, alive)
-        facts["skipped"] = ", ".join(source.skipped)
+        corpus = Corpus(parts, split, tokenizer)
+        counts = _pack(folder, source.name, corpus, tokenizer, parts.dtype, settings, log, alive)
+        summary = {
+            "content": split.digest,
+            "num_documents": split.num_documents,
+            "num_bytes": split.num_bytes,
+            "num_duplicates": split.num_duplicates,
+            "moved": split.moved,
+            "sizes": {name: corpus.sizes(name) for name in settings.splits},
+            "counts": counts,
+            "skipped": ", ".join(source.skipped),
+        }
         unfinished = folder / "summary.partial"
-        unfinished.write_text(json.dumps(facts))
-        unfinished.rename(summary)
+        unfinished.write_text(json.dumps(summary))
+        unfinished.rename(summary_path)
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _tokenise(source, tokenizer, parts, whole, log, alive) -> Split:
+def _delete_content(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _tokenise(
+    source: Source,
+    tokenizer: Tokenizer,
+    parts: Parts,
+    whole: bool,
+    log: Callable[[str], None],
+    alive: Callable[[], None],
+) -> Split:
     """Reads the corpus once, adds what is missing to `parts`, and divides the documents."""
     key = source.key()
     divider = Divider()
     documents = source.documents()
-    total, at_most = _total(source)
-    megabytes = (total or 0) / 1e6
+    total, is_limit = _total_bytes(source)
     with Progress(
-        "data: tokenising", megabytes, "MB", log=log, alive=alive, at_most=at_most
+        "data: tokenising", (total or 0) / 1e6, "MB", log=log, alive=alive, at_most=is_limit
     ) as progress:
         if len(parts):
             log(f"data: going on after {len(parts)} parts that an earlier start tokenised")
-        for part in parts:
-            for digest, size in zip(part.digests, part.num_bytes.tolist(), strict=True):
-                document = next(documents, None)
-                if document is None or hashlib.sha256(document).digest() != digest.tobytes():
-                    raise _changed(source)
-                divider.add(digest.tobytes(), size)
-                progress.add(size / 1e6, skipped=True)
+            _skip_tokenised(source, documents, parts, divider, progress)
         batches = _batches(documents, tokenizer, divider, alive)
         try:
-            _fill(parts, encoded(tokenizer, batches, parts.dtype), progress)
-        except UnfitPiece as error:
-            piece = error.batch.owners[error.piece]
-            why = Unfit(error.why.reason, piece.start + error.why.at)
-            raise why.refusal(tokenizer.spec, _name(source, piece)) from None
+            _write_parts(parts, encode_batches(tokenizer, batches, parts.dtype), progress)
+        except UnencodablePiece as failure:
+            piece = failure.batch.origins[failure.piece]
+            error = failure.error
+            in_document = Unencodable(error.reason, piece.start + error.position)
+            raise in_document.as_user_error(tokenizer.spec, _document_name(source, piece)) from None
     if source.key() != key:
         raise _changed(source)
     return divider.divide(source.name, whole)
 
 
-def _fill(parts, batches, progress):
-    """Writes the ids of batches into parts."""
-    for batch, found in batches:
-        for piece, text, ids in zip(batch.owners, batch.pieces, found, strict=True):
-            if piece.start == 0:
-                parts.begin_document()
-            parts.add(ids)
-            if piece.start + len(text) == piece.size:
-                parts.end_document(piece.digest, piece.size)
-            progress.add(len(text) / 1e6)
-    parts.finish()
+def _skip_tokenised(
+    source: Source,
+    documents: Iterator[bytes],
+    parts: Parts,
+    divider: Divider,
+    progress: Progress,
+) -> None:
+    """Skips the documents that are in `parts`, after checking that they are the same."""
+    for part in parts:
+        for row, size in zip(part.digests, part.num_bytes.tolist(), strict=True):
+            digest = row.tobytes()
+            document = next(documents, None)
+            if document is None or hashlib.sha256(document).digest() != digest:
+                raise _changed(source)
+            divider.add(digest, size)
+            progress.add(size / 1e6, skipped=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    """Which document a piece is of, and where it begins in it."""
+class _Origin:
+    """Which document a piece belongs to, and where it begins in it.
+
+    Attributes:
+      number: of the document among those that this process tokenises.
+      digest: sha256 of the document.
+      size: bytes of the document.
+      start: first byte of the piece.
+      head: first bytes of the document, for messages.
+    """
 
     number: int
     digest: bytes
@@ -150,108 +181,142 @@ class _Piece:
 
 @dataclasses.dataclass
 class _Batch:
-    pieces: list[bytes]
-    owners: list[_Piece]
+    """Pieces of documents, and where each comes from."""
+
+    pieces: list[bytes] = dataclasses.field(default_factory=list)
+    origins: list[_Origin] = dataclasses.field(default_factory=list)
 
 
-def _batches(documents, tokenizer, divider, alive) -> Iterator[_Batch]:
-    """The pieces of documents in batches of about 4 MB; a larger piece is a batch."""
-    batch, size = _Batch([], []), 0
+def _batches(
+    documents: Iterable[bytes],
+    tokenizer: Tokenizer,
+    divider: Divider,
+    alive: Callable[[], None],
+) -> Iterator[_Batch]:
+    """Yields the pieces of documents in batches of about 4 MB; a larger piece is a batch."""
+    batch = _Batch()
+    num_bytes = 0
     for number, document in enumerate(documents):
         alive()
         digest = hashlib.sha256(document).digest()
         divider.add(digest, len(document))
         start = 0
         for piece in tokenizer.pieces(document):
-            owner = _Piece(number, digest, len(document), start, document[:40])
             batch.pieces.append(piece)
-            batch.owners.append(owner)
+            batch.origins.append(_Origin(number, digest, len(document), start, document[:40]))
             start += len(piece)
-            size += len(piece)
-            if size >= _BATCH_BYTES:
+            num_bytes += len(piece)
+            if num_bytes >= _BATCH_BYTES:
                 yield batch
-                batch, size = _Batch([], []), 0
+                batch = _Batch()
+                num_bytes = 0
     if batch.pieces:
         yield batch
 
 
-def _total(source) -> tuple[int | None, bool]:
-    """(bytes of a source as far as its files tell, whether its text may be less)."""
+def _write_parts(
+    parts: Parts, batches: Iterable[tuple[_Batch, list[np.ndarray]]], progress: Progress
+) -> None:
+    """Writes the ids of batches into parts."""
+    for batch, encoded in batches:
+        for origin, piece, ids in zip(batch.origins, batch.pieces, encoded, strict=True):
+            if origin.start == 0:
+                parts.begin_document()
+            parts.add(ids)
+            if origin.start + len(piece) == origin.size:
+                parts.end_document(origin.digest, origin.size)
+            progress.add(len(piece) / 1e6)
+    parts.finish()
+
+
+def _total_bytes(source: Source) -> tuple[int | None, bool]:
+    """Returns (bytes of the files, whether this is only a limit for the bytes of text).
+
+    The first is None if the size of the files says nothing about the text.
+    """
     kind = source.name.partition(":")[0]
-    names = [file.name for file in source.files]
-    plain = kind in _EXACT or kind == "jsonl"
-    if not plain or any(name.endswith((".gz", ".zst", ".xz", ".bz2")) for name in names):
+    is_compressed = any(file.name.endswith(_COMPRESSED) for file in source.files)
+    if kind not in ("text", "stdlib", "jsonl") or is_compressed:
         return None, False
     return sum(file.stat().st_size for file in source.files), kind == "jsonl"
 
 
-def _name(source, piece) -> str:
-    """A document as a message calls it, by its file if there is one."""
+def _document_name(source: Source, origin: _Origin) -> str:
+    """Returns how a message calls a document: its file, if it is one."""
     for file in source.files:
-        if file.stat().st_size == piece.size:
-            if hashlib.sha256(file.read_bytes()).digest() == piece.digest:
+        if file.stat().st_size == origin.size:
+            if hashlib.sha256(file.read_bytes()).digest() == origin.digest:
                 return str(file)
-    return f"document {piece.number + 1:,} of {source.name}, which starts with {piece.head!r},"
+    return f"document {origin.number + 1:,} of {source.name}, which starts with {origin.head!r},"
 
 
-def _changed(source):
+def _changed(source: Source) -> UserError:
     return UserError(
         f"data.source={source.name!r} changed while it was read: start again when nothing writes"
         " to it"
     )
 
 
-def _pack(folder, name, tokenizer, parts, split, settings, log, alive) -> dict:
-    """Writes the rows of all splits; returns the content of summary.json."""
+def _pack(
+    folder: Path,
+    name: str,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    settings: Settings,
+    log: Callable[[str], None],
+    alive: Callable[[], None],
+) -> dict[str, dict[str, int]]:
+    """Writes the rows of all splits; returns split -> {"rows", "labels"}."""
     from qkvjax.data import builder  # imports TFDS
 
-    corpus = Corpus(parts, split, tokenizer)
-    seq_len = settings.seq_len
-    num_rows, counts = {}, {}
-    for one in settings.splits:
-        packed = settings.packed(one)
-        rows, tokens = corpus.num_rows(one, seq_len, packed, settings.score_pads)
-        check_enough(name, one, rows, tokens, seq_len, settings.whole)
-        num_rows[one] = rows
-        labels = rows * seq_len if packed or settings.score_pads else tokens
-        counts[one] = {"rows": rows, "labels": labels}
-    width = seq_len + 1
-    total = sum(num_rows.values()) * width * parts.dtype.itemsize
+    counts = {split: _count_rows(name, corpus, split, settings) for split in settings.splits}
+    width = settings.seq_len + 1
+    total_bytes = sum(count["rows"] for count in counts.values()) * width * dtype.itemsize
     written = []
-    with Progress("data: packing", total / 1e6, "MB", log=log, alive=alive) as progress:
-        for one in settings.splits:
-            if settings.packed(one):
-                blocks = packed_rows(corpus.stream(one), seq_len, builder.BLOCK_ROWS)
+    with Progress("data: packing", total_bytes / 1e6, "MB", log=log, alive=alive) as progress:
+        for split, count in counts.items():
+            if settings.packed(split):
+                blocks = packed_rows(corpus.stream(split), settings.seq_len, builder.BLOCK_ROWS)
             else:
                 blocks = window_rows(
-                    corpus.documents(one),
+                    corpus.documents(split),
                     tokenizer.separator,
-                    seq_len,
+                    settings.seq_len,
                     builder.BLOCK_ROWS,
                     first_only=settings.score_pads,
                 )
-            shape = (num_rows[one], width, parts.dtype)
-            written.append(builder.write(folder, one, blocks, *shape, progress))
-    builder.write_metadata(folder, written, width, parts.dtype)
-    return {
-        "content": split.digest,
-        "num_documents": split.num_documents,
-        "num_bytes": split.num_bytes,
-        "num_duplicates": split.num_duplicates,
-        "moved": split.moved,
-        "sizes": {one: corpus.sizes(one) for one in settings.splits},
-        "counts": counts,
-    }
+            info = builder.write(folder, split, blocks, count["rows"], width, dtype, progress)
+            written.append(info)
+    builder.write_metadata(folder, written, width, dtype)
+    return counts
 
 
-def check_enough(source, split, num_rows, num_tokens, seq_len, whole) -> None:
-    """Raises UserError where a split has too little text for a row."""
+def _count_rows(name: str, corpus: Corpus, split: str, settings: Settings) -> dict[str, int]:
+    """Returns {"rows": their number, "labels": those that count}.
+
+    Raises:
+      UserError: there is too little text for a row.
+    """
+    seq_len = settings.seq_len
+    packed = settings.packed(split)
+    num_rows, num_tokens = corpus.num_rows(split, seq_len, packed, settings.score_pads)
+    check_enough(name, split, num_rows, num_tokens, seq_len, settings.whole)
+    every_label_counts = packed or settings.score_pads
+    return {"rows": num_rows, "labels": num_rows * seq_len if every_label_counts else num_tokens}
+
+
+def check_enough(
+    source: str, split: str, num_rows: int, num_tokens: int, seq_len: int, whole: bool
+) -> None:
+    """Raises UserError if a split has too little text for a row."""
     if split == "train" and not num_rows:
         raise UserError(
             f"data.source={source!r} gives the train split {num_tokens:,} tokens, and one row takes"
             f" data.seq_len + 1 = {seq_len + 1}: use more text or a smaller data.seq_len"
         )
-    if split == "validation" and num_tokens < (1 if whole else seq_len):
+    min_tokens = 1 if whole else seq_len
+    if split == "validation" and num_tokens < min_tokens:
         raise UserError(
             f"data.source={source!r} leaves the validation split {num_tokens:,} tokens, less than"
             f" one row of data.seq_len = {seq_len}: use more text or a smaller data.seq_len"
@@ -259,7 +324,7 @@ def check_enough(source, split, num_rows, num_tokens, seq_len, whole) -> None:
 
 
 def remarks(summary: dict) -> list[str]:
-    """Lines about a corpus that its user should know before believing a score."""
+    """Returns lines for the log about properties of a corpus that affect what scores mean."""
     lines = []
     sizes = summary["sizes"]
     if summary["num_duplicates"]:
@@ -269,16 +334,17 @@ def remarks(summary: dict) -> list[str]:
         )
     if "train" not in sizes:
         return lines
-    held_out, largest = sizes["validation"]
-    if held_out > sizes["train"][0]:
+    train_bytes, _ = sizes["train"]
+    validation_bytes, largest = sizes["validation"]
+    if validation_bytes > train_bytes:
         lines.append(
-            f"warning: validation text is larger than training text ({held_out / 1e6:,.2f} MB,"
-            f" {sizes['train'][0] / 1e6:,.2f} MB), because few documents are large: cut those into"
-            " several"
+            "warning: validation text is larger than training text"
+            f" ({validation_bytes / 1e6:,.2f} MB, {train_bytes / 1e6:,.2f} MB), because a few"
+            " documents are large: cut those into several"
         )
-    if summary["num_documents"] > 1 and 2 * largest > held_out:
+    if summary["num_documents"] > 1 and 2 * largest > validation_bytes:
         lines.append(
-            f"warning: one document is {largest / held_out:.0%} of the validation text, so scores"
-            " say little about others: use more documents, or cut large ones into several"
+            f"warning: one document is {largest / validation_bytes:.0%} of the validation text, so"
+            " scores say little about others: use more documents, or cut large ones into several"
         )
     return lines

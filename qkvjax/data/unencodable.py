@@ -1,33 +1,38 @@
-"""Bytes that a tokenizer does not take."""
+"""The error about bytes that a tokenizer cannot encode."""
 
 from __future__ import annotations
 
 from qkvjax.errors import UserError
 
 
-class Unfit(Exception):
-    """Bytes that a tokenizer does not take.
+class Unencodable(Exception):
+    """Bytes that a tokenizer cannot encode.
 
     Attributes:
-      reason: why they are not UTF-8; "" where the tokenizer loses some of them.
-      at: the first such byte.
+      reason: why they are not UTF-8; "" if they are UTF-8 and the tokenizer loses some of them.
+      position: the first such byte.
     """
 
-    def __init__(self, reason: str, at: int):
-        super().__init__(reason, at)
+    def __init__(self, reason: str, position: int):
+        super().__init__(reason, position)
         self.reason = reason
-        self.at = at
+        self.position = position
 
-    def refusal(self, spec: str, where: str) -> UserError:
-        """The message for `where`, a document, of a tokenizer called `spec`."""
+    def as_user_error(self, tokenizer: str, document: str) -> UserError:
+        """Returns the error for the user.
+
+        Args:
+          tokenizer: `data.tokenizer`.
+          document: how the message calls the document.
+        """
         if self.reason:
             return UserError(
-                f"{where} is not UTF-8 ({self.reason} at byte {self.at:,}), which"
-                f" data.tokenizer={spec!r} needs: convert it, or use"
+                f"{document} is not UTF-8 ({self.reason} at byte {self.position:,}), which"
+                f" data.tokenizer={tokenizer!r} needs: convert it, or use"
                 " --config.data.tokenizer=bytes"
             )
         return UserError(
-            f"data.tokenizer={spec!r} does not give back {where}, so bits per byte would be wrong:"
-            " use a byte-level BPE without normalizer and prefix space, or"
+            f"data.tokenizer={tokenizer!r} does not give back {document}, so bits per byte would be"
+            " wrong: use a byte-level BPE without normalizer and prefix space, or"
             " --config.data.tokenizer=bytes"
         )

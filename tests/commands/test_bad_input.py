@@ -44,7 +44,7 @@ def refused(result, message):
         (["seed=99999999999999999999"], "below 2147483648"),
         (["data.source=text:nowhere"], "nothing is at /.*nowhere: check the path"),
         (["data.source=txt:nowhere"], "did you mean 'text'"),
-        (["data.tokenizer=words"], "is none of bytes, bpe:PATH, gpt2:PATH"),
+        (["data.tokenizer=words"], "is not one of bytes, bpe:PATH, gpt2:PATH"),
         (["data.seq_len=0"], "data.seq_len=0 must be at least 1"),
         (["data.seq_len=100000"], "use more text or a smaller data.seq_len"),
         (["data.batch_size=3", "train.accumulation=2"], "choose a divisor"),

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkvjax.data import corpus as corpora
+from qkvjax.data import cutting
 from qkvjax.data import parts as partitions
 from qkvjax.data.corpus import Corpus
 from qkvjax.data.parts import Parts
-from qkvjax.data.split import SPLITS, Divider, boundary
+from qkvjax.data.split import SPLITS, Divider
 from qkvjax.data.tokenizers import load_tokenizer
+from qkvjax.data.utf8 import character_start
 
 words = [
     "the cat",
@@ -61,8 +62,8 @@ def shares(documents, split, name):
     """The documents of a split as bytes."""
     for document in documents:
         digest = hashlib.sha256(document).digest()
-        if split.last_held_out is None:
-            at = boundary(document, split.cuts[digest])
+        if split.by_position:
+            at = character_start(document, split.cuts[digest])
             share = document[at:] if name == "validation" else document[:at]
             if share:
                 yield share
@@ -71,7 +72,7 @@ def shares(documents, split, name):
 
 
 def test_the_ids_of_both_splits(tokenizer, monkeypatch):
-    monkeypatch.setattr(corpora, "_WINDOW", 8)
+    monkeypatch.setattr(cutting, "_WINDOW", 8)
     monkeypatch.setattr(partitions, "PART_BYTES", 200)
 
     @settings(max_examples=60)

@@ -18,7 +18,7 @@ from qkvjax import progress
 from qkvjax.data import builder, encoding, parts, sources
 from qkvjax.data import prepare as preparing
 from qkvjax.data.dataset import prepare
-from qkvjax.data.encoding import UnfitPiece, encoded
+from qkvjax.data.encoding import UnencodablePiece, encode_batches
 from qkvjax.data.tokenizers import load_tokenizer
 from qkvjax.errors import UserError
 
@@ -196,10 +196,10 @@ class Batch:
 
 
 def test_other_processes_give_the_same_ids_in_the_same_order(bpe, monkeypatch):
-    monkeypatch.setattr(encoding, "_ALONE", 1)
+    monkeypatch.setattr(encoding, "_ALONE_BYTES", 1)
     tokenizer = load_tokenizer(f"bpe:{bpe}")
     batches = [Batch(*(f"the cat {i} and {j}".encode() for j in range(i % 4))) for i in range(40)]
-    found = list(encoded(tokenizer, batches, np.uint16, num_workers=3))
+    found = list(encode_batches(tokenizer, batches, np.uint16, num_workers=3))
     assert [batch for batch, _ in found] == batches
     for batch, ids in found:
         expected = [tokenizer.encode(piece).tolist() for piece in batch.pieces]
@@ -208,7 +208,7 @@ def test_other_processes_give_the_same_ids_in_the_same_order(bpe, monkeypatch):
 
 
 def test_other_processes_refuse_and_end(bpe, monkeypatch):
-    monkeypatch.setattr(encoding, "_ALONE", 1)
+    monkeypatch.setattr(encoding, "_ALONE_BYTES", 1)
     started = []
     popen = subprocess.Popen
 
@@ -219,25 +219,25 @@ def test_other_processes_refuse_and_end(bpe, monkeypatch):
     monkeypatch.setattr(encoding.subprocess, "Popen", watched)
     tokenizer = load_tokenizer(f"bpe:{bpe}")
     batches = [Batch(b"the cat")] * 3 + [Batch(b"the", b"ab\xff")] + [Batch(b"the cat")] * 20
-    with pytest.raises(UnfitPiece) as error:
-        list(encoded(tokenizer, batches, np.uint16, num_workers=2))
+    with pytest.raises(UnencodablePiece) as error:
+        list(encode_batches(tokenizer, batches, np.uint16, num_workers=2))
     assert (error.value.batch, error.value.piece) == (batches[3], 1)
-    assert (error.value.why.reason, error.value.why.at) == ("invalid start byte", 2)
+    assert (error.value.error.reason, error.value.error.position) == ("invalid start byte", 2)
     assert started and all(process.poll() is not None for process in started)
 
 
 def test_a_process_that_is_killed_is_named_and_the_parts_stay(lines, bpe, data_folder, monkeypatch):
-    monkeypatch.setattr(encoding, "_ALONE", 20_000)
-    monkeypatch.setattr(encoding, "_cores", lambda: 2)
+    monkeypatch.setattr(encoding, "_ALONE_BYTES", 20_000)
+    monkeypatch.setattr(encoding, "_num_cores", lambda: 2)
     monkeypatch.setattr(parts, "PART_BYTES", 3000)
     monkeypatch.setattr(preparing, "_BATCH_BYTES", 500)
-    ask = encoding._Worker.ask
+    encode = encoding._Worker.encode
 
     def killing(self, batch):
         self._process.kill()
-        return ask(self, batch)
+        return encode(self, batch)
 
-    monkeypatch.setattr(encoding._Worker, "ask", killing)
+    monkeypatch.setattr(encoding._Worker, "encode", killing)
     with pytest.raises(UserError, match="ended with code -9.*no memory"):
         prepare(f"jsonl:{lines}", f"bpe:{bpe}", 32)
     assert len(list(data_folder.glob(".jsonl-*.partial/work/*.npz"))) >= 5
@@ -273,7 +273,7 @@ def test_signs_of_life_reach_a_process_that_waits(corpus, data_folder):
         import time
         from qkvjax.data import sources, store
         from qkvjax.data.dataset import prepare
-        store._BEAT = 0.1
+        store._HEARTBEAT_SECONDS = 0.1
         documents = sources.Source.documents
         def slow(self):
             for document in documents(self):
@@ -314,9 +314,9 @@ def test_the_digest_says_when_copies_moved_the_split(tmp_path, monkeypatch):
 
 
 def by_position_alone(documents):
-    from qkvjax.data.split import _tail
+    from qkvjax.data.split import _cuts
 
-    return _tail(documents), False
+    return _cuts(documents), False
 
 
 def a_text(size, held_out):

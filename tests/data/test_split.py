@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkvjax.data.split import Divider, boundary
+from qkvjax.data.split import Divider
+from qkvjax.data.utf8 import character_start
 from qkvjax.errors import UserError
 
 
@@ -19,12 +20,12 @@ def divided(documents, whole=False):
 def sides(documents, whole=False):
     """The bytes of the documents of both splits."""
     split = divided(documents, whole)
-    if split.last_held_out is not None:
+    if not split.by_position:
         digests = [list(hashlib.sha256(document).digest()) for document in documents]
         held_out = split.held_out(np.array(digests, np.uint8))
         pairs = list(zip(documents, held_out, strict=True))
         return [d for d, held in pairs if not held], [d for d, held in pairs if held]
-    cuts = [boundary(d, split.cuts[hashlib.sha256(d).digest()]) for d in documents]
+    cuts = [character_start(d, split.cuts[hashlib.sha256(d).digest()]) for d in documents]
     heads = [document[:at] for document, at in zip(documents, cuts, strict=True)]
     tails = [document[at:] for document, at in zip(documents, cuts, strict=True)]
     return list(filter(None, heads)), list(filter(None, tails))

@@ -49,22 +49,37 @@ def test_gpt2_folder_without_files(tmp_path):
         load_tokenizer(f"gpt2:{tmp_path}")
     (tmp_path / "encoder.json").write_text('{"a": 0}')
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
-    with pytest.raises(UserError, match="no vocabulary of GPT-2's 50,257 ids"):
+    with pytest.raises(UserError, match="not a vocabulary of GPT-2's 50,257 ids"):
         load_tokenizer(f"gpt2:{tmp_path}")
 
 
-def test_gpt2_from_either_file(tmp_path):
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """(folder with the files of a made-up vocabulary of GPT-2's size, its tokens in order)."""
     tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("gpt2")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = alphabet + ["ab", "abc"] + [f"Ġ{i}" for i in range(50256 - 258)] + ["<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
-    for path in (tmp_path, tmp_path / "vocab.json", tmp_path / "merges.txt"):
+    tokens = alphabet + ["ab", "abc"] + [f"Ġ{i}" for i in range(50256 - 258)] + ["<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
+    return folder, tokens
+
+
+def test_gpt2_from_either_file(gpt2):
+    folder, tokens = gpt2
+    for path in (folder, folder / "vocab.json", folder / "merges.txt"):
         tokenizer = load_tokenizer(f"gpt2:{path}")
         assert (tokenizer.name, tokenizer.num_ids, tokenizer.separator) == ("gpt2", 50257, 50256)
         ids = tokenizer.encode(b"abcab")
-        assert [words[i] for i in ids] == ["abc", "ab"]
+        assert [tokens[i] for i in ids] == ["abc", "ab"]
         assert tokenizer.num_bytes[ids].tolist() == [3, 2]
+
+
+def test_gpt2_separator_stands_for_no_bytes(gpt2):
+    """The name of the separator is made of ASCII characters, which stand for bytes elsewhere."""
+    tokenizer = load_tokenizer(f"gpt2:{gpt2[0]}")
+    assert tokenizer.num_bytes[50256] == 0 and tokenizer.bytes_of([50256]) == b""
+    assert np.flatnonzero(tokenizer.num_bytes == 0).tolist() == [50256]
 
 
 @pytest.fixture(scope="module")

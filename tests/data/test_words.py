@@ -113,7 +113,7 @@ def test_words_have_the_ids_of_the_whole_text(path):
 def test_pieces_have_the_ids_of_the_whole_text(path, monkeypatch):
     tokenizer = load_tokenizer(f"bpe:{path}")
     reference = whole(path)
-    monkeypatch.setattr(ours, "_PIECE", 24)
+    monkeypatch.setattr(ours, "_PIECE_BYTES", 24)
 
     @settings(max_examples=80)
     @given(st.lists(texts, min_size=3, max_size=6).map("xy z\n".join))
