@@ -55,7 +55,16 @@ def test_window_rows_are_the_windows_of_each_document(docs, seq_len, block_rows,
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 1024])
 def test_a_document_has_no_more_windows_than_its_tokens_need(seq_len):
     """A multiple of T tokens fills its windows, and no empty one follows."""
-    counts = [0, 1, seq_len - 1, seq_len, seq_len + 1, 3 * seq_len - 1, 3 * seq_len, 3 * seq_len + 1]
+    counts = [
+        0,
+        1,
+        seq_len - 1,
+        seq_len,
+        seq_len + 1,
+        3 * seq_len - 1,
+        3 * seq_len,
+        3 * seq_len + 1,
+    ]
     expected = [math.ceil(count / seq_len) for count in counts]
     assert [num_windows(count, seq_len) for count in counts] == expected
     np.testing.assert_array_equal(num_windows(np.array(counts), seq_len), expected)

@@ -139,6 +139,15 @@ def test_the_detectable_effect_is_found_four_times_in_five():
         assert power >= 0.65  # four times in five, in 150 simulations
 
 
+@pytest.mark.parametrize("critical", [2.0, 4.3])
+@pytest.mark.parametrize("degrees", [2, 11, 60])
+def test_a_test_misses_the_detectable_effect_one_time_in_five(critical, degrees):
+    """The statistic of an effect has the noncentral t distribution: its 20 % quantile is the
+    critical value."""
+    effect = critical_values.detectable(critical, degrees)
+    assert stats.nct.ppf(0.20, degrees, effect) == pytest.approx(critical, rel=1e-6)
+
+
 def test_critical_values_are_the_published_ones():
     """Dunnett (1964), two-sided, 5 %, as books reprint it."""
     for comparisons, degrees, value in ((2, 10, 2.57), (3, 20, 2.54), (4, 60, 2.51), (9, 20, 2.95)):

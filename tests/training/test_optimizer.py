@@ -35,6 +35,13 @@ def test_wsd_falls_in_the_last_fifth():
     assert rates("wsd", [81, 90, 95, 100]) == pytest.approx([0.955, 0.55, 0.325, 0.1], rel=1e-5)
 
 
+def test_multistep_drops_at_half_and_at_three_quarters_of_the_run():
+    found = rates("multistep", [10, 49, 50, 74, 75, 99, 150])
+    assert found == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01, 0.01], rel=1e-5)
+    found = rates("multistep", [2, 3, 4, 5], warmup=0, total=6)  # 4.5 steps are three quarters
+    assert found == pytest.approx([1.0, 0.1, 0.1, 0.01], rel=1e-5)
+
+
 def test_constant_stays():
     assert rates("constant", [10, 50, 99, 1000]) == [1.0] * 4
 

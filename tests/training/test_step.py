@@ -28,7 +28,8 @@ def step(tiny):
         config.optimizer.update(learning_rate=1e-2, final_learning_rate=1e-3)
         for name, value in fields.items():
             configs.set_field(config, name.replace("__", "."), value)
-        spec = tiny(num_layers=1, sharing="q-k=v", dropout=config.model.dropout)
+        model = {"dropout": config.model.dropout, "mlp": config.model.mlp}
+        spec = tiny(num_layers=1, sharing="q-k=v", **model)
         tx, rate = make_optimizer(config, total_steps=20, warmup_steps=2)
         one = jax.jit(make_train_step(config, tx, rate), compiler_options=QUICK)
         return one, init_state(spec, tx, jax.random.key(seed), config)
@@ -80,6 +81,27 @@ def test_accumulation_does_not_change_the_loss(train):
         np.testing.assert_allclose(*norms, rtol=1e-4)
         for a, b in zip(jax.tree.leaves(whole.model), jax.tree.leaves(state.model)):
             np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_two_copies_of_a_micro_batch_train_as_one_does(step):
+    """Also through the losses of a router, which are means over micro-batches."""
+    fields = {"model__mlp": "swiglu(experts=4,top=2,balance=3,z_loss=2)"}
+    fields |= {"optimizer__clip_norm": 0.0}
+    data = batch(0, 1, size=4)
+    one, state = step(1, **fields)
+    expected, wanted = one(state, data)
+    two, state = step(2, **fields)
+    copies = {name: np.concatenate([array, array]) for name, array in data.items()}
+    after, found = two(state, copies)
+    assert {name for name in found if name.startswith("router_")} >= {
+        "router_balance",
+        "router_z_loss",
+    }
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    moments = [jax.tree.leaves(s.optimizer[0].mu) for s in (after, expected)]
+    for a, b in zip(*moments, strict=True):  # (1 - b1) times the gradient
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_the_loss_is_that_of_the_batch(step, train):
