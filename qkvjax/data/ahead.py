@@ -1,4 +1,4 @@
-"""Items computed by a thread while the last one is in use."""
+"""Computes the next item in a thread while the last one is in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
     """Yields the items in order; a thread computes the next one in the meantime."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, iterator, _END)
-        while (item := following.result()) is not _END:
-            following = pool.submit(next, iterator, _END)
+        upcoming = pool.submit(next, iterator, _END)
+        while (item := upcoming.result()) is not _END:
+            upcoming = pool.submit(next, iterator, _END)
             yield item

@@ -1,11 +1,11 @@
 """The TFDS data set of packed rows, written and read as array_record without TensorFlow.
 
-A record is a block of rows. Reading a record costs about 70 microseconds whatever it holds, so
-blocks bring a corpus of ten megabytes into memory in a tenth of a second, where one row a
-record takes seconds; they stay small enough for random access to corpora that do not fit.
+A record is a block of rows. Reading a record costs about 70 microseconds whatever its size, so
+blocks bring a corpus of ten megabytes into memory in a tenth of a second, where one row a record
+takes seconds. Blocks are still small enough for random access to corpora that do not fit in memory.
 
-TFDS's own writer keeps up to 1 GB in memory and says nothing before its end, so the shards are
-written here one after the other, and TFDS's metadata at the end.
+TFDS's own writer keeps up to 1 GB in memory and shows no progress, so the shards are written here,
+one after the other, and TFDS's metadata at the end.
 """
 
 from __future__ import annotations
@@ -36,35 +36,40 @@ def write(
     dtype,
     progress: Progress,
 ) -> dict:
-    """Writes the shards of a split below `folder`; those that are there already stay as they are.
+    """Writes the shards of a split below `folder`; existing shards are left as they are.
 
     Args:
       blocks: arrays [BLOCK_ROWS, width], the last one smaller.
-      num_rows: in all blocks, at least 1.
+      num_rows: of all blocks together, at least 1.
       width: T + 1.
       dtype: of the ids on disk, uint16 or int32.
 
     Returns:
       What `write_metadata` takes: {"name", "shard_lengths", "num_bytes"}.
+
+    Raises:
+      ValueError: the blocks do not have num_rows rows.
     """
-    place = _place(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    version_folder = _version_folder(folder)
+    version_folder.mkdir(parents=True, exist_ok=True)
     features = _features(width, dtype)
     row_bytes = width * np.dtype(dtype).itemsize
     shard_blocks = max(1, _SHARD_BYTES // (row_bytes * BLOCK_ROWS))
     num_blocks = -(-num_rows // BLOCK_ROWS)
     num_shards = -(-num_blocks // shard_blocks)
     blocks = iter(blocks)
-    lengths, num_bytes = [], 0
+    lengths = []
+    num_bytes = 0
     for shard in range(num_shards):
-        file = place / f"{NAME}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
+        file = version_folder / f"{NAME}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
         unfinished = file.with_name(f"unfinished-{split}")
-        finished = file.is_file()
-        writer = None if finished else ArrayRecordWriter(str(unfinished), "group_size:1")
+        is_finished = file.is_file()
+        writer = None if is_finished else ArrayRecordWriter(str(unfinished), "group_size:1")
         count = 0
         for block in itertools.islice(blocks, shard_blocks):
-            progress.add(block.shape[0] * row_bytes / 1e6, skipped=finished)
-            num_bytes += block.shape[0] * row_bytes
+            block_bytes = block.shape[0] * row_bytes
+            progress.add(block_bytes / 1e6, skipped=is_finished)
+            num_bytes += block_bytes
             count += 1
             if writer is not None:
                 writer.write(features.serialize_example({"tokens": block.astype(dtype)}))
@@ -73,15 +78,21 @@ def write(
             unfinished.rename(file)
         lengths.append(count)
     if sum(lengths) != num_blocks or next(blocks, None) is not None:
-        raise ValueError(f"{num_rows} rows of {split} were announced, and others came")
+        raise ValueError(f"the blocks of {split} do not have {num_rows} rows")
     return {"name": split, "shard_lengths": lengths, "num_bytes": num_bytes}
 
 
 def write_metadata(folder: Path, splits: Iterable[Mapping], width: int, dtype) -> None:
-    """Writes what makes the shards of all splits one TFDS data set."""
-    place = _place(folder)
+    """Writes the metadata that make the shards of all splits one TFDS data set.
+
+    Args:
+      splits: what `write` returned for each.
+      width: T + 1.
+      dtype: of the ids on disk.
+    """
+    version_folder = _version_folder(folder)
     template = tfds.core.ShardedFileTemplate(
-        data_dir=place,
+        data_dir=version_folder,
         template=_TEMPLATE,
         dataset_name=NAME,
         filetype_suffix="array_record",
@@ -96,7 +107,7 @@ def write_metadata(folder: Path, splits: Iterable[Mapping], width: int, dtype) -
         for split in splits
     ]
     tfds.folder_dataset.write_metadata(
-        data_dir=place,
+        data_dir=version_folder,
         features=_features(width, dtype),
         split_infos=infos,
         version=VERSION,
@@ -108,17 +119,17 @@ def write_metadata(folder: Path, splits: Iterable[Mapping], width: int, dtype) -
 
 
 def read(folder: Path, split: str):
-    """The data source of a split that was written; [i]["tokens"] is block i, [rows, T + 1]."""
+    """Returns the data source of a written split; [i]["tokens"] is block i, [rows, T + 1]."""
     (version,) = (folder / NAME).iterdir()
     return tfds.builder_from_directory(version).as_data_source(split)
 
 
-def _place(folder):
+def _version_folder(folder: Path) -> Path:
     return folder / NAME / VERSION
 
 
-def _features(width, dtype):
-    """Ids are kept as raw bytes, which is quicker both ways than a list of integers."""
+def _features(width: int, dtype) -> tfds.features.FeaturesDict:
+    # Ids are stored as raw bytes, which are faster to write and to read than a list of integers.
     shape = (None, width)
     tokens = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype).type, encoding="bytes")
     return tfds.features.FeaturesDict({"tokens": tokens})

@@ -1,4 +1,4 @@
-"""Which rows a batch has: an endless shuffled stream to train on, an even choice to score."""
+"""Which rows a batch has: in training of an endless shuffled stream, in scoring evenly spaced."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from qkvjax.errors import UserError
 
 
 def batch_rows(step: int, batch_size: int, accumulation: int, part: slice) -> list[int]:
-    """Numbers, in the endless stream of rows, of `part` of each micro-batch of a step.
+    """Returns the positions in the endless stream of the rows of a step.
+
+    Args:
+      part: which rows of each micro-batch.
 
     Raises:
-      UserError: a batch does not divide into micro-batches.
+      UserError: accumulation does not divide batch_size.
     """
     if batch_size % accumulation:
         raise UserError(f"accumulation={accumulation} does not divide batch_size={batch_size}")
@@ -23,28 +26,34 @@ def batch_rows(step: int, batch_size: int, accumulation: int, part: slice) -> li
 
 
 def training_rows(numbers: list[int], count: int, seed: int) -> list[int]:
-    """Rows of these numbers in an endless stream that visits all `count` rows in each epoch, in an
-    order that follows from (seed, epoch). Each in constant time.
+    """Returns the rows at these positions of an endless stream, each in constant time.
+
+    The stream visits all `count` rows in each epoch, in an order that follows from (seed, epoch).
     """
     from grain.experimental import index_shuffle
 
     return [
-        index_shuffle(i % count, max_index=count - 1, seed=_epoch_seed(seed, i // count), rounds=4)
-        for i in numbers
+        index_shuffle(
+            number % count,
+            max_index=count - 1,
+            seed=_epoch_seed(seed, number // count),
+            rounds=4,
+        )
+        for number in numbers
     ]
 
 
 def scored_rows(count: int, labels: int, max_labels: int | None) -> np.ndarray:
-    """Rows to score, int64 [n]: all `count` rows, or rows spaced evenly over them.
+    """Returns the rows to score, int64 [n]: all `count` rows, or rows spaced evenly over them.
 
     Args:
-      labels: that all rows have together.
-      max_labels: about so many labels are scored; None scores all.
+      labels: number of labels that all rows have together.
+      max_labels: about this many labels are scored; None scores all.
     """
-    some = count
+    num_rows = count
     if max_labels is not None and max_labels < labels:
-        some = max(1, round(count * max_labels / labels))
-    return (np.arange(some) * 2 + 1) * count // (2 * some)
+        num_rows = max(1, round(count * max_labels / labels))
+    return (np.arange(num_rows) * 2 + 1) * count // (2 * num_rows)
 
 
 @functools.lru_cache(maxsize=16)

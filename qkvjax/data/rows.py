@@ -1,7 +1,7 @@
-"""Rows of T + 1 tokens by index, from a prepared copy or straight from token files.
+"""Rows of T + 1 tokens by index, from a prepared copy or directly from token files.
 
-All have len() and `read(indices [R]) -> int32 [R, T + 1]`; windows of documents also
-`documents(separator) -> int32 [rows]`, the number of the document that each window is of.
+All classes have `len()` and `read(indices [R]) -> int32 [R, T + 1]`. Those whose rows are windows
+of documents also have `documents(separator) -> int32 [rows]`, the number of each window's document.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from qkvjax.data.packing import num_packed_rows, num_windows, window
 from qkvjax.data.store import damaged
 from qkvjax.data.token_files import TokenStream
 
-_MEMORY = 512 * 2**20
+_CACHE_BYTES = 512 * 2**20
+_SCAN_ROWS = 1024  # read at once to number the documents
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
-    """Rows that `builder.write` prepared; the blocks read last stay in memory, up to 512 MB."""
+    """Rows that `builder.write` prepared; the last blocks stay in memory, up to 512 MB."""
 
     folder: Path
     split: str
@@ -31,50 +32,61 @@ class PreparedRows:
     def __len__(self):
         return self.count
 
+    def read(self, indices):
+        """Returns the rows at these indices, int32 [R, T + 1].
+
+        Raises:
+          UserError: the prepared copy is damaged.
+        """
+        try:
+            block_rows, block = self._blocks
+            rows = [block(int(i) // block_rows)[int(i) % block_rows] for i in indices]
+        except (IndexError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001  (array_record, protobuf and TFDS each have own)
+            raise damaged(self.folder, error) from error
+        return np.stack(rows).astype(np.int32)
+
     @functools.cached_property
     def _blocks(self):
+        """(rows of a block, function from the number of a block to its rows)."""
         from qkvjax.data import builder  # imports TFDS, which finding prepared data does not need
 
         blocks = builder.read(self.folder, self.split)
-        most = max(1, _MEMORY // blocks[0]["tokens"].nbytes)
-        return builder.BLOCK_ROWS, functools.lru_cache(most)(lambda i: blocks[i]["tokens"])
+        num_cached = max(1, _CACHE_BYTES // blocks[0]["tokens"].nbytes)
+        read_block = functools.lru_cache(num_cached)(lambda i: blocks[i]["tokens"])
+        return builder.BLOCK_ROWS, read_block
 
     def documents(self, separator: int) -> np.ndarray:
         """Returns int32 [rows], the number of the document of each window.
 
-        The first window of a document begins with the separator. Every window is read once; the
-        numbers are then kept in a file beside the windows.
+        The first call reads every window once, and keeps the numbers in a file beside them.
         """
         path = self.folder / f"{self.split}_documents.npy"
-        if not path.exists():
-            starts = []
-            for start in range(0, self.count, 1024):
-                rows = self.read(range(start, min(start + 1024, self.count)))
-                starts.append(rows[:, 0] == separator)
-            numbers = np.cumsum(np.concatenate(starts), dtype=np.int32) - 1
-            # A name of its own: other processes, on other machines too, may write the same file.
-            draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.npy")
-            try:
-                np.save(draft, numbers)
-                draft.replace(path)
-            except OSError:  # the folder is read-only: every process computes the numbers
-                return numbers
+        if path.exists():
+            return np.load(path)
+        numbers = self._number_documents(separator)
+        # Other processes, on other machines too, may write the same file: each uses its own draft.
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.npy")
+        try:
+            np.save(draft, numbers)
+            draft.replace(path)
+        except OSError:  # the folder is read-only: every process computes the numbers
+            return numbers
         return np.load(path)
 
-    def read(self, indices):
-        try:
-            size, block = self._blocks
-            rows = [block(int(i) // size)[int(i) % size] for i in indices]
-        except (IndexError, MemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001  (array_record, protobuf, TFDS: each its own)
-            raise damaged(self.folder, error) from error
-        return np.stack(rows).astype(np.int32)
+    def _number_documents(self, separator: int) -> np.ndarray:
+        """Counts the windows that begin with the separator: each is the first of its document."""
+        is_first = []
+        for start in range(0, self.count, _SCAN_ROWS):
+            rows = self.read(range(start, min(start + _SCAN_ROWS, self.count)))
+            is_first.append(rows[:, 0] == separator)
+        return np.cumsum(np.concatenate(is_first), dtype=np.int32) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """A stream of ids cut every T tokens."""
+    """A stream of ids, cut every T tokens."""
 
     stream: TokenStream
     seq_len: int
@@ -83,6 +95,7 @@ class PackedRows:
         return num_packed_rows(len(self.stream.tokens), self.seq_len)
 
     def read(self, indices):
+        """Returns the rows at these indices, int32 [R, T + 1]."""
         starts = np.asarray(indices, np.int64) * self.seq_len
         rows = [self.stream.tokens[start : start + self.seq_len + 1] for start in starts]
         return np.stack(rows).astype(np.int32)
@@ -90,12 +103,30 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True)
 class WindowRows:
-    """The windows of each document on its own, or with `first_only` its window 0 alone."""
+    """The windows of each document, or only its window 0 with `first_only`."""
 
     stream: TokenStream
     seq_len: int
     separator: int
     first_only: bool = False
+
+    def __len__(self):
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, indices):
+        """Returns the windows at these indices, int32 [R, T + 1]."""
+        rows = []
+        for index in indices:
+            document = int(np.searchsorted(self._ends, index, side="right"))
+            first_window = int(self._ends[document - 1]) if document else 0
+            start, end = self.stream.spans[document]
+            tokens = self.stream.tokens[start:end]
+            rows.append(window(tokens, int(index) - first_window, self.separator, self.seq_len))
+        return np.stack(rows)
+
+    def documents(self, separator: int) -> np.ndarray:
+        """Returns int32 [rows], the number of the document of each window."""
+        return np.searchsorted(self._ends, np.arange(len(self)), side="right").astype(np.int32)
 
     @functools.cached_property
     def _ends(self):
@@ -104,20 +135,3 @@ class WindowRows:
         if self.first_only:
             return np.arange(1, len(spans) + 1)
         return np.cumsum(num_windows(spans[:, 1] - spans[:, 0], self.seq_len))
-
-    def __len__(self):
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def documents(self, separator: int) -> np.ndarray:
-        """Returns int32 [rows], the number of the document of each window."""
-        return np.searchsorted(self._ends, np.arange(len(self)), side="right").astype(np.int32)
-
-    def read(self, indices):
-        rows = []
-        for index in indices:
-            document = int(np.searchsorted(self._ends, index, side="right"))
-            before = int(self._ends[document - 1]) if document else 0
-            start, end = self.stream.spans[document]
-            tokens = self.stream.tokens[start:end]
-            rows.append(window(tokens, int(index) - before, self.separator, self.seq_len))
-        return np.stack(rows)

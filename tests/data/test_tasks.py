@@ -82,9 +82,9 @@ def test_the_same_name_draws_the_same_examples():
     ("source", "told"),
     [
         ("synthetic:sorted", "did you mean 'sort'"),
-        ("synthetic:sort:pairs=3", "is no setting of sort"),
-        ("synthetic:recall:pairs=many", "is no setting"),
-        ("synthetic:recall:pairs=0", "is no setting"),
+        ("synthetic:sort:pairs=3", "is not a setting of sort"),
+        ("synthetic:recall:pairs=many", "is not a setting"),
+        ("synthetic:recall:pairs=0", "is not a setting"),
         ("synthetic:recall:pairs=7", "take 18 tokens and data.seq_len is 16"),
         ("synthetic:khop:pairs=17", "raise symbols"),
         ("synthetic:khop:pairs=4:hops=4", "4 hops need 5 pairs, and there are 4: raise pairs"),

@@ -130,7 +130,7 @@ def test_pieces_have_the_ids_of_the_whole_text(path, monkeypatch):
 def test_words_are_forgotten_before_they_fill_the_memory(path, monkeypatch):
     tokenizer = load_tokenizer(f"bpe:{path}")
     reference = whole(path)
-    monkeypatch.setattr("qkvjax.data.words._MOST_WORDS", 5)
+    monkeypatch.setattr("qkvjax.data.words._MAX_WORDS", 5)
     for i in range(20):
         text = f"word{i} and {i} others"
         assert tokenizer.encode(text).tolist() == reference(text)
