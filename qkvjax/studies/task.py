@@ -166,8 +166,8 @@ def _identity(name: str, config, overrides: dict, locations: Mapping) -> str:
     fixed = configs.identity(config)
     for field in locations.keys() - overrides.keys():
         fixed[field] = locations[field]
-    given = {field: value for field, value in fixed.items() if value != defaults().get(field)}
-    return sweep.identity_hash(given | {"label": name})
+    changed = {field: value for field, value in fixed.items() if value != defaults().get(field)}
+    return sweep.identity_hash(changed | {"label": name})
 
 
 @functools.cache

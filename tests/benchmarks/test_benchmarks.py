@@ -67,16 +67,16 @@ def test_gpu_day_in_miniature_twice(tmp_path):
         command, env=environment(tmp_path), capture_output=True, text=True, timeout=900
     )
     assert first.returncode == 0, first.stdout + first.stderr
-    found = {path.stem: lines(path) for path in results.glob("*.jsonl")}
-    assert found.keys() >= {"environment", "correctness", "train_speed", "decode_speed", "ops"}
-    assert {record["sharing"] for record in found["train_speed"]} == {
+    records = {path.stem: lines(path) for path in results.glob("*.jsonl")}
+    assert records.keys() >= {"environment", "correctness", "train_speed", "decode_speed", "ops"}
+    assert {record["sharing"] for record in records["train_speed"]} == {
         "q-k-v",
         "q-k=v",
         "q=k-v",
         "q=v-k",
         "q=k=v",
     }
-    assert all(record.keys() >= FACTS for record in found["correctness"])
+    assert all(record.keys() >= FACTS for record in records["correctness"])
     assert (results / "study/report.html").exists()
     again = subprocess.run(
         command, env=environment(tmp_path), capture_output=True, text=True, timeout=300

@@ -15,7 +15,7 @@ TPU = Devices("tpu", tuple("0123"))
 
 
 @pytest.mark.parametrize(
-    ("asked", "here", "mesh", "jobs"),
+    ("requested", "machine", "mesh", "jobs"),
     [
         (None, GPUS, ONE, 1),
         (1, GPUS, ALL, 1),
@@ -29,8 +29,8 @@ TPU = Devices("tpu", tuple("0123"))
         (9, TPU, ONE, 4),
     ],
 )
-def test_jobs_at_a_time(asked, here, mesh, jobs):
-    assert jobs_at_a_time(asked, here, [ONE, mesh]) == jobs
+def test_jobs_at_a_time(requested, machine, mesh, jobs):
+    assert jobs_at_a_time(requested, machine, [ONE, mesh]) == jobs
 
 
 def test_several_chips_for_each_of_several_runs_are_refused():
@@ -41,8 +41,8 @@ def test_several_chips_for_each_of_several_runs_are_refused():
 
 def test_no_two_runs_see_the_same_gpu():
     one_each = environments(GPUS, 8)
-    assert [found["CUDA_VISIBLE_DEVICES"] for found in one_each] == list("01234567")
-    two_each = [found["CUDA_VISIBLE_DEVICES"] for found in environments(GPUS, 3)]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in one_each] == list("01234567")
+    two_each = [variables["CUDA_VISIBLE_DEVICES"] for variables in environments(GPUS, 3)]
     assert two_each == ["0,1", "2,3", "4,5"]
     assert environments(GPUS, 1) == [{}] and environments(Devices("cpu", ("0",)), 2) == [{}, {}]
     named = Devices("rocm", ("3", "5"))
@@ -50,16 +50,16 @@ def test_no_two_runs_see_the_same_gpu():
 
 
 def test_each_run_has_a_chip_and_a_port():
-    found = environments(TPU, 4)
-    assert [one["TPU_VISIBLE_CHIPS"] for one in found] == list("0123")
-    assert len({one["TPU_PROCESS_PORT"] for one in found}) == 4
-    for one in found:
+    variables = environments(TPU, 4)
+    assert [one["TPU_VISIBLE_CHIPS"] for one in variables] == list("0123")
+    assert len({one["TPU_PROCESS_PORT"] for one in variables}) == 4
+    for one in variables:
         assert one["TPU_PROCESS_ADDRESSES"] == f"localhost:{one['TPU_PROCESS_PORT']}"
         assert one["TPU_PROCESS_BOUNDS"] == one["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "1,1,1"
 
 
 def test_devices_that_are_visible_already():
-    """A scheduler's choice stands, by number or by name."""
+    """What a cluster selected stays selected, by number or by name."""
     ids = devices._ids("cuda", 2, {"CUDA_VISIBLE_DEVICES": "5, GPU-8a1,7"})
     assert ids == ("5", "GPU-8a1")
     assert devices._ids("cuda", 2, {"CUDA_VISIBLE_DEVICES": ""}) == ("0", "1")

@@ -1,4 +1,4 @@
-"""The recipes of studies: their points are legal, and finished runs stay what they are."""
+"""The recipes of studies: their points are valid, and finished runs keep their identities."""
 
 import pytest
 
@@ -58,7 +58,7 @@ def study(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_all_points_are_legal_and_runs_keep_their_identities(study, name):
+def test_all_points_are_valid_and_runs_keep_their_identities(study, name):
     count, identities = RECIPES[name]
     tasks = study(name).tasks
     assert len(tasks) == count

@@ -18,7 +18,7 @@ from qkvjax import config as base
 from qkvjax import sweep
 
 def get_config(arg=None):
-    given = base.parse_arg(arg, tuned=1)
+    options = base.parse_arg(arg, tuned=1)
     config = base.default()
     config.model.update(d_model=16, num_layers=1, num_heads=2, mlp_ratio=1.0)
     config.data.update(source="text:CORPUS", seq_len=16, batch_size=4)
@@ -28,7 +28,7 @@ def get_config(arg=None):
     config.study = ml_collections.ConfigDict(
         {"title": "Tuned", "points": points, "seeds": 2, "prompt": "the "}
     )
-    if given.tuned:
+    if options.tuned:
         config.study.tuned = sweep.tuned("optimizer.learning_rate", (1e-3, 1e-2), seeds=2)
     else:
         rates = sweep.axis("optimizer.learning_rate", (1e-3, 1e-2))
@@ -94,8 +94,8 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
 
 
-def states(told):
-    return [row.split()[2] for row in told.splitlines() if row.split()[0].isdecimal()]
+def states(listing):
+    return [row.split()[2] for row in listing.splitlines() if row.split()[0].isdecimal()]
 
 
 def best(records, label):
@@ -124,9 +124,9 @@ def test_both_phases_in_one_command_and_after_a_kill_between_them(study, tmp_pat
     assert states(listed) == ["done"] * 8 + ["-"] * 4
 
     monkeypatch.setattr(processes, "start_run", start)
-    code, told, _ = study(tmp_path, "--jobs=1")
-    assert code == 0 and "12 runs, 8 finished" in told
-    assert "2 variants x (2 values of learning_rate x 2 tuning seeds, then" in told
+    code, out, _ = study(tmp_path, "--jobs=1")
+    assert code == 0 and "12 runs, 8 finished" in out
+    assert "2 variants x (2 values of learning_rate x 2 tuning seeds, then" in out
     records = lines(tmp_path)
     assert records[:8] == tuning
     compared = records[8:]
@@ -158,7 +158,7 @@ def test_both_phases_in_one_command_and_after_a_kill_between_them(study, tmp_pat
         1e-2: "largest that was tried: try larger",
     }
     for label, rate in chosen.items():
-        assert f"the best learning_rate of {label} is the {edge[rate]} ones\n" in told
+        assert f"the best learning_rate of {label} is the {edge[rate]} ones\n" in out
     with open(tmp_path / "results.csv") as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
     assert {row["num_seeds"] for row in rows.values()} == {"2"}
@@ -175,8 +175,8 @@ def test_runs_of_an_ordinary_study_are_taken_over(study, untrained, tmp_path):
         f"{label} learning_rate={rate}" for label in ("QKV", "Q-K=V") for rate in RATES
     }
     assert not any({"phase", "tuned"} & line.keys() for line in ordinary)
-    code, told, err = study(tmp_path, "--jobs=1")
-    assert code == 0 and "12 runs, 8 finished" in told, err
+    code, out, err = study(tmp_path, "--jobs=1")
+    assert code == 0 and "12 runs, 8 finished" in out, err
     named = lines(tmp_path)[8:16]
     assert [line["phase"] for line in named] == ["tune"] * 8
     assert {line["label"] for line in named} == {"QKV", "Q-K=V"}
@@ -216,16 +216,16 @@ def test_a_point_waits_for_a_tuning_run_that_failed(study, untrained, tmp_path, 
         return train(made, task)
 
     monkeypatch.setattr(point, "_train", failing)
-    code, told, _ = study(tmp_path, "--jobs=1")
-    assert code == 0 and "1 runs failed" in told
-    assert "2 runs of QKV wait for tuning runs that are not finished" in told
-    assert "remove it from config.study.tuned.values" in told
+    code, out, _ = study(tmp_path, "--jobs=1")
+    assert code == 0 and "1 runs failed" in out
+    assert "2 runs of QKV wait for tuning runs that are not finished" in out
+    assert "remove it from config.study.tuned.values" in out
     compared = [line for line in lines(tmp_path) if line.get("phase") == "compare"]
     assert [line["label"] for line in compared] == ["Q-K=V", "Q-K=V"]
     _, listed, _ = study(tmp_path, "--list")
     assert states(listed)[0] == "failed" and states(listed)[8:] == ["waits", "done"] * 2
     monkeypatch.setattr(point, "_train", train)
-    code, told, _ = study(tmp_path, "--jobs=1")
-    assert code == 0 and "12 runs, 9 finished" in told
+    code, out, _ = study(tmp_path, "--jobs=1")
+    assert code == 0 and "12 runs, 9 finished" in out
     _, listed, _ = study(tmp_path, "--list")
     assert states(listed) == ["done"] * 12

@@ -228,7 +228,7 @@ def test_numbered_tuning_seeds_are_never_compared(first, compared, count):
 @given(st.dictionaries(st.floats(0.1, 9), st.lists(st.floats(0, 9), min_size=1), min_size=2))
 def test_no_other_value_has_a_lower_mean(scores):
     best = Tuning("model.dropout", list(scores), [1]).best(scores)
-    means = {value: sum(found) / len(found) for value, found in scores.items()}
+    means = {value: sum(seeds) / len(seeds) for value, seeds in scores.items()}
     assert means[best] == min(means.values())
 
 
@@ -243,5 +243,5 @@ def test_no_other_value_has_a_lower_mean(scores):
     ],
 )
 def test_the_edge_of_the_values(values, value, remark):
-    told = Tuning("model.dropout", values, [1]).remark("QKV", "", value)
-    assert told == (remark and f"the best dropout of QKV is {remark}")
+    sentence = Tuning("model.dropout", values, [1]).remark("QKV", "", value)
+    assert sentence == (remark and f"the best dropout of QKV is {remark}")
