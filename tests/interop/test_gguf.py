@@ -196,7 +196,7 @@ def test_tied_copies(tmp_path, capsys):
     ("flags", "message"),
     [
         ([], "tie needs --workdir=DIR, --output=DIR and --sharing"),
-        (["--sharing=k=v"], "no partition of q, k and v"),
+        (["--sharing=k=v"], "partition of q, k and v"),
         (["--sharing=q-k=v", "--method=heal"], "'heal' is unknown: use average"),
         (["--sharing=q=k=v"], "num_kv_heads=2 must equal num_heads=4"),
     ],
