@@ -11,6 +11,7 @@ import pytest
 from qkvjax.data.ahead import ahead
 from qkvjax.files import read_lines
 from qkvjax.training import loop as loops
+from qkvjax.training import window as windows
 from qkvjax.training.kept import Kept
 from qkvjax.training.loop import Loop, Profile, due
 from qkvjax.training.metrics import Metrics
@@ -99,6 +100,7 @@ def start(tmp_path):
         checkpoints,
         steps=6,
         folder=tmp_path,
+        log_every=1,
         eval_every=0,
         max_seconds=None,
         evaluators=None,
@@ -110,7 +112,7 @@ def start(tmp_path):
         train = SimpleNamespace(keep_best=keep_best, max_seconds=max_seconds)
         run = SimpleNamespace(
             config=SimpleNamespace(train=train),
-            durations=Durations(steps, 0, 1, eval_every, 0, 0),
+            durations=Durations(steps, 0, log_every, eval_every, 0, 0),
             tokens_per_step=10,
             train_flops_per_token=1.0,
             mesh=SimpleNamespace(size=1),
@@ -170,3 +172,93 @@ def test_a_run_that_max_seconds_stops_again_and_again_is_evaluated_as_a_straight
     )
     assert without_timing(stopped) == without_timing(straight)
     assert [line["step"] for line in stopped if "eval/bits_per_byte" in line] == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "stop", "traced"), [(1, 3, [0, 2]), (3, 5, [2, 4]), (4, 99, [3, 6])]
+)
+def test_a_trace_has_the_steps_that_were_asked_for(start, monkeypatch, first, stop, traced):
+    """It begins before the first of them and ends when the last of them, or of the run, is done."""
+    at = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: at.append(loop.step))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: at.append(loop.step))
+    loop = start(Checkpoints(), profile=Profile(first, stop, "traces"))
+    loop.fit()
+    assert at == traced
+
+
+def test_the_best_of_equal_evaluations_is_the_first(start):
+    losses = iter([3.0, 2.0, 2.0, 2.5, 2.0, 4.0])
+    evaluators = {"eval": lambda state, pulse, log: {"bits_per_byte": next(losses)}}
+    checkpoints = Checkpoints()
+    start(checkpoints, eval_every=1, evaluators=evaluators, keep_best=True).fit()
+    assert checkpoints.kept.best == 2
+    again = start(checkpoints, steps=6, keep_best=True)  # also from the lines of metrics
+    assert (again.best, checkpoints.kept.best) == (2.0, 2)
+
+
+def test_an_evaluator_that_was_not_reached_is_made_up_for(start, tmp_path):
+    """Of two evaluators, the second fails: the next start scores both anew."""
+    scored = []
+
+    def evaluator(name, fails=False):
+        def score(state, pulse, log):
+            if fails:
+                raise RuntimeError("no memory")
+            scored.append((name, int(state.step)))
+            return {"loss": float(state.step)}
+
+        return score
+
+    checkpoints = Checkpoints()
+    with pytest.raises(RuntimeError, match="no memory"):
+        evaluators = {"one": evaluator("one"), "two": evaluator("two", fails=True)}
+        start(checkpoints, steps=4, eval_every=2, evaluators=evaluators).fit()
+    scored.clear()
+    evaluators = {"one": evaluator("one"), "two": evaluator("two")}
+    start(checkpoints, steps=4, eval_every=2, evaluators=evaluators).fit()
+    assert scored == [("one", 2), ("two", 2), ("one", 4), ("two", 4)]
+
+
+class Time:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_seconds_and_speed_are_of_training_alone(start, tmp_path, monkeypatch):
+    """A step takes 2 s, the first of each start 30 s, an evaluation 1000 s. The speed leaves out
+    a start's first step and all evaluations, also the one that the second start makes up for."""
+    clock = Time()
+    monkeypatch.setattr(loops, "time", clock)
+    monkeypatch.setattr(windows, "time", clock)
+
+    def slow(state, pulse, log):
+        clock.now += 1000
+        return {"loss": 1.0}
+
+    def lines():
+        found = read_lines(tmp_path / "metrics.jsonl", step=int)
+        return {line["step"]: (line["seconds"], line["tokens_per_second"]) for line in found}
+
+    def timed(loop):
+        plain = loop.train_step
+        first = loop.step
+
+        def train_step(leaves, batch):
+            clock.now += 30 if batch == first else 2
+            return plain(leaves, batch)
+
+        loop.train_step = train_step
+        return loop
+
+    checkpoints = Checkpoints()
+    options = {"steps": 8, "eval_every": 4, "evaluators": {"eval": slow}, "log_every": 4}
+    timed(start(checkpoints, max_seconds=35, **options)).fit()
+    assert lines() == {4: (36.0, 5.0)}
+    timed(start(checkpoints, **options)).fit()
+    assert lines() == {4: (36.0, 5.0), 8: (72.0, 5.0)}
