@@ -20,7 +20,7 @@ from qkvjax.parallel import rules
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """The language-model score: nats / ln 2 / bytes, over the scored tokens.
 
-    What is scored (`qkvjax.data.dataset.Dataset.scored_batches`): each document on its own is
+    What is scored (`qkvjax.data.text_dataset.Dataset.scored_batches`): each document on its own is
     s = [separator, t1, ..., tn], cut into windows of T = `data.seq_len`. Window w reads
     s[wT : wT + T] and predicts s[wT + 1 : wT + T + 1]; positions restart in each window and it
     sees nothing before it. Short windows share a row and do not see each other.

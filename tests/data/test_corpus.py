@@ -82,8 +82,8 @@ def test_the_ids_of_both_splits(tokenizer, monkeypatch):
             corpus, split = corpus_of(folder, documents, tokenizer)
             for name in SPLITS:
                 expected = [tokenizer.encode(share) for share in shares(documents, split, name)]
-                found = list(corpus.documents(name))
-                assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+                read = list(corpus.documents(name))
+                assert [ids.tolist() for ids in read] == [ids.tolist() for ids in expected]
                 stream = [i for ids in expected for i in (tokenizer.separator, *ids.tolist())]
                 assert [i for part in corpus.stream(name) for i in part.tolist()] == stream
                 rows = [max(0, (len(stream) - 1) // 5), sum(-(-len(i) // 5) for i in expected)]

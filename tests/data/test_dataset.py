@@ -68,8 +68,8 @@ def test_max_labels_takes_rows_of_the_whole_split(data):
         labels = sum(b["weights"].sum() for b in data.scored_batches(4, 100, split))
         assert 50 <= labels <= 150
     every = [row for b in data.scored_batches(1, split="train") for row in b["inputs"].tolist()]
-    places = [every.index(row) for row in chosen(1, "train")]
-    assert places == sorted(places) and max(np.diff(places)) - min(np.diff(places)) <= 1
+    positions = [every.index(row) for row in chosen(1, "train")]
+    assert positions == sorted(positions) and max(np.diff(positions)) - min(np.diff(positions)) <= 1
 
 
 def test_training_rows_are_scored_without_separators(data):
@@ -81,7 +81,7 @@ def test_training_rows_are_scored_without_separators(data):
 
 def test_batch_is_a_function_of_seed_and_step(corpus, data):
     again = prepare(f"text:{corpus}", "bytes", 16)
-    again.batch(3, 9, 4)  # what was asked before does not matter
+    again.batch(3, 9, 4)  # earlier calls do not matter
     assert_same(data.batch(3, 2, 4), again.batch(3, 2, 4))
     inputs = data.batch(3, 2, 4)["inputs"]
     assert inputs.shape == (1, 4, 16)
@@ -240,7 +240,7 @@ def test_a_process_that_was_killed_leaves_its_remains_to_the_next(corpus, data_f
     assert not partial.exists()
 
 
-def test_a_damaged_copy_is_told(corpus, data_folder, data):
+def test_a_damaged_copy_is_refused(corpus, data_folder, data):
     (summary,) = data_folder.glob("text-*/summary.json")
     summary.write_text("{")
     with pytest.raises(UserError, match="damaged .*: delete that folder"):

@@ -101,7 +101,7 @@ def test_every_set_has_one_odd_image(npz):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "told"),
+    ("arrays", "message"),
     [
         ({"pictures": PIXELS}, "holds pictures: save it with"),
         ({"images": PIXELS, "labels": LABELS[:9]}, "do not fit"),
@@ -143,12 +143,12 @@ def test_every_set_has_one_odd_image(npz):
         ),
     ],
 )
-def test_arrays_that_are_no_labelled_images(npz, arrays, told):
-    with pytest.raises(UserError, match=told):
+def test_arrays_that_are_no_labelled_images(npz, arrays, message):
+    with pytest.raises(UserError, match=message):
         open_images(npz(**arrays))
 
 
-def test_damaged_files_are_told(npz, idx, tmp_path):
+def test_damaged_files_are_refused(npz, idx, tmp_path):
     source = npz(images=PIXELS, labels=LABELS)
     file = tmp_path / "images.npz"
     for content in (file.read_bytes()[:900], b"", b"PK no zip"):

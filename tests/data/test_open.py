@@ -42,7 +42,7 @@ def test_every_label_is_scored_once(data):
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "told"),
+    ("kind", "source", "message"),
     [
         ("lm", "synthetic:reverse", "model.kind=encoder, or one of copy, sub, recall"),
         ("lm", "digits", "it reads text"),
@@ -55,8 +55,8 @@ def test_every_label_is_scored_once(data):
         ("vit", "cifar", "it reads images"),
     ],
 )
-def test_what_a_model_does_not_read(kind, source, told):
-    with pytest.raises(UserError, match=told):
+def test_what_a_model_does_not_read(kind, source, message):
+    with pytest.raises(UserError, match=message):
         open_dataset(config_of(kind, source))
 
 

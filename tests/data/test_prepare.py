@@ -145,12 +145,12 @@ def test_a_killed_preparation_goes_on(lines, data_folder, monkeypatch, disturban
     monkeypatch.setattr(parts, "PART_BYTES", 3000)
     monkeypatch.setattr(preparing, "_BATCH_BYTES", 500)
     monkeypatch.setattr(builder, "_SHARD_BYTES", 3 * 32 * 33 * 2)
-    told = []
-    went_on = prepare(f"jsonl:{lines}", "bytes", 32, log=told.append)
+    logged = []
+    went_on = prepare(f"jsonl:{lines}", "bytes", 32, log=logged.append)
     total = sum(len(json.loads(line)["text"].encode()) for line in open(lines))
     if disturbance == IN_TOKENISING:
         assert total - 5 * 4500 < sum(tokenised) <= total - 5 * 3000
-        assert any("going on after 5 parts" in line for line in told)
+        assert any("going on after 5 parts" in line for line in logged)
     else:
         assert not tokenised
     (folder,) = data_folder.glob("jsonl-*")
@@ -199,9 +199,9 @@ def test_other_processes_give_the_same_ids_in_the_same_order(bpe, monkeypatch):
     monkeypatch.setattr(encoding, "_ALONE_BYTES", 1)
     tokenizer = load_tokenizer(f"bpe:{bpe}")
     batches = [Batch(*(f"the cat {i} and {j}".encode() for j in range(i % 4))) for i in range(40)]
-    found = list(encode_batches(tokenizer, batches, np.uint16, num_workers=3))
-    assert [batch for batch, _ in found] == batches
-    for batch, ids in found:
+    encoded = list(encode_batches(tokenizer, batches, np.uint16, num_workers=3))
+    assert [batch for batch, _ in encoded] == batches
+    for batch, ids in encoded:
         expected = [tokenizer.encode(piece).tolist() for piece in batch.pieces]
         assert [i.tolist() for i in ids] == expected
         assert all(i.dtype == np.uint16 for i in ids)
@@ -253,18 +253,19 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, bpe, corpus):
 def test_how_far_it_is(lines, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(preparing, "_BATCH_BYTES", 500)
-    told, signs = [], []
-    prepare(f"jsonl:{lines}", "bytes", 32, log=told.append, alive=lambda: signs.append(1))
+    logged = []
+    signs = []
+    prepare(f"jsonl:{lines}", "bytes", 32, log=logged.append, alive=lambda: signs.append(1))
     assert len(signs) > 400
     pattern = r"data: {}: [\d.]+ of {}[\d.]+ MB, [\d.,e-]+ MB a second, {}\d+ s left"
     for what, limit in (("tokenising", "at most "), ("packing", "")):
-        assert any(re.match(pattern.format(what, limit, limit), x) for x in told), told
+        assert any(re.match(pattern.format(what, limit, limit), x) for x in logged), logged
 
 
 def test_few_lines_are_logged_otherwise(lines):
-    told = []
-    prepare(f"jsonl:{lines}", "bytes", 32, log=told.append)
-    assert len(told) == 2 and "preparing" in told[0]
+    logged = []
+    prepare(f"jsonl:{lines}", "bytes", 32, log=logged.append)
+    assert len(logged) == 2 and "preparing" in logged[0]
 
 
 def test_signs_of_life_reach_a_process_that_waits(corpus, data_folder):
@@ -287,18 +288,19 @@ def test_signs_of_life_reach_a_process_that_waits(corpus, data_folder):
         [sys.executable, "-c", textwrap.dedent(code)], stdout=-1, env=environment, text=True
     ) as other:
         assert "preparing" in other.stdout.readline()
-        signs, told = [], []
-        prepare(f"text:{corpus}", "bytes", 16, log=told.append, alive=lambda: signs.append(1))
+        signs = []
+        logged = []
+        prepare(f"text:{corpus}", "bytes", 16, log=logged.append, alive=lambda: signs.append(1))
     assert other.returncode == 0
-    assert len(told) == 1 and len(signs) >= 5
+    assert len(logged) == 1 and len(signs) >= 5
 
 
 def test_copies_are_counted(tmp_path):
     for i in range(14):
         (tmp_path / f"{i:02d}.txt").write_text(f"{i % 12:02d} words and words. " * 8)
-    told = []
-    data = prepare(f"text:{tmp_path}", "bytes", 16, log=told.append)
-    assert any("2 of 14 documents repeat an earlier one" in line for line in told)
+    logged = []
+    data = prepare(f"text:{tmp_path}", "bytes", 16, log=logged.append)
+    assert any("2 of 14 documents repeat an earlier one" in line for line in logged)
     held_out = data.tokenizer.decode(data.validation.read(range(len(data.validation)))[:, 1:].flat)
     train = data.tokenizer.decode(data.train.read(range(len(data.train)))[:, 1:].flat)
     assert "00 words" not in held_out and "11 words" not in train
@@ -342,10 +344,10 @@ def test_a_lopsided_split_is_remarked(tmp_path, sizes, remark):
     for i, size in enumerate(sizes):
         text = a_text(size, held_out=i >= 18)
         (tmp_path / f"{i:02d}.txt").write_text(text)
-    told = []
-    prepare(f"text:{tmp_path}", "bytes", 8, log=told.append)
-    warnings = [line for line in told if "warning" in line]
-    assert remark in warnings[0] if remark else not warnings, told
+    logged = []
+    prepare(f"text:{tmp_path}", "bytes", 8, log=logged.append)
+    warnings = [line for line in logged if "warning" in line]
+    assert remark in warnings[0] if remark else not warnings, logged
 
 
 def test_committed_digests_stay():
@@ -361,7 +363,7 @@ def test_committed_digests_stay():
 def test_digests_and_rows_stay_what_they_were(tmp_path):
     """Of made-up corpora, as version 1 of the copy had them."""
     rng = random.Random(1)
-    found = []
+    hashes = []
     for count in (1, 7, 45):
         folder = tmp_path / str(count)
         folder.mkdir()
@@ -370,8 +372,8 @@ def test_digests_and_rows_stay_what_they_were(tmp_path):
             (folder / f"{i:02d}.txt").write_text(text)
         data = prepare(f"text:{folder}", "bytes", 16)
         rows = b"".join(rows.tobytes() for rows in rows_of(data))
-        found.append((data.digest[:12], hashlib.sha256(rows).hexdigest()[:12]))
-    assert found == RECORDED
+        hashes.append((data.digest[:12], hashlib.sha256(rows).hexdigest()[:12]))
+    assert hashes == RECORDED
 
 
 RECORDED = [

@@ -191,7 +191,7 @@ def test_tfds_without_a_text(tfds_folder):
         read("tfds:little_letters")
 
 
-def test_tfds_that_is_absent_is_told_at_once(tfds_folder):
+def test_tfds_that_is_absent_is_refused_at_once(tfds_folder):
     start = time.monotonic()
     with pytest.raises(UserError, match="not prepared.*TensorFlow.*TFDS_DATA_DIR"):
         open_source("tfds:lm1b")

@@ -45,19 +45,19 @@ def test_recall_asks_for_the_value_beside_the_key(pairs, queries, extra):
     length = 2 * pairs + queries + extra
     inputs, targets, counts = drawn("recall", length, f":pairs={pairs}:queries={queries}:symbols=6")
     assert (counts.sum(1) == queries).all() and not counts[:, : 2 * pairs].any()
-    for row, labels, asked in zip(inputs, targets, counts):
+    for row, labels, is_query in zip(inputs, targets, counts):
         table = dict(zip(row[: 2 * pairs : 2], row[1 : 2 * pairs : 2]))
         assert len(table) == pairs
-        assert all(table[key] == value for key, value in zip(row[asked], labels[asked]))
-        assert set(row[2 * pairs :][~asked[2 * pairs :]]) <= {12}  # filler
+        assert all(table[key] == value for key, value in zip(row[is_query], labels[is_query]))
+        assert set(row[2 * pairs :][~is_query[2 * pairs :]]) <= {12}  # filler
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3])
 def test_khop_follows_the_pairs(hops):
     inputs, targets, counts = drawn("khop", 24, f":hops={hops}:pairs=5:queries=3")
-    for row, labels, asked in zip(inputs, targets, counts):
+    for row, labels, is_query in zip(inputs, targets, counts):
         follows = dict(zip(row[:10:2], row[1:10:2]))
-        for start, label in zip(row[asked], labels[asked]):
+        for start, label in zip(row[is_query], labels[is_query]):
             for _ in range(hops):
                 start = follows[start]
             assert start == label
@@ -79,7 +79,7 @@ def test_the_same_name_draws_the_same_examples():
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("synthetic:sorted", "did you mean 'sort'"),
         ("synthetic:sort:pairs=3", "is not a setting of sort"),
@@ -90,6 +90,6 @@ def test_the_same_name_draws_the_same_examples():
         ("synthetic:khop:pairs=4:hops=4", "4 hops need 5 pairs, and there are 4: raise pairs"),
     ],
 )
-def test_what_is_no_task(source, told):
-    with pytest.raises(UserError, match=told):
+def test_what_is_no_task(source, message):
+    with pytest.raises(UserError, match=message):
         open_task(source, 16)

@@ -185,7 +185,7 @@ def test_special_tokens_inside_documents_are_not_scored(tmp_path, special):
     assert (batch["inputs"] == 257).any()
 
 
-def test_no_separator_is_said(tmp_path):
+def test_files_without_a_separator_are_logged(tmp_path):
     np.array([1, 2, 3] * 99, "<u2").tofile(tmp_path / "a.bin")
     lines = []
     data = prepare(f"tokens:{tmp_path}/a.bin", "bytes", T, log=lines.append)

@@ -22,12 +22,12 @@ def files(tmp_path):
 
 def split(folder, source):
     """Names of the files to train on, to hold out and left out."""
-    found = open_source(source)
+    source_files = open_source(source)
     train, validation = (
         [file.relative_to(folder).as_posix() for file in files]
-        for files in (found.train_files, found.validation_files)
+        for files in (source_files.train_files, source_files.validation_files)
     )
-    return [train, validation, list(found.left_out)]
+    return [train, validation, list(source_files.left_out)]
 
 
 def test_names_with_train_and_val_are_the_splits(files):

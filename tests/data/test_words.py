@@ -185,8 +185,8 @@ def test_safe_cut():
 
 def test_gather():
     values = np.arange(10)
-    found = gather(values, np.array([7, 0, 3]), np.array([2, 0, 3]))
-    assert found.tolist() == [7, 8, 3, 4, 5]
+    gathered = gather(values, np.array([7, 0, 3]), np.array([2, 0, 3]))
+    assert gathered.tolist() == [7, 8, 3, 4, 5]
     assert gather(values, np.empty(0, int), np.empty(0, int)).tolist() == []
 
 

@@ -148,5 +148,5 @@ def test_nothing_to_score(model, whole):
 
     with pytest.raises(UserError, match="no token to score: give a longer corpus"):
         score(model, Empty(), batch_size=2)
-    with pytest.raises(UserError, match="split='test' is none of train, validation"):
+    with pytest.raises(UserError, match="split='test' is not one of train, validation"):
         score(model, whole, batch_size=2, split="test")
