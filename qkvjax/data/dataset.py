@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax.data.prepare import Settings, check_enough, make_copy, remarks
-from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
+from qkvjax.data.rows import PackedRows, PreparedRows, Rows, WindowRows
 from qkvjax.data.sources import Source, TokenFiles, open_source
 from qkvjax.data.store import damaged, find_or_resume
 from qkvjax.data.text_dataset import Dataset
@@ -143,8 +143,8 @@ def _from_tokens(
 ) -> Dataset:
     seq_len = settings.seq_len
     streams, content = open_tokens(source, tokenizer, settings.whole, log)
-    rows = {}
-    labels = {}
+    rows: dict[str, Rows] = {}
+    labels: dict[str, int] = {}
     for split in settings.splits:
         stream = streams[split]
         if settings.packed(split):
@@ -182,7 +182,7 @@ def _make_dataset(
     num_documents: int,
     num_bytes: int,
     skipped: str,
-    rows: dict,
+    rows: dict[str, Rows],
     labels: dict[str, int],
 ) -> Dataset:
     """Returns a data set with its digest and its description.

@@ -1,7 +1,7 @@
 """Rows of T + 1 tokens by index, from a prepared copy or directly from token files.
 
-All classes have `len()` and `read(indices [R]) -> int32 [R, T + 1]`. Those whose rows are windows
-of documents also have `documents(separator) -> int32 [rows]`, the number of each window's document.
+Rows of the train split are cut from one stream, or are windows of documents. Those of validation
+are always windows, and know the number of the document of each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -21,6 +23,24 @@ _CACHE_BYTES = 512 * 2**20
 _SCAN_ROWS = 1024  # read at once to number the documents
 
 
+class Rows(Protocol):
+    """Rows of T + 1 tokens."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Returns the rows at these indices, int32 [R, T + 1]."""
+        ...
+
+
+class DocumentRows(Rows, Protocol):
+    """Rows that are windows of documents."""
+
+    def documents(self, separator: int) -> np.ndarray:
+        """Returns int32 [rows], the number of the document of each window."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
     """Rows that `builder.write` prepared; the last blocks stay in memory, up to 512 MB."""
@@ -29,10 +49,10 @@ class PreparedRows:
     split: str
     count: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def read(self, indices):
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the rows at these indices, int32 [R, T + 1].
 
         Raises:
@@ -91,10 +111,10 @@ class PackedRows:
     stream: TokenStream
     seq_len: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return num_packed_rows(len(self.stream.tokens), self.seq_len)
 
-    def read(self, indices):
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the rows at these indices, int32 [R, T + 1]."""
         starts = np.asarray(indices, np.int64) * self.seq_len
         rows = [self.stream.tokens[start : start + self.seq_len + 1] for start in starts]
@@ -110,10 +130,10 @@ class WindowRows:
     separator: int
     first_only: bool = False
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, indices):
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the windows at these indices, int32 [R, T + 1]."""
         rows = []
         for index in indices:
@@ -129,7 +149,7 @@ class WindowRows:
         return np.searchsorted(self._ends, np.arange(len(self)), side="right").astype(np.int32)
 
     @functools.cached_property
-    def _ends(self):
+    def _ends(self) -> np.ndarray:
         """int64 [documents]: windows up to and including each document."""
         spans = self.stream.spans
         if self.first_only:

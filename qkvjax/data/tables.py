@@ -18,7 +18,7 @@ _BATCH = 1024  # rows that are read at once
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """An open file.
+    """An open file of rows.
 
     Attributes:
       columns: names of the columns.

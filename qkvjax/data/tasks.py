@@ -31,7 +31,7 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task.
+    """A synthetic task: how its examples are drawn, and what they need of a model.
 
     Attributes:
       draw: (random generator, number of examples, T, knobs) -> inputs, targets and weights.

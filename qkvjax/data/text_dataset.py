@@ -17,7 +17,7 @@ from qkvjax.data.packing import (
     training_batch,
     windows_batch,
 )
-from qkvjax.data.rows import PackedRows, PreparedRows, WindowRows
+from qkvjax.data.rows import DocumentRows, Rows
 from qkvjax.data.split import check_split
 from qkvjax.data.tokenizers import Tokenizer
 
@@ -36,7 +36,8 @@ class Dataset:
       num_documents: of both splits.
       num_train_tokens: labels of one epoch.
       num_validation_tokens: labels that `scored_batches` scores.
-      train, validation: the rows, see `qkvjax.data.rows`.
+      train: the rows to train on; () for data that were prepared with `whole`.
+      validation: the rows to score.
     """
 
     tokenizer: Tokenizer
@@ -47,8 +48,8 @@ class Dataset:
     num_documents: int
     num_train_tokens: int
     num_validation_tokens: int
-    train: PreparedRows | PackedRows | WindowRows | tuple
-    validation: PreparedRows | WindowRows
+    train: Rows | tuple[()]
+    validation: DocumentRows
     num_outputs = None  # the classes of a language model are its ids
     output = "tokens"
 
@@ -118,7 +119,7 @@ class Dataset:
         if split == "train" or self.score_pads:
             yield from self._batches_of_rows(rows, chosen, batch_size)
         else:
-            yield from self._batches_of_windows(rows, chosen, batch_size)
+            yield from self._batches_of_windows(chosen, batch_size)
 
     def num_labels(self, split: str) -> int:
         """Returns the number of labels of a split that count."""
@@ -129,10 +130,12 @@ class Dataset:
         """int32 [windows], the number of the document of each validation window."""
         return self.validation.documents(self.tokenizer.separator)
 
-    def _batches_of_rows(self, rows, chosen, batch_size) -> Iterator[dict[str, np.ndarray]]:
+    def _batches_of_rows(
+        self, rows: Rows, chosen: np.ndarray, batch_size: int
+    ) -> Iterator[dict[str, np.ndarray]]:
         separator = self.tokenizer.separator
         for start in range(0, len(chosen), batch_size):
-            numbers = np.asarray(chosen[start : start + batch_size])
+            numbers = chosen[start : start + batch_size]
             block = rows.read(numbers)
             missing = batch_size - len(block)
             block = np.pad(block, ((0, missing), (0, 0)), constant_values=separator)
@@ -144,17 +147,19 @@ class Dataset:
             batch["items"] = np.repeat(items[:, None], self.seq_len, axis=1)
             yield batch
 
-    def _batches_of_windows(self, rows, chosen, batch_size) -> Iterator[dict[str, np.ndarray]]:
+    def _batches_of_windows(
+        self, chosen: np.ndarray, batch_size: int
+    ) -> Iterator[dict[str, np.ndarray]]:
         separator = self.tokenizer.separator
-        packed = rows_of_windows(self._read_windows(rows, chosen), separator)
+        packed = rows_of_windows(self._read_windows(chosen), separator)
         while batch := list(itertools.islice(packed, batch_size)):
             batch += [[] for _ in range(batch_size - len(batch))]
             yield windows_batch(batch, self.seq_len, separator, self.tokenizer.num_bytes)
 
-    def _read_windows(self, rows, chosen) -> Iterator[Window]:
-        """Yields each chosen window with the number of its document."""
+    def _read_windows(self, chosen: np.ndarray) -> Iterator[Window]:
+        """Yields each chosen validation window with the number of its document."""
         documents = self._documents
         for start in range(0, len(chosen), _READ_ROWS):
             numbers = chosen[start : start + _READ_ROWS]
-            for number, window in zip(numbers, rows.read(numbers)):
+            for number, window in zip(numbers, self.validation.read(numbers), strict=True):
                 yield window, documents[number]

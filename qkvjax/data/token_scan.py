@@ -1,4 +1,4 @@
-"""What is found by reading all ids of token files once: digest, special tokens and documents."""
+"""Reads all ids of token files once, for their digest, special tokens and documents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BETWEEN_DOCUMENTS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """What one reading of all ids found.
+    """The result of reading all ids once.
 
     Attributes:
       sha256: hexadecimal, over the ids of both splits.

@@ -28,7 +28,7 @@ DTYPES = {
     "uint64": "<u8",
     "int64": "<u8",
 }
-# (magic, version) of llm.c's headers, and the type of the ids behind them.
+# (magic, version) of llm.c's headers, and the type of the ids after them.
 _HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 _HEADER_BYTES = 256 * 4
 _WANTED = "tokens: takes files of ids"
@@ -38,7 +38,7 @@ _MIN_TEXT_BYTES = 64  # a shorter head of ids may look like text by chance
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of ids.
+    """A file of ids, and where in it they are.
 
     Attributes:
       offset: bytes before the first id.

@@ -31,7 +31,7 @@ from qkvjax.files import read_object
 KINDS = ("bytes", "bpe", "gpt2")
 GPT2_SEPARATOR = 50256
 GPT2_IDS = 50257
-_BYTES_SEPARATOR = 256  # behind the 256 bytes
+_BYTES_SEPARATOR = 256  # the ids before it are the 256 bytes
 _PIECE_BYTES = 1 << 20  # of a long document that are encoded at once
 
 

@@ -59,7 +59,7 @@ def corpus_of(folder, documents, tokenizer):
 
 
 def shares(documents, split, name):
-    """The documents of a split as bytes."""
+    """Yields the documents of a split as bytes."""
     for document in documents:
         digest = hashlib.sha256(document).digest()
         if split.by_position:

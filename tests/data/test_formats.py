@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes."""
+"""Formats are recognised by the first bytes of a file."""
 
 import io
 import json
@@ -75,7 +75,7 @@ def safetensors() -> bytes:
         (TEXT.encode("utf-16-be"), "UTF-16 text without"),
     ],
 )
-def test_what_is_not_text_is_named(content, name):
+def test_formats_that_are_not_text(content, name):
     form = identify(content)
     assert not form.is_text and name in form.name and form.remedy
 

@@ -1,4 +1,4 @@
-"""Images from files, patches, sets with an odd one out, and what is wrong with files."""
+"""Images from files, patches, sets with an odd one out, and damaged files."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ LABELS = (np.arange(60) % 3).astype(np.uint8)
 
 @pytest.fixture
 def npz(tmp_path):
-    """Writes an npz file and gives its source."""
+    """Returns a function that writes an npz file and returns its source."""
 
     def make(**arrays):
         np.savez(tmp_path / "images.npz", **arrays)
@@ -143,7 +143,7 @@ def test_every_set_has_one_odd_image(npz):
         ),
     ],
 )
-def test_arrays_that_are_no_labelled_images(npz, arrays, message):
+def test_arrays_that_are_not_labelled_images(npz, arrays, message):
     with pytest.raises(UserError, match=message):
         open_images(npz(**arrays))
 

@@ -88,7 +88,7 @@ def test_the_field_is_behind_the_last_hash(tmp_path):
         ("PAR1\x15\x04", "is a parquet file.*use parquet:.*#COLUMN"),
     ],
 )
-def test_what_is_not_lines_of_json(tmp_path, content, message):
+def test_files_that_are_not_lines_of_json(tmp_path, content, message):
     file = tmp_path / "a.jsonl"
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=message) as refused:

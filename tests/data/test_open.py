@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qkvjax import config as configs
+from qkvjax.data.dataset_like import DatasetLike, dataset_record
 from qkvjax.data.open import open_dataset
 from qkvjax.errors import UserError
 
@@ -41,6 +42,19 @@ def test_every_label_is_scored_once(data):
     assert sum(batch["weights"].sum() for batch in some) == 12
 
 
+def test_text_and_examples_have_one_interface(corpus, data):
+    text = open_dataset(config_of("lm", f"text:{corpus}", 16))
+    members = [name for name in vars(DatasetLike) if not name.startswith("_")]
+    assert len(members) == 14
+    for dataset in (text, data):
+        assert all(hasattr(dataset, name) for name in members)
+        record = dataset_record(dataset)
+        assert record["digest"] == dataset.digest
+        assert record["num_train_tokens"] == dataset.num_labels("train")
+    assert text.tokenizer.name == "bytes"
+    assert data.tokenizer is None
+
+
 @pytest.mark.parametrize(
     ("kind", "source", "message"),
     [
@@ -55,7 +69,7 @@ def test_every_label_is_scored_once(data):
         ("vit", "cifar", "it reads images"),
     ],
 )
-def test_what_a_model_does_not_read(kind, source, message):
+def test_sources_that_a_model_does_not_read(kind, source, message):
     with pytest.raises(UserError, match=message):
         open_dataset(config_of(kind, source))
 

@@ -70,9 +70,10 @@ def test_a_document_has_no_more_windows_than_its_tokens_need(seq_len):
     np.testing.assert_array_equal(num_windows(np.array(counts), seq_len), expected)
 
 
-def test_packing_does_not_gather_what_it_is_given():
-    """A row of many small documents: no document is copied more than a few times."""
-    seq_len, copied = 4096, []
+def test_packing_copies_each_token_a_few_times():
+    """No token is copied more than a few times, in rows of many small documents."""
+    seq_len = 4096
+    copied = []
 
     class Watched(np.ndarray):
         def __array_finalize__(self, other):
@@ -114,7 +115,8 @@ def test_positions_and_segments_follow_the_separators(docs, seq_len):
     for inputs, positions, segments in zip(
         batch["inputs"], batch["positions"], batch["segment_ids"]
     ):
-        position, segment = -1, 1
+        position = -1
+        segment = 1
         for i, token in enumerate(inputs):
             fresh = token == SEPARATOR or i == 0
             position = 0 if fresh else position + 1

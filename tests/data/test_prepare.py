@@ -1,4 +1,4 @@
-"""Preparing at size: one pass, several processes, going on after a kill, progress, remarks."""
+"""Preparing large corpora: one pass, several processes, resuming, progress and warnings."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def lines(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Counts the documents that sources give."""
+    """Returns a list that gets the length of each document that a source reads."""
     counted = []
     documents = sources.Source.documents
 
@@ -92,7 +92,7 @@ STOPPED = """
     {disturbance}
     prepare("jsonl:{lines}", "bytes", 32, log=print)
 """
-IN_TOKENISING = """
+WHILE_TOKENISING = """
     finish = parts.Parts.finish
     def finishing(self):
         finish(self)
@@ -100,7 +100,7 @@ IN_TOKENISING = """
             os.kill(os.getpid(), signal.SIGKILL)
     parts.Parts.finish = finishing
 """
-IN_PACKING = """
+WHILE_PACKING = """
     class Writer(builder.ArrayRecordWriter):
         def close(self):
             super().close()
@@ -127,8 +127,8 @@ def run(code, data_folder, **options):
     )
 
 
-@pytest.mark.parametrize("disturbance", [IN_TOKENISING, IN_PACKING, BEFORE_THE_END])
-def test_a_killed_preparation_goes_on(lines, data_folder, monkeypatch, disturbance):
+@pytest.mark.parametrize("disturbance", [WHILE_TOKENISING, WHILE_PACKING, BEFORE_THE_END])
+def test_a_killed_preparation_is_resumed(lines, data_folder, monkeypatch, disturbance):
     code = STOPPED.replace("{disturbance}", disturbance).replace("{lines}", str(lines))
     killed = run(textwrap.dedent(code), data_folder)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -148,7 +148,7 @@ def test_a_killed_preparation_goes_on(lines, data_folder, monkeypatch, disturban
     logged = []
     went_on = prepare(f"jsonl:{lines}", "bytes", 32, log=logged.append)
     total = sum(len(json.loads(line)["text"].encode()) for line in open(lines))
-    if disturbance == IN_TOKENISING:
+    if disturbance == WHILE_TOKENISING:
         assert total - 5 * 4500 < sum(tokenised) <= total - 5 * 3000
         assert any("going on after 5 parts" in line for line in logged)
     else:
@@ -156,7 +156,7 @@ def test_a_killed_preparation_goes_on(lines, data_folder, monkeypatch, disturban
     (folder,) = data_folder.glob("jsonl-*")
     for file, time_of in finished.items():
         assert (folder / file.relative_to(partial)).stat().st_mtime_ns == time_of
-    assert len(finished) >= {IN_TOKENISING: 0, IN_PACKING: 2, BEFORE_THE_END: 4}[disturbance]
+    assert len(finished) >= {WHILE_TOKENISING: 0, WHILE_PACKING: 2, BEFORE_THE_END: 4}[disturbance]
     assert not partial.exists() and not (folder / "work").exists()
 
     expected = rows_of(went_on)
@@ -167,8 +167,8 @@ def test_a_killed_preparation_goes_on(lines, data_folder, monkeypatch, disturban
         np.testing.assert_array_equal(a, b)
 
 
-def test_what_changed_since_it_was_killed_is_refused(lines, data_folder):
-    code = STOPPED.replace("{disturbance}", IN_TOKENISING).replace("{lines}", str(lines))
+def test_a_corpus_that_changed_after_a_kill_is_refused(lines, data_folder):
+    code = STOPPED.replace("{disturbance}", WHILE_TOKENISING).replace("{lines}", str(lines))
     run(textwrap.dedent(code), data_folder)
     stat = lines.stat()
     lines.write_bytes(lines.read_bytes().replace(b"cat", b"cow"))
@@ -250,7 +250,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, bpe, corpus):
         prepare(f"text:{corpus}", f"bpe:{bpe}", 8)
 
 
-def test_how_far_it_is(lines, monkeypatch):
+def test_progress_is_logged(lines, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(preparing, "_BATCH_BYTES", 500)
     logged = []
@@ -322,7 +322,7 @@ def by_position_alone(documents):
 
 
 def a_text(size, held_out):
-    """A text of a hash among the smallest, or not."""
+    """Returns a text whose hash is among the smallest (`held_out`), or is not."""
     while True:
         text = f"{random.random()} ".ljust(size, "x")
         first = hashlib.sha256(text.encode()).digest()[0]
@@ -340,7 +340,7 @@ def a_text(size, held_out):
         ([1000], None),
     ],
 )
-def test_a_lopsided_split_is_remarked(tmp_path, sizes, remark):
+def test_a_lopsided_split_is_logged(tmp_path, sizes, remark):
     for i, size in enumerate(sizes):
         text = a_text(size, held_out=i >= 18)
         (tmp_path / f"{i:02d}.txt").write_text(text)
@@ -351,7 +351,7 @@ def test_a_lopsided_split_is_remarked(tmp_path, sizes, remark):
 
 
 def test_committed_digests_stay():
-    """That of the files of `json` of Python 3.11.7, which the results of a study name."""
+    """The results of a study name the digest of the files of `json` of Python 3.11.7."""
     results = Path(__file__).parents[2] / "benchmarks/results/small_data/results.jsonl"
     recorded = {json.loads(line)["data_digest"] for line in open(results)}
     folder = Path(json.__file__).parent
@@ -361,7 +361,7 @@ def test_committed_digests_stay():
 
 
 def test_digests_and_rows_stay_what_they_were(tmp_path):
-    """Of made-up corpora, as version 1 of the copy had them."""
+    """The digests and rows of made-up corpora are those of version 1 of the copy."""
     rng = random.Random(1)
     hashes = []
     for count in (1, 7, 45):

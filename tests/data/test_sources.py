@@ -128,7 +128,7 @@ def test_kjv_without_its_package(monkeypatch):
         ("tokens:/nowhere.bin", "nothing is at"),
     ],
 )
-def test_names_that_mean_nothing(source, remedy):
+def test_unknown_and_missing_sources(source, remedy):
     with pytest.raises(UserError, match=remedy):
         open_source(source)
 

@@ -1,4 +1,4 @@
-"""`arrow:`, and what `parquet:` says of other files."""
+"""`arrow:`, and the errors of `parquet:` about other files."""
 
 import json
 

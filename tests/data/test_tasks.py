@@ -1,4 +1,4 @@
-"""Synthetic tasks: what they ask, and that what they ask for can be known."""
+"""Synthetic tasks: their labels are right, and follow from the inputs."""
 
 import numpy as np
 import pytest
@@ -90,6 +90,6 @@ def test_the_same_name_draws_the_same_examples():
         ("synthetic:khop:pairs=4:hops=4", "4 hops need 5 pairs, and there are 4: raise pairs"),
     ],
 )
-def test_what_is_no_task(source, message):
+def test_sources_that_are_not_tasks(source, message):
     with pytest.raises(UserError, match=message):
         open_task(source, 16)

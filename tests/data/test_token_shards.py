@@ -39,7 +39,7 @@ def plain(tmp_path):
     return prepared(tmp_path / "plain.bin")
 
 
-def same(data, other):
+def assert_same(data, other):
     assert data.digest == other.digest
     for a, b in ((data.train, other.train), (data.validation, other.validation)):
         np.testing.assert_array_equal(a.read(range(len(a))), b.read(range(len(b))))
@@ -48,7 +48,7 @@ def same(data, other):
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "u2"), (20240801, 7, "u4")])
 def test_llm_c(tmp_path, plain, magic, version, dtype):
     with_header(tmp_path / "a.bin", IDS, magic, version, dtype)
-    same(prepared(tmp_path / "a.bin"), plain)
+    assert_same(prepared(tmp_path / "a.bin"), plain)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_headers_that_are_refused(tmp_path, options, message):
 @pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4", "<u8", "<i8"])
 def test_the_width_of_plain_ids_is_recognised(tmp_path, plain, dtype):
     IDS.astype(dtype).tofile(tmp_path / "a.bin")
-    same(prepared(tmp_path / "a.bin"), plain)
+    assert_same(prepared(tmp_path / "a.bin"), plain)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8", ">u2"])
 def test_numpy_arrays(tmp_path, plain, dtype):
     np.save(tmp_path / "a.npy", IDS.astype(dtype))
-    same(prepared(tmp_path / "a.npy"), plain)
+    assert_same(prepared(tmp_path / "a.npy"), plain)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_vocabularies_of_more_than_16_bits(tmp_path):
 @pytest.mark.parametrize(
     "content", [np.zeros(500, "<u2"), np.array([5, 0], "<u2"), IDS.astype(">u4")]
 )
-def test_what_does_not_tell_its_width_is_refused(tmp_path, content):
+def test_a_file_that_does_not_show_its_width_is_refused(tmp_path, content):
     content.tofile(tmp_path / "a.bin")
     with pytest.raises(UserError, match="a.bin does not tell .*#uint16 or tokens:.*a.bin#uint32"):
         prepared(tmp_path / "a.bin")
@@ -130,7 +130,7 @@ def test_what_does_not_tell_its_width_is_refused(tmp_path, content):
 def test_a_named_type(tmp_path, plain):
     path = tmp_path / "a#1.bin"
     IDS.astype("<u4").tofile(path)
-    same(prepared(f"{path}#uint32"), plain)
+    assert_same(prepared(f"{path}#uint32"), plain)
     lines = []
     prepare(f"tokens:{path}#uint16", "bytes", 8, log=lines.append)
     assert "is read as uint16, as named, and looks like uint32" in lines[0]
@@ -182,14 +182,14 @@ def test_other_formats(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("first", [0x0280, 0x9D1F, 0x5A4D, 0xD8FF])
-def test_ids_that_start_as_a_format_of_two_letters_do(tmp_path, first):
+def test_ids_may_start_like_a_short_magic_number(tmp_path, first):
     np.array([first, *IDS], "<u2").tofile(tmp_path / "a.bin")
     (shard,) = recognise_widths([open_shard(tmp_path / "a.bin")], 65_000, "tokens:a")
     assert shard.count == len(IDS) + 1
 
 
 @pytest.mark.parametrize("array", [IDS[:600].reshape(10, 60), IDS * 1.0, IDS[:0]])
-def test_arrays_that_are_no_ids(tmp_path, array):
+def test_arrays_that_are_not_ids(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError, match="a.npy is a numpy array of .*one array .n. of uint16"):
         prepared(tmp_path / "a.npy")
@@ -221,7 +221,7 @@ def test_a_slice_crosses_files(tmp_path):
     assert part.with_ends((9, 11), 77)[:5].tolist() == [8, 77, 10, 77, 12]
 
 
-def test_more_files_than_may_be_open(tmp_path):
+def test_more_files_than_a_process_may_open(tmp_path):
     """A map keeps its file open, and a corpus may have thousands."""
     import resource
 

@@ -91,7 +91,7 @@ def path(request, tmp_path_factory):
 
 
 def whole(path):
-    """The library's ids of a text as a whole."""
+    """Returns the library's function from a text, as a whole, to its ids."""
     bpe = library.Tokenizer.from_file(str(path))
     bpe.encode_special_tokens = True
     return lambda text: bpe.encode(text, add_special_tokens=False).ids
@@ -149,7 +149,7 @@ def test_words_are_forgotten_before_they_fill_the_memory(path, monkeypatch):
         {"added_tokens": [{"content": "x", "special": False, "lstrip": True}]},
     ],
 )
-def test_what_was_not_examined_stays_whole(change):
+def test_tokenizers_that_were_not_examined_stay_whole(change):
     known = {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
     assert word_expression(known) is not None
     assert word_expression(known | change) is None
