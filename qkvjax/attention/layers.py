@@ -1,4 +1,7 @@
-"""Learned maps: linear projections and norms, with initial values that names decide."""
+"""Learned maps: linear projections and norms, with initial values that names decide.
+
+They apply to the last axis of an array; `*lead` are the axes before it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from qkvjax.kernels.stored import NORM_EPSILON
 from qkvjax.parallel.products import matmul
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """A key for one parameter, so that models of different sharing start alike.
+    """Returns a key for one parameter, so that models of different sharing start alike.
 
     The draw depends on the name and not on what was drawn before: with one seed the W_q, the
     feed-forward and the embedding of every variant are the same numbers.
@@ -35,23 +39,26 @@ class Linear(nnx.Module):
             shift = inputs**-0.5 * jax.random.uniform(named_key(key, "bias"), outputs, minval=-1)
         else:
             std = inputs**-0.5 if std is None else std
-            weight, shift = std * jax.random.normal(key, (inputs, outputs)), jnp.zeros(outputs)
+            weight = std * jax.random.normal(key, (inputs, outputs))
+            shift = jnp.zeros(outputs)
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(shift) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         y = matmul(x, self.weight[...])
         return y if self.bias is None else wide_add(y, self.bias[...])
 
 
-def wide_add(x: jax.Array, parameter: jax.Array) -> jax.Array:
-    """x + parameter in the dtype of x, added in float32 or wider: so is the parameter's gradient,
-    which sums over tokens."""
+def wide_add(x: Float[Array, "*lead H"], parameter: Float[Array, ...]) -> Float[Array, "*lead H"]:
+    """Returns x + parameter in the dtype of x, added in float32 or wider.
+
+    So is the parameter's gradient, which sums over tokens.
+    """
     return (x + parameter.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-def wide_times(x: jax.Array, parameter: jax.Array) -> jax.Array:
-    """x * parameter in the dtype of x, computed in float32 or wider, as `wide_add` adds."""
+def wide_times(x: Float[Array, "*lead H"], parameter: Float[Array, ...]) -> Float[Array, "*lead H"]:
+    """Returns x * parameter in the dtype of x, computed in float32 or wider, as `wide_add` adds."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return (x.astype(wide) * parameter.astype(wide)).astype(x.dtype)
 
@@ -62,7 +69,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, width: int):
         self.gain = nnx.Param(jnp.ones(width))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*lead H"]) -> Float[Array, "*lead H"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + NORM_EPSILON)
         return (wide * scale * self.gain[...]).astype(x.dtype)
@@ -75,7 +82,7 @@ class LayerNorm(nnx.Module):
         self.gain = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*lead H"]) -> Float[Array, "*lead H"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-5)

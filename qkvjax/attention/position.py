@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from qkvjax.errors import UserError
 
 
-def by_row(values: jax.Array, shape: tuple[int, int], name: str = "positions") -> jax.Array:
+def by_row(
+    values: Int[Array, "*rows T"], shape: tuple[int, int], name: str = "positions"
+) -> Int[Array, "B T"]:
     """Returns values of each token as [B, T]; [T] or [1, T] is the same for every row.
 
     Args:
@@ -19,29 +21,32 @@ def by_row(values: jax.Array, shape: tuple[int, int], name: str = "positions") -
     Raises:
       UserError: any other shape.
     """
-    found = jnp.shape(values)
-    if found == tuple(shape):
+    actual = jnp.shape(values)
+    if actual == tuple(shape):
         return values
-    if found not in (tuple(shape[1:]), (1, shape[1])):
+    if actual not in (tuple(shape[1:]), (1, shape[1])):
         raise UserError(
-            f"{name} of shape {list(found)} do not fit tokens of shape {list(shape)}: give [B, T],"
+            f"{name} of shape {list(actual)} do not fit tokens of shape {list(shape)}: give [B, T],"
             " or [T] for all rows"
         )
     return jnp.broadcast_to(values, shape)
 
 
 def rotate(
-    x_BTNH: jax.Array,
-    positions_BT: jax.Array,
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "#B T"],
     *,
     base: float,
     width: int,
     inverse: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """Rotary position embedding (Su et al. 2021, equation 34) of the first `width` numbers.
 
-    Number i turns with number i + width/2 by the angle position * base^(-2 i / width): the
+    Number i is rotated with number i + width/2 by the angle position * base^(-2 i / width): the
     half-split convention of Llama and Qwen checkpoints.
+
+        head    | first half of width | second half of width | rest          |
+        result  | a cos - b sin       | b cos + a sin        | not rotated   |
 
     Args:
       x_BTNH: [B, T, N, H] heads.
@@ -54,18 +59,19 @@ def rotate(
       [B, T, N, H] in the dtype of x, computed in float32 or wider.
     """
     half = width // 2
+    # A narrow dtype cannot even hold the positions.
     wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
     frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
     angles = positions_BT.astype(wide)[:, :, None, None] * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     sin = -sin if inverse else sin
     first, second, rest = jnp.split(x_BTNH, [half, width], axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([*(part.astype(x_BTNH.dtype) for part in turned), rest], axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(part.astype(x_BTNH.dtype) for part in rotated), rest], axis=-1)
 
 
-def sincos(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Fixed embeddings (Vaswani et al. 2017, section 3.5): int [B, T] -> float32 [B, T, width].
+def sincos(positions_BT: Int[Array, "B T"], width: int) -> Float[Array, "B T {width}"]:
+    """Returns fixed embeddings (Vaswani et al. 2017, section 3.5) in float32.
 
     Even columns are sines, odd columns cosines, of frequencies 10000^(-2 k / width).
     """

@@ -7,9 +7,12 @@
     score2d(m)     S_ij sum(w) + P_ij . w + b with the fixed features P_ij = [sincos_{m/2}(i);
                    sincos_{m-m/2}(j)] (Kayyam et al. 2026, the "+" of its tables)
 
-The last three are affine: together S'_ij = a S_ij + r_i + c_j. Softmax does not see r_i, so
-attention needs a, which folds into q, and c_j, one more column of the scores' dot product.
+The last three are affine: together S'_ij = a S_ij + r_i + c_j. Softmax does not see r_i. So
+attention needs a, which is multiplied into q, and c_j, one more column of the scores' dot product.
 docs/explanations/scores.md says which of them break S = S^T, and which parameters are dead where.
+
+Letters: B sequences, T query positions, S key positions, N query heads, K key-value heads, H head
+width.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from qkvjax.attention.layers import named_key, wide_add, wide_times
 from qkvjax.attention.position import sincos
@@ -27,10 +31,11 @@ ROLES = ("q", "k")
 
 
 class Score(nnx.Module):
-    """The parameters of a layer's score modifiers, shared by its heads but for the roles' own.
+    """The parameters of a layer's score modifiers.
 
-    They start where they change nothing, but for two. score2d: w ~ N(0, 0.02^2), b = 0 (the
-    paper). score_scale: 0, near which score2d's scale sum(w) starts; attention begins uniform.
+    All heads share them, except those of role_bias and role_gain. They start where they change
+    nothing, with two exceptions. score2d: w ~ N(0, 0.02^2), b = 0 (the paper). score_scale: 0, near
+    which score2d's scale sum(w) starts; attention begins uniform.
     """
 
     def __init__(self, spec: AttentionSpec, *, key):
@@ -51,12 +56,13 @@ class Score(nnx.Module):
                     params[f"{name}_{role}"] = start(shape)
         self.params = nnx.Dict({name: nnx.Param(value) for name, value in params.items()})
 
-    def on_role(self, role: str, state: jax.Array) -> jax.Array:
-        """The state [B, T, N or K, H] of a role as it enters norm and rotation."""
+    def on_role(self, role: str, state: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Returns the state of a role, "q" or "k", as it enters norm and rotation."""
         for name, _ in self.spec.modifiers:
             if name.startswith("role_"):
-                own = self.params[f"{name}_{role}"][...]
-                state = wide_add(state, own) if name == "role_bias" else wide_times(state, own)
+                numbers = self.params[f"{name}_{role}"][...]
+                modify = wide_add if name == "role_bias" else wide_times
+                state = modify(state, numbers)
         return state
 
     def spread_keys(self, num_heads: int) -> None:
@@ -67,38 +73,42 @@ class Score(nnx.Module):
                 heads = self.params[name][...][None, None]
                 self.params[name] = nnx.Param(rules.spread_heads(heads, num_heads)[0, 0])
 
-    def affine(self, positions: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
-        """The factor a (scalar) and the columns c, [B, S] for key positions int [B, S].
+    def affine(
+        self, positions: Int[Array, "B S"]
+    ) -> tuple[Float[Array, ""] | None, Float[Array, "B S"] | None]:
+        """Returns the factor a and the columns c of the keys at these positions.
 
         None where no modifier gives any; float32 or wider, as the parameters.
         """
-        a, c = None, None
-        add = lambda x, y: y if x is None else x + y  # noqa: E731
-        times = lambda x, y: y if x is None else x * y  # noqa: E731
+        a = c = None
         for name, m in self.spec.modifiers:
-            if name == "score_scale":
-                factor, column = self.params["scale"][...], None
-            elif name == "column_bias":
-                factor = None
-                column = tables.lookup(self.params["column"][...], positions)
-            elif name == "score2d":
-                mix = self.params["mix"][...]
-                features = sincos(positions, m - m // 2).astype(mix.dtype)
-                factor, column = jnp.sum(mix), jnp.sum(features * mix[m // 2 :], axis=-1)
-            else:
-                continue
+            factor, column = self._factor_and_column(name, m, positions)
             if factor is not None:
-                a, c = times(a, factor), None if c is None else c * factor
-            c = c if column is None else add(c, column)
+                a = factor if a is None else a * factor
+                c = None if c is None else c * factor  # of the modifiers before this one
+            if column is not None:
+                c = column if c is None else c + column
         return a, c
 
-    def modified(self, scores, q_positions, k_positions) -> jax.Array:
-        """S' [B, N, T, S] from S, to the letter, with the rows that softmax does not see.
+    def _factor_and_column(self, name: str, m: int, positions):
+        """Returns what one modifier multiplies the scores with, and what it adds for each key."""
+        if name == "score_scale":
+            return self.params["scale"][...], None
+        if name == "column_bias":
+            return None, tables.lookup(self.params["column"][...], positions)
+        if name == "score2d":
+            mix = self.params["mix"][...]
+            features = sincos(positions, m - m // 2).astype(mix.dtype)
+            return jnp.sum(mix), jnp.sum(features * mix[m // 2 :], axis=-1)
+        return None, None  # of the roles, not of the scores
 
-        Args:
-          scores: [B, N, T, S].
-          q_positions, k_positions: int [B, T] and [B, S].
-        """
+    def modified(
+        self,
+        scores: Float[Array, "B N T S"],
+        q_positions: Int[Array, "B T"],
+        k_positions: Int[Array, "B S"],
+    ) -> Float[Array, "B N T S"]:
+        """Returns S' from S, to the letter, with the terms r_i that softmax does not see."""
         for name, m in self.spec.modifiers:
             if name == "score_scale":
                 scores = scores * self.params["scale"][...]

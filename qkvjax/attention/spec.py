@@ -10,12 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 
+from qkvjax.attention.sharing import SHARINGS, canonical_sharing, parse_sharing, sharing_name
 from qkvjax.errors import UserError, among
 
-# Set partitions of {q, k, v}, written as they read. The name in reports is upper case.
-SHARINGS = ("q-k-v", "q-k=v", "q=k-v", "q=v-k", "q=k=v")
+__all__ = [
+    "CACHE_LAYOUTS",
+    "MODIFIERS",
+    "POSITIONS",
+    "ROTARY_VALUES",
+    "SHARINGS",
+    "AttentionSpec",
+    "canonical_sharing",
+    "itemsize",
+    "parse_modifier",
+    "parse_sharing",
+    "sharing_name",
+]
 POSITIONS = ("none", "learned", "sincos", "rope")
 ROTARY_VALUES = ("raw", "rotated", "unrotated_output")
 CACHE_LAYOUTS = ("kv", "shared")
@@ -25,81 +36,15 @@ _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 def itemsize(dtype) -> int:
-    """Bytes of one element of `dtype`, a name or anything with a `name` (no jax needed)."""
+    """Returns the bytes of one element of `dtype`, a name or anything with a `name`.
+
+    Raises:
+      UserError: the dtype is unknown.
+    """
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     if name not in _ITEMSIZE:
         raise UserError(f"dtype {name!r} is unknown: use one of {', '.join(_ITEMSIZE)}")
     return _ITEMSIZE[name]
-
-
-def sharing_name(sharing: str) -> str:
-    """The sharing as reports write it: 'q-k-v' -> 'QKV', 'q-k=v' -> 'Q-K=V'."""
-    sharing = canonical_sharing(sharing)
-    return "QKV" if sharing == "q-k-v" else str(sharing).upper()
-
-
-def canonical_sharing(text):
-    """Returns one of SHARINGS for it or its name in reports: 'QKV' -> 'q-k-v', 'Q-K=V' -> 'q-k=v'.
-
-    Upper and lower case are the same. Anything else is returned as it is, for `parse_sharing` to
-    refuse.
-    """
-    plain = "".join(str(text).lower().split())
-    plain = "q-k-v" if plain == "qkv" else plain
-    return plain if plain in SHARINGS else text
-
-
-# What else variants of attention are called; none of these is a sharing.
-NOT_SHARINGS = {
-    "mha": "three projections are 'q-k-v'",
-    "gqa": "grouped queries are model.num_kv_heads, a divisor of model.num_heads",
-    "mqa": "one key-value head is model.num_kv_heads=1",
-    "+": "the '+' of the paper is a score modifier: model.score=('score2d(10)',)",
-}
-
-
-def _meant(text) -> str:
-    """The sharing that was meant where each role stands once at most: roles that touch are tied,
-    roles that are missing are alone. "k=v", "q_k=v" and "q-kv" are 'q-k=v'."""
-    plain = re.sub(r"[^qkv=]+", "-", re.sub(r"[=()\[\]{}]", "", str(text).lower()))
-    roles = [letter for letter in plain if letter in "qkv"]
-    other = re.search("[a-z]", re.sub("[qkv]", "", str(text).lower()))
-    if other or len(roles) < 2 or len(set(roles)) < len(roles):
-        return ""
-    blocks = {frozenset(block) for block in plain.split("-") if block}
-    blocks = {frozenset("q"), frozenset("k"), frozenset("v")} if plain == "qkv" else blocks
-    blocks |= {frozenset(role) for role in "qkv" if role not in roles}
-    named = {frozenset(map(frozenset, parse_sharing(usual))): usual for usual in SHARINGS}
-    return f"; did you mean {named[frozenset(blocks)]!r}?"
-
-
-def _hint(text) -> str:
-    """A sentence about a word that is not a sharing and stands for something else."""
-    found = [what for word, what in NOT_SHARINGS.items() if word in str(text).lower()]
-    return f" ({'; '.join(found)})" if found else ""
-
-
-@functools.cache
-def parse_sharing(sharing: str) -> tuple[tuple[str, ...], ...]:
-    """Splits "q-k=v" into blocks of roles: (("q",), ("k", "v")).
-
-    Raises:
-      UserError: the string is no set partition of {q, k, v}, or not in its usual order.
-    """
-    blocks = tuple(tuple(block.split("=")) for block in str(sharing).split("-"))
-    if sharing in SHARINGS:
-        return blocks
-    roles = sorted(role for block in blocks for role in block)
-    if roles == ["k", "q", "v"]:
-        same = {frozenset(map(frozenset, parse_sharing(s))): s for s in SHARINGS}
-        usual = same[frozenset(map(frozenset, blocks))]
-        listed = ", ".join(SHARINGS)
-        raise UserError(f"sharing {sharing!r} is written {usual!r} (one of {listed})")
-    raise UserError(
-        f"sharing {sharing!r} is no partition of q, k and v: each role stands in it once, joined"
-        f" by '=' to the roles it shares a projection with and by '-' to the others; use one of"
-        f" {', '.join(SHARINGS)}{_meant(sharing)}{_hint(sharing)}"
-    )
 
 
 @functools.cache
@@ -120,6 +65,12 @@ def parse_modifier(text: str) -> tuple[str, int]:
     raise UserError(f"score modifier {text!r} is unknown: use {among(name, MODIFIERS)}")
 
 
+def _require(condition, message: str) -> None:
+    """Raises UserError where a condition does not hold."""
+    if not condition:
+        raise UserError(message)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """One attention layer: its variant, its shapes and its costs.
@@ -129,8 +80,8 @@ class AttentionSpec:
       num_heads: N.
       num_kv_heads: K; None means N. K < N is GQA, K = 1 is MQA.
       head_dim: H; None means D / N.
-      sharing: which roles use one projection: one of SHARINGS, which it becomes where it was
-        given by its name in reports.
+      sharing: which roles use one projection: one of SHARINGS. Its name in reports is accepted as
+        well, and becomes one of these.
       position: where positions enter; only "rope" acts inside attention.
       rotary_values: what V is when K is rotated and V shares its projection (or Q's):
         "raw" the un-rotated state (Gemma 4, MaxText), "rotated" the rotated one (absolute
@@ -148,6 +99,9 @@ class AttentionSpec:
         layers have no limit.
       implementation: what computes the attention, "auto" or one of `kernels.IMPLEMENTATIONS`; the
         variant is the same.
+
+    Raises:
+      UserError: fields that are out of range or do not fit together.
     """
 
     d_model: int
@@ -168,78 +122,99 @@ class AttentionSpec:
     implementation: str = "auto"
 
     def __post_init__(self):
-        def require(condition, message):
-            if not condition:
-                raise UserError(message)
+        self._fill("sharing", canonical_sharing(self.sharing))
+        self._check_heads()
+        self._check_variant()
+        if self.rope:
+            self._check_rotation()
+        self._check_score()
 
-        fill = functools.partial(object.__setattr__, self)
-        fill("sharing", canonical_sharing(self.sharing))
+    def _fill(self, name: str, value) -> None:
+        """Sets a field of this frozen dataclass, while it is made."""
+        object.__setattr__(self, name, value)
+
+    def _check_heads(self) -> None:
         for name in ("d_model", "num_heads"):
             value = getattr(self, name)
-            require(value >= 1, f"{name}={value} must be at least 1")
+            _require(value >= 1, f"{name}={value} must be at least 1")
+        n = self.num_heads
         if self.num_kv_heads is None:
-            fill("num_kv_heads", self.num_heads)
-        n, k = self.num_heads, self.num_kv_heads
-        divides = k >= 1 and n % k == 0
-        require(divides, f"num_kv_heads={k} does not divide num_heads={n}: choose a divisor of {n}")
+            self._fill("num_kv_heads", n)
+        k = self.num_kv_heads
+        _require(
+            k >= 1 and n % k == 0,
+            f"num_kv_heads={k} does not divide num_heads={n}: choose a divisor of {n}",
+        )
         if self.head_dim is None:
-            require(
+            _require(
                 self.d_model % n == 0,
                 f"num_heads={n} does not divide d_model={self.d_model}:"
                 " change one of them or set head_dim",
             )
-            fill("head_dim", self.d_model // n)
-        require(self.head_dim >= 1, f"head_dim={self.head_dim} must be at least 1")
+            self._fill("head_dim", self.d_model // n)
+        _require(self.head_dim >= 1, f"head_dim={self.head_dim} must be at least 1")
+
+    def _check_variant(self) -> None:
         for name, choices in (("position", POSITIONS), ("rotary_values", ROTARY_VALUES)):
             value = getattr(self, name)
             unknown = f"{name}={value!r} is unknown: use one of {among(value, choices)}"
-            require(value in choices, unknown)
-        require(
+            _require(value in choices, unknown)
+        n, k = self.num_heads, self.num_kv_heads
+        _require(
             len(self.block("q")) == 1 or n == k,
             f"sharing {self.sharing!r} ties the query to {self.block('q')[1:]}, so queries and"
             f" keys need the same heads: num_kv_heads={k} must equal num_heads={n} (or use"
             " sharing 'q-k=v' or 'q-k-v')",
         )
-        require(
+        _require(
             self.window is None or self.window >= 1,
             f"window={self.window} must be at least 1, or unset to see every key",
         )
-        require(
+        _require(
             self.rotary_values == "raw" or (self.rope and len(self.block("v")) > 1),
             f"rotary_values={self.rotary_values!r} needs position='rope' and a V that shares"
             f" the projection of a rotated role (position={self.position!r}, sharing="
             f"{self.sharing!r}): use rotary_values='raw'",
         )
-        if self.rope:
-            require(
-                0 < self.rotary_fraction <= 1,
-                f"rotary_fraction={self.rotary_fraction} must be in (0, 1]; for no rotation use"
-                " position='none'",
-            )
-            require(
-                self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
-                f"the rotary width is {self.rotary_dim} (head_dim={self.head_dim} x"
-                f" rotary_fraction={self.rotary_fraction}) and must be even: rotation turns"
-                " pairs",
-            )
-            require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
-        several = isinstance(self.score, (list, tuple))
-        texts = several and all(isinstance(text, str) for text in self.score)
-        require(texts, f"score={self.score!r} is no tuple of modifiers: write ('score_scale',)")
-        fill("score", tuple(self.score))
+
+    def _check_rotation(self) -> None:
+        _require(
+            0 < self.rotary_fraction <= 1,
+            f"rotary_fraction={self.rotary_fraction} must be in (0, 1]; for no rotation use"
+            " position='none'",
+        )
+        _require(
+            self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+            f"the rotary width is {self.rotary_dim} (head_dim={self.head_dim} x"
+            f" rotary_fraction={self.rotary_fraction}) and must be even, because numbers are"
+            " rotated in pairs",
+        )
+        _require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
+
+    def _check_score(self) -> None:
+        is_sequence = isinstance(self.score, (list, tuple))
+        _require(
+            is_sequence and all(isinstance(text, str) for text in self.score),
+            f"score={self.score!r} is not a tuple of modifiers: write ('score_scale',)",
+        )
+        self._fill("score", tuple(self.score))
         names = [name for name, _ in self.modifiers]
-        once = len(set(names)) == len(names)
-        require(once, f"score={self.score} names a modifier twice: two of a kind are one")
-        require(
+        _require(
+            len(set(names)) == len(names),
+            f"score={self.score} names a modifier twice: two of a kind are one",
+        )
+        _require(
             self.rope or "role_gain" not in names,
             "score modifier 'role_gain' without position='rope' leaves the scores of tied roles"
             " symmetric and folds into the projections of others: use 'role_bias', or"
             " RoPE",
         )
-        require(
+        _require(
             self.max_length is not None or not self.bounded,
             "score modifiers 'column_bias' and 'score2d' need max_length, the longest sequence",
         )
+
+    # ---- what the variant is ------------------------------------------------------------------
 
     @property
     def modifiers(self) -> tuple[tuple[str, int], ...]:
@@ -257,7 +232,7 @@ class AttentionSpec:
         return parse_sharing(self.sharing)
 
     def block(self, role: str) -> tuple[str, ...]:
-        """The block of roles that `role` belongs to."""
+        """Returns the block of roles that `role` belongs to."""
         return next(block for block in self.blocks if role in block)
 
     @property
@@ -292,7 +267,7 @@ class AttentionSpec:
         return self.block("q") == self.block("k") and not self.score
 
     def num_role_heads(self, role: str) -> int:
-        """N for the query, K for key and value."""
+        """Returns N for the query, K for key and value."""
         return self.num_heads if role == "q" else self.num_kv_heads
 
     @property
@@ -301,7 +276,11 @@ class AttentionSpec:
         return "shared" if self.shares_kv else "kv"
 
     def check_layout(self, layout: str | None) -> str:
-        """Returns the layout to use; raises UserError for one that cannot hold this variant."""
+        """Returns the layout to use; None means the smallest one.
+
+        Raises:
+          UserError: the layout is unknown or cannot hold this variant.
+        """
         layout = layout or self.cache_layout
         if layout not in CACHE_LAYOUTS:
             use = ", ".join(CACHE_LAYOUTS)
@@ -313,7 +292,7 @@ class AttentionSpec:
             )
         return layout
 
-    # Costs: pure functions of the fields.
+    # ---- what it costs: pure functions of the fields ------------------------------------------
 
     @property
     def num_params(self) -> int:
@@ -325,12 +304,19 @@ class AttentionSpec:
             total += sum(widths) + self.d_model
         if self.qk_norm:
             total += self.head_dim * len({self.block("q"), self.block("k")})
-        roles = (self.num_heads + self.num_kv_heads) * self.head_dim
-        sizes = {"score_scale": 1, "column_bias": self.max_length}
-        return total + sum(sizes.get(name, m + 1 if m else roles) for name, m in self.modifiers)
+        return total + sum(self._modifier_params(name, m) for name, m in self.modifiers)
+
+    def _modifier_params(self, name: str, m: int) -> int:
+        if name == "score_scale":
+            return 1
+        if name == "column_bias":
+            return self.max_length
+        if name == "score2d":
+            return m + 1  # the weights of the features, and an offset
+        return (self.num_heads + self.num_kv_heads) * self.head_dim  # role_bias, role_gain
 
     def forward_macs(self, length: int) -> int:
-        """Multiply-adds of one sequence of `length` tokens.
+        """Returns the multiply-adds of one sequence of `length` tokens.
 
         Scores and values count all length^2 pairs, as the paper's profiler does, or the band
         that `window` leaves.
@@ -340,30 +326,32 @@ class AttentionSpec:
         return length * self.d_model * (sum(widths) + inner) + 2 * self.pairs(length) * inner
 
     def pairs(self, length: int) -> int:
-        """The pairs of places that `forward_macs` counts."""
+        """Returns how many pairs of positions `forward_macs` counts."""
         band = length
         if self.window is not None:
             band = min(length, self.window if self.causal else 2 * self.window - 1)
         return length * band
 
     def cache_slots(self, length: int) -> int:
-        """Tokens of one sequence of `length` that a contiguous cache keeps: a windowed layer needs
-        no more than its window."""
+        """Returns how many tokens of one sequence of `length` a contiguous cache keeps.
+
+        A windowed layer needs no more than its window.
+        """
         return length if self.window is None else min(length, self.window)
 
     def cache_bytes(self, length: int, dtype="bfloat16", layout: str | None = None) -> int:
-        """Bytes of a contiguous cache of one sequence of `length` tokens."""
+        """Returns the bytes of a contiguous cache of one sequence of `length` tokens."""
         return self.cache_slots(length) * self.cache_bytes_per_token(dtype, layout)
 
     def cache_bytes_per_token(self, dtype="bfloat16", layout: str | None = None) -> int:
-        """Bytes the decode cache of this layer holds for each token."""
+        """Returns the bytes that the decode cache of this layer has for each token."""
         tensors = 1 if self.check_layout(layout) == "shared" else 2
         size = itemsize(dtype)
         scale = 2 if size == 1 else 0  # int8 has one in bfloat16 for each head
         return tensors * self.num_kv_heads * (self.head_dim * size + scale)
 
     def decode_arithmetic_intensity(self, dtype="bfloat16", layout: str | None = None) -> float:
-        """FLOPs per cache byte when one query reads the cache (scores and values only).
+        """Returns the FLOPs per cache byte when one query reads the cache (scores and values only).
 
         4 N H FLOPs over `cache_bytes_per_token`: 2 G / m at 2 bytes a number, where m is the
         number of cached tensors (Zadouri et al. 2025, section 3).

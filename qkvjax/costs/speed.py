@@ -226,13 +226,13 @@ def _decode_call(
     x = jnp.ones((batch, 1, spec.d_model), dtype)
 
     def decode_tokens(layer, cache, x):
-        rotations = caches.turns([spec], context)
+        rotations = caches.rotations([spec], context)
         like = jax.eval_shape(lambda: cache)
 
         def decode_token(carry, position):
             x, cache = carry
             cache = caches.restored(cache, like)
-            x, cache = caches.attend(layer, x, cache, position, turns=rotations, impl=impl)
+            x, cache = caches.attend(layer, x, cache, position, rotations=rotations, impl=impl)
             return (x, caches.carried(cache)), None
 
         positions = context - TOKENS + jnp.arange(TOKENS)

@@ -69,7 +69,7 @@ def check_heads(spec: ModelSpec) -> None:
 # ---- new tokens -------------------------------------------------------------------------------
 
 
-def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, impl=None):
+def advance(model, layers, cache, ids, start, *, dtype, table=None, rotations=None, impl=None):
     """Runs new tokens through the model and writes them to its caches.
 
     Args:
@@ -81,7 +81,7 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, 
       start: int scalar, or [B] where sequences have different lengths.
       dtype: of activations.
       table: the block table of caches in pages; None means contiguous caches.
-      turns: of `attention.cache.turns`, or None.
+      rotations: of `attention.cache.rotations`, or None.
       impl: which implementation of attention; None means the one that the model names.
 
     Returns:
@@ -95,7 +95,9 @@ def advance(model, layers, cache, ids, start, *, dtype, table=None, turns=None, 
     updated_cache = []
     for layer, layer_cache in zip(layers, cache, strict=True):
         x, layer = rules.delay_gather(x, layer)
-        x, layer_cache = layer.decode(x, layer_cache, start, table=table, turns=turns, impl=impl)
+        x, layer_cache = layer.decode(
+            x, layer_cache, start, table=table, rotations=rotations, impl=impl
+        )
         updated_cache.append(layer_cache)
     return model.norm(x), updated_cache
 
@@ -182,7 +184,7 @@ def sample_tokens(
     pages_per_sequence = 1 if table is None else table.shape[1]
     slots = max(map(caches.cache_slots, cache)) * pages_per_sequence
     # Rotations of all positions, computed once instead of in each round of the loop.
-    turns = caches.turns(model.spec.layers, slots)
+    rotations = caches.rotations(model.spec.layers, slots)
     like = jax.eval_shape(lambda: cache)
     logits = rules.spread_rows(logits)
 
@@ -195,7 +197,14 @@ def sample_tokens(
         else:
             ids = jax.random.categorical(key, logits / temperature)
         logits, cache = decode(
-            model, layers, cache, ids[:, None], position, dtype=dtype, table=table, turns=turns
+            model,
+            layers,
+            cache,
+            ids[:, None],
+            position,
+            dtype=dtype,
+            table=table,
+            rotations=rotations,
         )
         carry = (logits[:, -1], caches.carried(cache, table), position + 1)
         return carry, ids.astype(jnp.int32)

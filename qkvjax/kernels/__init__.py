@@ -1,5 +1,6 @@
 """The hot path: attention over given queries, keys and values."""
 
+# What `impl` may name; `dispatch` says what each one is.
 IMPLEMENTATIONS = (
     "xla",
     "reference",
@@ -8,4 +9,4 @@ IMPLEMENTATIONS = (
     "cudnn",
     "splash",
     "tpu",
-)  # see `dispatch`
+)

@@ -1,10 +1,12 @@
-"""NVIDIA's fused attention, from a library that jax calls. It knows two tensors: with K = V it
-loads the one twice and adds two gradients.
+"""NVIDIA's fused attention, from a library that jax calls.
+
+It knows two tensors: with K = V it loads the one twice and adds two gradients.
 """
 
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Float, Int
 
 from qkvjax.errors import UserError
 from qkvjax.kernels import limits
@@ -14,37 +16,40 @@ BACKEND = "cudnn"
 DTYPES = ("bfloat16", "float16")
 
 
-def refusal(
-    q, v=None, *, causal=True, segment_ids=None, window=None, softcap=None, q_pe=None
-) -> str | None:
-    """Why it does not take such arguments, or would leave some out silently; None where it does."""
+def refusal(q, v=None, *, causal=True, segment_ids=None, window=None, q_pe=None) -> str | None:
+    """Returns why it does not support these arguments; None where it does.
+
+    The library would ignore some of them silently.
+    """
     if window is not None and not causal:
-        return "its window only looks back (causal=True)"
+        return "a window must only look back (causal=True)"
     # jax allows the widths of the device that is here, whatever it compiles for.
     device = target()
     widest = 256 if device.here and device.major >= 9 else 128
-    return limits.refusal(
-        q,
-        v,
-        range(8, widest + 1, 8),
-        DTYPES,
-        segment_ids=segment_ids,
-        softcap=softcap,
-        second_part_of_the_scores=q_pe,
-    )
+    unsupported = {"segments": segment_ids, "a second part of the scores": q_pe}
+    return limits.refusal(q, v, range(8, widest + 1, 8), DTYPES, unsupported)
 
 
 def attention(
-    q, k, v=None, *, causal=True, segment_ids=None, window=None, scale=None, q_pe=None, k_pe=None
-) -> jax.Array:
-    """As `kernels.dispatch.attention`, whose arguments these are.
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"] | None = None,
+    *,
+    causal: bool = True,
+    segment_ids: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    q_pe: Float[Array, "B T N P"] | None = None,
+    k_pe: Float[Array, "B T K P"] | None = None,
+) -> Float[Array, "B T N _"]:
+    """Computes `kernels.dispatch.attention`, whose arguments these are.
 
     Raises:
-      UserError: `refusal` has an answer.
+      UserError: for the reason that `refusal` returns.
     """
-    why = refusal(q, v, causal=causal, segment_ids=segment_ids, window=window, q_pe=q_pe)
-    if why:
-        raise UserError(f"cudnn takes no such attention: {why}; use impl='auto'")
+    reason = refusal(q, v, causal=causal, segment_ids=segment_ids, window=window, q_pe=q_pe)
+    if reason:
+        raise UserError(f"cudnn does not support these arguments: {reason}; use impl='auto'")
     return jax.nn.dot_product_attention(
         q,
         k,

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 
 def visible(
-    q_positions: jax.Array,
-    k_positions: jax.Array,
+    q_positions: Int[Array, "#B T"],
+    k_positions: Int[Array, "#B S"],
     *,
     causal: bool,
     window: int | None = None,
-    q_segments: jax.Array | None = None,
-    k_segments: jax.Array | None = None,
-) -> jax.Array:
-    """Which keys each query sees: bool [B or 1, T, S].
+    q_segments: Int[Array, "#B T"] | None = None,
+    k_segments: Int[Array, "#B S"] | None = None,
+) -> Bool[Array, "#B T S"]:
+    """Returns which keys each query sees.
 
     Args:
-      q_positions: int [B or 1, T], places of the queries in the sequence.
-      k_positions: int [B or 1, S], places of the keys.
-      causal: only keys at or before the query.
-      window: only keys fewer than `window` places away (the query's own place counts).
-      q_segments, k_segments: int [B, T] and [B, S]; queries see keys of their own segment.
+      q_positions: of the queries in their sequences.
+      k_positions: of the keys.
+      causal: a query sees only keys at or before its position.
+      window: a query sees only keys fewer than `window` positions away; its own position counts.
+      q_segments, k_segments: a query sees only keys of its own segment.
     """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
@@ -37,34 +38,45 @@ def visible(
 
 
 def attention(
-    q, k, v=None, *, mask, causal=False, window=None, scale=None, softcap=None, q_pe=None, k_pe=None
-) -> jax.Array:
-    """softmax(scale (Q K^T + Q_pe K_pe^T)) V in float32 (Vaswani et al. 2017, equation 1).
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"] | None = None,
+    *,
+    mask: Bool[Array, "#B T S"],
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    q_pe: Float[Array, "B T N P"] | None = None,
+    k_pe: Float[Array, "B S K P"] | None = None,
+) -> Float[Array, "B T N _"]:
+    """Computes softmax(scale (Q K^T + Q_pe K_pe^T)) V in float32 (Vaswani et al. 2017, equation 1).
 
     Args:
-      q: [B, T, N, H] queries.
-      k: [B, S, K, H] keys; each serves N / K query heads.
-      v: [B, S, K, H'] values; None means that the keys are the values.
-      mask: bool [B or 1, T, S], True where the query sees the key.
+      q: queries.
+      k: keys; each serves N / K query heads.
+      v: values; None means that the keys are the values.
+      mask: True where the query sees the key.
       causal: promises that T = S and that the mask hides key s from query t < s, so that an
-        implementation may skip those pairs (this one does not).
-      window: with causal, promises the same of pairs at least `window` apart.
+        implementation may skip those pairs. This one does not.
+      window: with causal, promises that the mask hides pairs at least `window` apart.
       scale: None means 1 / sqrt(H).
-      softcap: scores become softcap * tanh(scores / softcap).
-      q_pe, k_pe: [B, T, N, P] and [B, S, K, P], added to the scores before scaling.
+      q_pe, k_pe: a second part of the scores, added before scaling.
 
     Returns:
-      [B, T, N, H'] in the dtype of q.
+      [B, T, N, width of the values] in the dtype of q.
     """
-    f32 = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
-    group = lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[3])  # noqa: E731
-    scores = jnp.einsum("btkgh,bskh->bkgts", group(f32(q)), f32(k))
+
+    def wide(x):
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def grouped(x):
+        return x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[3])
+
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped(wide(q)), wide(k))
     if q_pe is not None:
-        scores += jnp.einsum("btkgp,bskp->bkgts", group(f32(q_pe)), f32(k_pe))
+        scores += jnp.einsum("btkgp,bskp->bkgts", grouped(wide(q_pe)), wide(k_pe))
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    values = f32(k if v is None else v)
+    values = wide(k if v is None else v)
     out = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1), values)
     return out.reshape(*q.shape[:3], values.shape[-1]).astype(q.dtype)

@@ -1,10 +1,10 @@
 """Whether a kernel gives on this device what the reference gives.
 
 What lowers a kernel changes with every version of jax, and its mistakes would be silent. So "auto"
-tries a kernel before it is preferred: the kernel, the masks, the sharing and the groups of heads of
-the call that it is wanted for, on a short sequence, once in a process.
+tries a kernel before it takes it: with the masks, the sharing and the groups of heads of the very
+call, on a short sequence, once in a process.
 
-Not tried: caches in int8, and keys made of states.
+Not tried: caches in int8, and keys made from states.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ import numpy as np
 
 from qkvjax.kernels import reference
 
-TOLERANCE = 0.02  # relative: what is right has 0.004 in bfloat16
-# A sequence is tried at its length up to LONGEST; a longer one at LONGEST and what is left over of
-# STEP, the largest tile of any kernel, so that its last tile is filled as far.
-LONGEST, STEP = 1024, 512
+TOLERANCE = 0.02  # relative; the error of a correct kernel is 0.004 in bfloat16
+# A sequence of up to LONGEST tokens is tried at its length. A longer one is tried at LONGEST plus
+# its length modulo STEP, the largest tile of any kernel, so that its last tile is filled as far.
+LONGEST = 1024
+STEP = 512
 SLOTS = 192  # of a cache
+# What a kernel raises that cannot be traced, lowered or run. A mistake of ours would be another.
+FAILURES = (RuntimeError, ValueError, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A call of attention, as far as it decides which kernel may compute it and how that is tried.
+    """A call of attention: what decides which kernel may compute it and how that is tried.
 
     Attributes:
       dtype: of the queries.
       width, value_width: of a head of keys and of values.
-      group: query heads of a key-value head.
-      length: tokens of a sequence, at most what `tried` has; new tokens onto a cache.
-      causal, window, packed: the masks; `packed` says that there are segments.
-      keys_are_queries, values_are_keys: what is one tensor.
-      second: width of a second part of the scores, 0 without one.
-      capped: whether the scores are bounded by tanh.
-      decodes: whether a cache is read, in `page` slots a page if it lies in pages.
+      group: query heads for each key-value head.
+      length: tokens of a sequence, at most what `trial_length` returns; of a cache, new tokens.
+      causal, window: of the mask.
+      packed: whether there are segments.
+      keys_are_queries, values_are_keys: which roles are one tensor.
+      second: width of the second part of the scores, 0 without one.
+      decodes: whether a cache is read.
+      page: slots of a page, if the cache is in pages.
       whole: whether each device has whole sequences.
     """
 
@@ -54,13 +58,12 @@ class Problem:
     keys_are_queries: bool = False
     values_are_keys: bool = True
     second: int = 0
-    capped: bool = False
     decodes: bool = False
     page: int | None = None
     whole: bool = True
 
     def operands(self) -> dict[str, object]:
-        """Returns what a kernel's `refusal` asks for: shapes and options, by name."""
+        """Returns the arguments of a kernel's `refusal`: shapes and options, by name."""
         heads = 2 * self.group
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(self.dtype))
         q = shape((2, self.length, heads, self.width))
@@ -76,12 +79,11 @@ class Problem:
             "causal": self.causal,
             "window": self.window,
             "segment_ids": segments if self.packed else None,
-            "softcap": 1.0 if self.capped else None,
             "q_pe": second if self.second else None,
         }
 
 
-def tried(length: int, window: int | None) -> tuple[int, int | None]:
+def trial_length(length: int, window: int | None) -> tuple[int, int | None]:
     """Returns at which length a sequence is tried, and with which window."""
     if length <= LONGEST:
         return length, window
@@ -89,15 +91,18 @@ def tried(length: int, window: int | None) -> tuple[int, int | None]:
     return shorter, None if window is None else min(window, 2 * shorter // 3)
 
 
+# ---- trials -----------------------------------------------------------------------------------
+
+
 @functools.cache
 def failure(kernel, problem: Problem) -> str | None:
-    """Returns what is wrong here with `kernel` for a problem; None where nothing is.
+    """Returns what is wrong with a kernel on this device; None where nothing is.
 
     Args:
       kernel: attention over sequences, or of new tokens onto a cache, as `kernels.dispatch` calls
         it.
     """
-    # In a thread of its own: the caller may be traced, or see a mesh.
+    # In a thread of its own: the caller may be inside a trace, or a mesh may be in force.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(_failure, kernel, problem).result()
 
@@ -110,74 +115,60 @@ def refuses(kernel, problem: Problem) -> str | None:
 
 
 def _refuses(kernel, problem: Problem) -> str | None:
-    ours, _, arrays = _cases(kernel, problem)
+    candidate, _, shapes = _functions(kernel, problem)
     try:
-        jax.eval_shape(ours, arrays)
-    except (RuntimeError, ValueError, TypeError) as error:
-        return _cannot(error)
+        jax.eval_shape(candidate, shapes)
+    except FAILURES as error:
+        return _reason(error)
     return None
 
 
 def _failure(kernel, problem: Problem) -> str | None:
-    ours, truth, shapes = _cases(kernel, problem)
+    candidate, truth, shapes = _functions(kernel, problem)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = {
         name: jax.random.normal(key, shape.shape, shape.dtype)
         for key, (name, shape) in zip(keys, shapes.items())
     }
     if problem.keys_are_queries:
-        # A query that meets itself as a key would see little else, and gradients near 0 would
-        # consist of rounding: of smaller numbers it sees all.
+        # A query has its largest product with itself. With numbers of size 1 it would see little
+        # else, and the gradients would be near 0 and consist of rounding errors.
         arrays["q"] = arrays["q"] / 2
     try:
-        found = jax.block_until_ready(jax.jit(ours)(arrays))
-    except (RuntimeError, ValueError, TypeError) as error:
-        return _cannot(error)
+        results = jax.block_until_ready(jax.jit(candidate)(arrays))
+    except FAILURES as error:
+        return _reason(error)
     with jax.default_matmul_precision("highest"):
         wide = {name: array.astype(jnp.float32) for name, array in arrays.items()}
         expected = jax.jit(truth)(wide)
     for name, right in expected.items():
-        difference = found[name].astype(jnp.float32) - right
+        difference = results[name].astype(jnp.float32) - right
         error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(right))
-        if not error < TOLERANCE:
+        if not error < TOLERANCE:  # so written that nan fails
             return f"it gives other results here than the reference (off by {error:.0%})"
     return None
 
 
-def _cannot(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = str(error) or type(error).__name__
     return f"it does not run here ({text.splitlines()[0][:200]})"
 
 
-def _cases(kernel, problem: Problem):
-    """(the kernel, the reference, shapes by name): functions of arrays that give the output and,
-    of whole sequences, the gradients of the arrays, by name."""
-    given = problem.operands()
-    q, page = given["q"], problem.page
-    batch, length, heads, width = q.shape
-    slots = length
-    if problem.decodes:
-        slots = max(SLOTS, length) if page is None else max(3, -(-length // page)) * page
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=q.dtype)
-    shapes = {"q": q}
-    if not problem.keys_are_queries:
-        shapes["k"] = shape((batch, slots, heads // problem.group, width))
-    if not problem.values_are_keys:
-        shapes["v"] = shape((batch, slots, heads // problem.group, problem.value_width))
-    if problem.second:
-        shapes["q_pe"] = shape((batch, length, heads, problem.second))
-        shapes["k_pe"] = shape((batch, slots, heads // problem.group, problem.second))
-    places = np.arange(slots)[None]
-    asking = places[:, slots - length :]
-    segments = None
-    if problem.packed and not problem.decodes:
-        last = slots // 3  # of the first document
-        if problem.window is not None:  # the second one is longer than the window, so it matters
-            last = min(last, max(0, (slots - problem.window) // 2))
-        segments = jnp.asarray(np.repeat(places > last, batch, axis=0).astype(np.int32))
+# ---- what is compared -------------------------------------------------------------------------
+
+
+def _functions(kernel, problem: Problem):
+    """Returns (the kernel, the reference, the shapes of their arguments by name).
+
+    Both are functions of a dict of arrays. They return the output and, of whole sequences, the
+    gradients of the arrays, by name.
+    """
+    shapes = _shapes(problem)
+    q_positions, slots = _positions(problem)
+    segments = _segments(problem, slots)
     mask = reference.visible(
-        asking,
-        places,
+        q_positions,
+        slots,
         causal=problem.causal,
         window=problem.window,
         q_segments=segments,
@@ -185,9 +176,18 @@ def _cases(kernel, problem: Problem):
     )
     options = {"window": problem.window}
     if problem.decodes:
-        options["positions"] = jnp.asarray(np.repeat(asking, batch, axis=0))
+        options["positions"] = jnp.asarray(np.repeat(q_positions, 2, axis=0))
     else:
         options |= {"causal": problem.causal, "segment_ids": segments}
+
+    def candidate(arrays):
+        arrays = {"k": arrays["q"]} | arrays
+        if problem.page is None:
+            return kernel(**arrays, **options)
+        return kernel(**_paged(arrays, problem.page), **options)
+
+    def truth(arrays):
+        return reference.attention(**({"k": arrays["q"]} | arrays), mask=mask)
 
     def results(function, arrays):
         if problem.decodes:
@@ -195,20 +195,59 @@ def _cases(kernel, problem: Problem):
         out, back = jax.vjp(function, arrays)
         return {"out": out} | back(jnp.cos(out))[0]
 
-    def ours(arrays):
-        arrays = {"k": arrays["q"]} | arrays
-        if page is None:
-            return kernel(**arrays, **options)
-        return kernel(**_paged(arrays, page), **options)
+    return functools.partial(results, candidate), functools.partial(results, truth), shapes
 
-    def truth(arrays):
-        return reference.attention(**({"k": arrays["q"]} | arrays), mask=mask)
 
-    return functools.partial(results, ours), functools.partial(results, truth), shapes
+def _num_slots(problem: Problem) -> int:
+    """Returns S, the number of keys that are tried."""
+    if not problem.decodes:
+        return problem.length
+    if problem.page is None:
+        return max(SLOTS, problem.length)
+    return max(3, -(-problem.length // problem.page)) * problem.page
+
+
+def _shapes(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the arrays that the kernel takes, by name."""
+    q = problem.operands()["q"]
+    batch, length, heads, width = q.shape
+    kv_heads = heads // problem.group
+    slots = _num_slots(problem)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=q.dtype)
+    shapes = {"q": q}
+    if not problem.keys_are_queries:
+        shapes["k"] = shape((batch, slots, kv_heads, width))
+    if not problem.values_are_keys:
+        shapes["v"] = shape((batch, slots, kv_heads, problem.value_width))
+    if problem.second:
+        shapes["q_pe"] = shape((batch, length, heads, problem.second))
+        shapes["k_pe"] = shape((batch, slots, kv_heads, problem.second))
+    return shapes
+
+
+def _positions(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the positions of the queries [1, T], the last ones, and of the keys [1, S]."""
+    slots = np.arange(_num_slots(problem))[None]
+    return slots[:, slots.shape[1] - problem.length :], slots
+
+
+def _segments(problem: Problem, slots: np.ndarray) -> jax.Array | None:
+    """Returns the segments int32 [2, T] of two documents, or None."""
+    if not problem.packed or problem.decodes:
+        return None
+    length = slots.shape[1]
+    last = length // 3  # position of the first document
+    if problem.window is not None:
+        # The second document is longer than the window: otherwise a kernel could forget the window.
+        last = min(last, max(0, (length - problem.window) // 2))
+    return jnp.asarray(np.repeat(slots > last, 2, axis=0).astype(np.int32))
 
 
 def _paged(arrays: dict, page: int) -> dict:
-    """Keys and values as pages [P, E, K, H], those of the sequences in turn, with their table."""
+    """Returns the arrays with keys and values as pages [P, E, K, H], and with their block table.
+
+    The pages of the sequences alternate, so that a kernel that ignores the table fails.
+    """
     batch, slots = arrays["k"].shape[:2]
     count = slots // page
 

@@ -102,7 +102,7 @@ class Block(nnx.Module):
         y, router = self.mlp(self.mlp_norm(x), drop)
         return x + dropout(y, self.rate, keys[1]), router
 
-    def decode(self, x, cache, start, *, table=None, turns=None, impl=None):
+    def decode(self, x, cache, start, *, table=None, rotations=None, impl=None):
         """The same for new tokens that join `cache`; arguments as in `attention.cache.attend`."""
         y, cache = caches.attend(
             self.attention,
@@ -110,7 +110,7 @@ class Block(nnx.Module):
             cache,
             start,
             table=table,
-            turns=turns,
+            rotations=rotations,
             impl=impl,
         )
         x = x + y

@@ -58,7 +58,7 @@ def test_unusual_order_names_the_usual_one(written, usual):
 
 @pytest.mark.parametrize("text", ["", "q", "q-k", "q=k", "q-k-k", "q=k=v=q", "qkv", "Q-K=V", "q,k"])
 def test_no_partition(text):
-    with pytest.raises(UserError, match="no partition.*q-k=v"):
+    with pytest.raises(UserError, match="not a partition.*q-k=v"):
         parse_sharing(text)
 
 
@@ -90,7 +90,7 @@ def test_any_text_is_one_of_the_five_or_a_user_error(text):
         ({"window": 0}, "window=0", "unset"),
         ({"position": "alibi"}, "position='alibi'", "rope"),
         ({"position": "rop"}, "position='rop'", "did you mean 'rope'"),
-        ({"rotary_values": "turned"}, "rotary_values='turned'", "unrotated_output"),
+        ({"rotary_values": "twisted"}, "rotary_values='twisted'", "unrotated_output"),
         ({"sharing": "q-k=v", "rotary_values": "rotated"}, "position='none'", "'raw'"),
         (
             {"sharing": "q-k=v", "position": "learned", "rotary_values": "unrotated_output"},

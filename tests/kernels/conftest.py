@@ -7,6 +7,6 @@ from qkvjax.kernels import choice
 def nothing_decided():
     """No test uses what another one's pretended device made "auto" decide."""
     yield
-    choice._decided.clear()
-    choice._proven.clear()
-    choice._said.clear()
+    choice._decisions.clear()
+    choice._agreed.clear()
+    choice._printed.clear()

@@ -40,11 +40,10 @@ def test_it_is_asked_for_the_references_attention(tied, causal, window, monkeypa
 def test_what_it_would_leave_out_silently_is_refused():
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     assert cudnn.refusal(x) is None and cudnn.refusal(x, x, window=3) is None
-    assert "segment ids" in cudnn.refusal(x, segment_ids=jnp.zeros((1, 8), int))
-    assert "looks back" in cudnn.refusal(x, window=3, causal=False)
-    assert "softcap" in cudnn.refusal(x, softcap=30.0)
+    assert "segments" in cudnn.refusal(x, segment_ids=jnp.zeros((1, 8), int))
+    assert "look back" in cudnn.refusal(x, window=3, causal=False)
     assert "second part" in cudnn.refusal(x, q_pe=x)
     assert "up to 128, not 256" in cudnn.refusal(jnp.zeros((1, 8, 2, 256), jnp.bfloat16))
     assert "not float32" in cudnn.refusal(x.astype(jnp.float32))
-    with pytest.raises(UserError, match="no segment ids; use impl='auto'"):
+    with pytest.raises(UserError, match="does not support segments; use impl='auto'"):
         cudnn.attention(x, x, segment_ids=jnp.zeros((1, 8), int))

@@ -129,5 +129,5 @@ def test_what_it_does_not_take(monkeypatch):
         dispatch.attention(q[..., :32], q[..., :32], impl="hopper")
     with pytest.raises(UserError, match="bfloat16, float16, not float32"):
         dispatch.attention(q.astype(jnp.float32), q.astype(jnp.float32), impl="hopper")
-    with pytest.raises(UserError, match="no second part"):
+    with pytest.raises(UserError, match="does not support a second part"):
         hopper.attention(q, q, q_pe=q, k_pe=q)

@@ -32,7 +32,7 @@ def inputs(num_kv_heads, dtype=jnp.float32):
     )
 
 
-def looped(q, k, v, q_pe, k_pe, *, causal, window, segments, scale, softcap):
+def looped(q, k, v, q_pe, k_pe, *, causal, window, segments, scale):
     """One score at a time, in float64."""
     q, k, v, q_pe, k_pe = (np.asarray(a, np.float64) for a in (q, k, v, q_pe, k_pe))
     out = np.zeros((B, T, N, H))
@@ -43,7 +43,7 @@ def looped(q, k, v, q_pe, k_pe, *, causal, window, segments, scale, softcap):
             hidden = causal and j > i or abs(i - j) >= window or segments[b][i] != segments[b][j]
             if not hidden:
                 score = scale * (q[b, i, n] @ k[b, j, g] + q_pe[b, i, n] @ k_pe[b, j, g])
-                weights[j] = math.exp(softcap * math.tanh(score / softcap))
+                weights[j] = math.exp(score)
         out[b, i, n] = sum(w * v[b, j, g] for j, w in weights.items()) / sum(weights.values())
     return out
 
@@ -95,7 +95,6 @@ def test_against_loops(impl, causal, num_kv_heads):
         window=4,
         segments=SEGMENTS.tolist(),
         scale=0.3,
-        softcap=5.0,
     )
     got = dispatch.attention(
         q,
@@ -105,7 +104,6 @@ def test_against_loops(impl, causal, num_kv_heads):
         window=4,
         segment_ids=SEGMENTS,
         scale=0.3,
-        softcap=5.0,
         q_pe=q_pe,
         k_pe=k_pe,
         impl=impl,
@@ -134,22 +132,21 @@ def relative(a, b):
 )
 @pytest.mark.parametrize("impl", OTHERS)
 def test_forward_and_gradient_are_the_references(impl, num_kv_heads, dtype):
-    """Masks, softcap, K = V and a second part of the scores, at an odd length.
+    """Masks, K = V and a second part of the scores, at an odd length.
 
-    Eight of the 64 combinations, in which every two switches meet in every way; fewer in
+    Eight of the 32 combinations, in which every two switches meet in every way; fewer in
     bfloat16.
     """
     switches = itertools.product((False, True), repeat=3)
     step = 1 if dtype == jnp.float32 else 3
     q, k, v, q_pe, k_pe = inputs(num_kv_heads, dtype)
     for causal, banded, packed in itertools.islice(switches, 0, None, step):
-        capped, one_tile, pe = causal ^ banded, banded ^ packed, causal ^ packed
-
+        one_tile = banded ^ packed
+        pe = causal ^ packed
         options = {
             "causal": causal,
             "window": 4 if banded else None,
             "segment_ids": SEGMENTS if packed else None,
-            "softcap": 5.0 if capped else None,
         }
         operands = {"q": q, "k": k}
         operands |= {} if one_tile else {"v": v}
@@ -162,7 +159,7 @@ def test_forward_and_gradient_are_the_references(impl, num_kv_heads, dtype):
         for name, gradient in truth_back(cotangent)[0].items():
             results[name] = back(cotangent)[0][name], gradient
         for name, (a, b) in results.items():
-            where = f"{name}: {causal=} {banded=} {packed=} {capped=} {one_tile=} {pe=}"
+            where = f"{name}: {causal=} {banded=} {packed=} {one_tile=} {pe=}"
             assert relative(a, b) < (1e-6 if dtype == jnp.float32 else 0.02), where
 
 
@@ -235,7 +232,6 @@ NARROW = Problem("bfloat16", 64, 64, 1, 256)
         (HOPPER, {"values_are_keys": False}, "cudnn"),
         (HOPPER, {"values_are_keys": False, "packed": True}, "hopper"),
         (HOPPER, {"dtype": "float32"}, "triton"),
-        (HOPPER, {"capped": True}, "xla"),
         (HOPPER, {"whole": False}, "xla"),
         (HOPPER, {"decodes": True}, "triton"),
         (HOPPER, {"decodes": True, "values_are_keys": False}, "triton"),
@@ -263,12 +259,12 @@ def test_auto_says_why_not_something_better(monkeypatch, capsys):
     for _ in range(2):  # said once
         choice.choose("auto", NARROW)
         choice.choose("auto", dataclasses.replace(NARROW, second=64))
-        choice.choose("auto", dataclasses.replace(NARROW, capped=True))
+        choice.choose("auto", dataclasses.replace(NARROW, whole=False))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "attention: hopper" and len(lines) == 3
-    assert lines[1].startswith("attention: triton; not hopper: it has no second part")
+    assert lines[1].startswith("attention: triton; not hopper: it does not support a second part")
     assert lines[2].startswith("attention: xla, whose memory grows with the square of the length;")
-    assert lines[2].count("it has no softcap") == 3
+    assert lines[2].count("it needs whole sequences") == 3
     pretended(monkeypatch, OLD)
     choice.choose("auto", NARROW)
     assert capsys.readouterr().err == (

@@ -23,7 +23,7 @@ SIZES = st.sampled_from([8, 16, 32])
     st.booleans(),
 )
 def test_spans_leave_out_no_pair_and_mask_every_edge(
-    causal, window, length, queries, keys, seed, turned
+    causal, window, length, queries, keys, seed, by_keys
 ):
     places = 64
     segments = None
@@ -40,11 +40,11 @@ def test_spans_leave_out_no_pair_and_mask_every_edge(
     cut = lambda x: x.reshape(len(x), places // queries, queries, places // keys, keys)  # noqa: E731
     some, every = cut(seen).any((2, 4)), cut(every).all((2, 4))
     spans = np.asarray(
-        tile.spans(queries, keys, places, **limits, segments=segments, turned=turned)
+        tile.ranges(queries, keys, places, **limits, segments=segments, by_keys=by_keys)
     )
     options = tile.Options(causal, window, 1.0, length, None, None, None)
-    edges = options.edges(places, segments, turned)
-    if turned:
+    edges = options.masked_ends(places, segments, by_keys)
+    if by_keys:
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
     assert spans.shape == (*some.shape[:2], 4)
     for b, i in np.ndindex(some.shape[:2]):
@@ -67,10 +67,10 @@ def test_softmax_by_tiles_is_softmax(seen):
     scores, values = (jax.random.normal(jax.random.key(i), (4, 24)) for i in range(2))
     scores, values, scale = 30 * scores, values.T, 0.7
     mask = jnp.ones((4, 24), bool).at[1, :8].set(not seen)
-    state = tile.nothing(4, [4])
+    state = tile.empty_state(4, [4])
     for at in range(0, 24, 8):
         cut = slice(at, at + 8)
-        state = tile.absorb(
+        state = tile.accumulate(
             state, scores[:, cut], mask[:, cut] if seen else None, [values[cut]], scale
         )
     top, total, [mixed] = state

@@ -79,9 +79,9 @@ def test_one_that_is_wrong_in_what_is_asked_of_it_does_not(kernel, changes, why)
 
 
 def test_a_long_sequence_is_tried_at_a_shorter_one_whose_last_tile_is_filled_as_far():
-    assert trial.tried(1000, 900) == (1000, 900)
-    assert trial.tried(8192, None) == (1024, None)
-    assert trial.tried(8192 + 77, 4096) == (1101, 734)
+    assert trial.trial_length(1000, 900) == (1000, 900)
+    assert trial.trial_length(8192, None) == (1024, None)
+    assert trial.trial_length(8192 + 77, 4096) == (1101, 734)
 
 
 def test_what_cannot_be_traced_is_not_taken_for_a_device_that_is_not_here():

@@ -8,7 +8,7 @@ import pytest
 from qkvjax.attention.layers import RMSNorm
 from qkvjax.attention.position import rotate
 from qkvjax.kernels import reference
-from qkvjax.kernels.stored import KeyOfState, turns
+from qkvjax.kernels.stored import KeyOfState, rotation_table
 from qkvjax.kernels.xla import decode as xla_decode
 
 SLOTS = 19
@@ -59,7 +59,7 @@ def test_keys_of_states(batch, tokens, heads, kv_heads, width, turned, normed):
 def test_angles_that_were_computed_before_are_taken():
     q, x, _ = states(1, 1, 2, 2, 8)
     mask = jnp.ones((1, 1, SLOTS), bool)
-    other = KeyOfState(1e4, 8, turns=turns(500.0, 8, SLOTS, jnp.float32))
+    other = KeyOfState(1e4, 8, rotation=rotation_table(500.0, 8, SLOTS, jnp.float32))
     found = xla_decode.decode(q, x, mask=mask, key=other)
     expected = xla_decode.decode(q, x, mask=mask, key=KeyOfState(500.0, 8))
     np.testing.assert_array_equal(found, expected)
@@ -84,7 +84,7 @@ def test_no_keys_are_written():
     q, x = jnp.ones((1, 1, heads, width)), jnp.ones((1, heads, slots, width))  # as a cache lies
     mask = jnp.ones((1, 1, slots), bool)
     for gain in (None, jnp.ones(width)):
-        key = KeyOfState(1e4, width, gain, turns(1e4, width, slots, jnp.float32))
+        key = KeyOfState(1e4, width, gain, rotation_table(1e4, width, slots, jnp.float32))
 
         @jax.jit
         def decode(q, x, key=key):

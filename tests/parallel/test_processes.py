@@ -196,7 +196,7 @@ cli.define(values, job.FLAGS)
 values(sys.argv)
 with job.join(values):
     names = choice.settle(trace)
-    choice._proven.discard("triton")  # nothing was agreed on what comes later
+    choice._agreed.discard("triton")  # nothing was agreed on what comes later
     print("chosen:", names, "then", choice.choose("auto", unknown))
 """
 

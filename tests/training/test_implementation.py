@@ -21,10 +21,10 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(choice, "target", lambda: Target("gpu", "NVIDIA A10", "8.6", here=True))
     monkeypatch.setattr(choice.trial, "failure", failure)
-    choice._decided.clear()
+    choice._decisions.clear()
     yield tried
-    choice._decided.clear()
-    choice._proven.clear()
+    choice._decisions.clear()
+    choice._agreed.clear()
 
 
 def a_run(tmp_path, **model):
