@@ -1,4 +1,5 @@
 import pytest
+from shapes_checked import shapes_checked
 
 from qkvjax.kernels import choice
 
@@ -10,3 +11,10 @@ def nothing_decided():
     choice._decisions.clear()
     choice._agreed.clear()
     choice._printed.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes():
+    """Every call in these tests has the shapes that its annotations say."""
+    with shapes_checked():
+        yield
