@@ -30,7 +30,7 @@ def sizes(tree):
 
 
 def act(name, x):
-    """From the definitions, in float64."""
+    """Returns the activation from its definition, in float64."""
     if name == "relu2":
         return np.maximum(x, 0) ** 2
     if name == "swiglu":
@@ -56,7 +56,10 @@ def test_one_feed_forward(tiny, filled, mlp, tied):
     spec = tiny(mlp=mlp + "(up=down)" * tied, use_bias=True)
     layer = filled(lambda: feed_forward(spec, jax.random.key(0)))
     x = np.random.default_rng(1).normal(size=(2, 5, 32))
-    f64 = lambda p: np.asarray(p[...], np.float64)  # noqa: E731
+
+    def f64(parameter):
+        return np.asarray(parameter[...], np.float64)
+
     up = x @ f64(layer.up.weight) + f64(layer.up.bias)
     hidden = act(mlp, up)
     if mlp == "swiglu":
@@ -72,7 +75,7 @@ def test_one_feed_forward(tiny, filled, mlp, tied):
 
 
 def dense(layer, x):
-    """Every expert for every token, one after the other, and the router's losses."""
+    """Returns the sum over the chosen experts, each computed for every token, and the losses."""
     kind = layer.kind
     logits = x @ layer.router.weight[...]
     order = jnp.argsort(-logits, axis=-1)[..., : kind.top]
@@ -117,31 +120,30 @@ def test_experts_are_a_dense_loop(tiny, filled, mlp):
 
             return jax.value_and_grad(call, argnums=(0, 1), has_aux=True)(layer, x)
 
-        (_, told), grads = objective(lambda layer, x: layer(x))
-        (_, expected), expected_grads = objective(dense)
-        for a, b in zip(
-            jax.tree.leaves((told, grads)), jax.tree.leaves((expected, expected_grads)), strict=True
-        ):
+        (_, outputs), gradients = objective(lambda layer, x: layer(x))
+        (_, expected_outputs), expected_gradients = objective(dense)
+        computed = jax.tree.leaves((outputs, gradients))
+        expected = jax.tree.leaves((expected_outputs, expected_gradients))
+        for a, b in zip(computed, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("layers", [4, 14])
 def test_layers_that_share_a_feed_forward(tiny, filled, layers):
     """One parameter for each group of two, unrolled and scanned; the same as two equal ones."""
-    spec, alone = tiny(mlp="swiglu(layers=2)", num_layers=layers), tiny(num_layers=layers)
+    spec = tiny(mlp="swiglu(layers=2)", num_layers=layers)
+    separate = tiny(num_layers=layers)
     model = filled(lambda: LanguageModel(spec, key=jax.random.key(0)))
-    other = filled(lambda: LanguageModel(alone, key=jax.random.key(0)))
-    groups = [block.mlp for block in model.stack.layers()]
-    assert sizes(model) == spec.num_params < alone.num_params
+    other = filled(lambda: LanguageModel(separate, key=jax.random.key(0)))
+    assert sizes(model) == spec.num_params < separate.num_params
+    blocks = model.stack.layers()
     period = len(other.stack.blocks)
     for j, block in enumerate(other.stack.blocks):
-        mine = range(j, layers, period)
-        block.mlp = jax.tree.map(lambda *a: jnp.stack(a), *(groups[i] for i in mine))
-        own = [model.stack.layers()[i] for i in mine]
-        for name in ("attention", "attention_norm", "mlp_norm"):
-            parts = [getattr(b, name) for b in own]
+        for name in ("attention", "attention_norm", "mlp_norm", "mlp"):
+            parts = [getattr(blocks[i], name) for i in range(j, layers, period)]
             setattr(block, name, jax.tree.map(lambda *a: jnp.stack(a), *parts))
-    other.embedding, other.norm = model.embedding, model.norm
+    other.embedding = model.embedding
+    other.norm = model.norm
     ids = jnp.arange(16).reshape(2, 8)
     np.testing.assert_allclose(model(ids), other(ids), rtol=1e-5, atol=1e-5)
 
@@ -152,7 +154,7 @@ def test_initial_scale_does_not_depend_on_the_tie(tiny):
     for mlp in ("gelu", "gelu(up=down)"):
         layer = feed_forward(tiny(mlp=mlp, mlp_ratio=4.0), jax.random.key(0))
         scales.append(float(jnp.std(layer(x)[0])))
-    # What comes back through the same matrix has a part along x.
+    # The product with the same matrix, transposed, has a component along x.
     assert 0.5 < scales[1] / scales[0] < 2, scales
 
 
@@ -169,14 +171,15 @@ def test_costs():
     ("text", "message"),
     [
         ("swilu", "did you mean 'swiglu'"),
-        ("swiglu(8)", "'8' is no option"),
+        ("swiglu(8)", "'8' is not an option"),
         ("swiglu(expert=8)", "did you mean 'experts'"),
-        ("swiglu(experts=two)", "is no int"),
+        ("swiglu(experts=two)", "is not a number of type int"),
         ("swiglu(experts=2,top=3)", "lower top"),
         ("swiglu(experts=0)", "at least 1"),
         ("swiglu(experts=4,top=2", "no closing bracket"),
-        ("swiglu(experts=4,layers=2)", "neither tied nor shared"),
+        ("swiglu(experts=4,layers=2)", "cannot be combined with up=down or with layers"),
         ("swiglu(balance=nan)", "at least 0"),
+        ("swiglu(balance=-1,z_loss=2)", "at least 0"),
     ],
 )
 def test_bad_input(text, message):
