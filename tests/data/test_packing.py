@@ -9,10 +9,12 @@ from qkvjax.data.packing import (
     num_packed_rows,
     num_windows,
     packed_rows,
+    rows_of_windows,
     scored_batch,
     training_batch,
     window,
     window_rows,
+    windows_batch,
 )
 
 SEPARATOR = 9
@@ -139,3 +141,42 @@ def test_dtypes():
     dtypes = {name: array.dtype.name for name, array in batch.items()}
     assert dtypes.pop("weights") == "float32"
     assert set(dtypes.values()) == {"int32"}
+
+
+@given(documents, lengths)
+def test_windows_share_rows_in_order_as_long_as_they_fit(docs, seq_len):
+    cut = [(one, i) for i, doc in enumerate(docs) for one in windows(doc, seq_len)]
+    rows = list(rows_of_windows(cut, SEPARATOR))
+    expected = [([token for token in one[1:] if token != SEPARATOR], i) for one, i in cut]
+    found = [(tokens[1:].tolist(), i) for row in rows for tokens, i in row]
+    assert found == expected
+    labels = [sum(len(tokens) - 1 for tokens, _ in row) for row in rows]
+    assert max(labels) <= seq_len
+    for used, row in zip(labels, rows[1:]):  # a row ends only where the next window does not fit
+        assert used + len(row[0][0]) - 1 > seq_len
+
+
+@given(documents, lengths)
+def test_each_window_of_a_row_is_a_segment_and_padding_is_another(docs, seq_len):
+    num_bytes = np.array([3, *[1] * 7, 0, 0])  # 8 is a special token, which stands for no text
+    cut = [(one, i) for i, doc in enumerate(docs) for one in windows(doc, seq_len)]
+    rows = list(rows_of_windows(cut, SEPARATOR))
+    batch = windows_batch(rows, seq_len, SEPARATOR, num_bytes)
+    for i, row in enumerate(rows):
+        arrays = {name: batch[name][i] for name in batch}
+        segments = arrays["segment_ids"]
+        kinds, starts = np.unique(segments, return_index=True)
+        used = sum(len(tokens) - 1 for tokens, _ in row)
+        assert len(kinds) == len(row) + (used < seq_len)
+        assert (arrays["weights"][used:] == 0).all() and len(set(segments[used:])) <= 1
+        assert arrays["pad_labels"] == 0
+        for start, (tokens, document) in zip(np.sort(starts), row):  # padding is the last
+            labels = slice(start, start + len(tokens) - 1)
+            assert (segments == segments[start]).sum() == len(tokens) - 1
+            assert set(segments[labels]) == {segments[start]}
+            np.testing.assert_array_equal(arrays["inputs"][labels], tokens[:-1])
+            np.testing.assert_array_equal(arrays["targets"][labels], tokens[1:])
+            np.testing.assert_array_equal(arrays["positions"][labels], range(len(tokens) - 1))
+            np.testing.assert_array_equal(arrays["num_bytes"][labels], num_bytes[tokens[1:]])
+            np.testing.assert_array_equal(arrays["weights"][labels], num_bytes[tokens[1:]] > 0)
+            assert set(arrays["items"][labels]) == {document}

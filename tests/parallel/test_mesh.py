@@ -78,6 +78,8 @@ def test_rules_name_axes_of_the_mesh():
         (("head", "weight"), (8, 301), ("fsdp", None)),
         (("mlp", "experts", "up", "weight"), (3, 4, 8, 16), (None, "expert", "fsdp", "tensor")),
         (("positions",), (9, 8), (None, "fsdp")),
+        (("positions",), (6, 8), (None, "fsdp")),  # the larger of two
+        (("positions",), (10, 8), ("fsdp", None)),
     ],
 )
 def test_matrices_are_sharded_as_the_rules_say(path, shape, spec):

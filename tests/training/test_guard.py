@@ -58,7 +58,7 @@ OPTIONS = {
     "accumulated": {"train.accumulation": 2},
     "muon": {"optimizer.name": "muon"},
     "masters": {"train.param_dtype": "bfloat16"},
-    "spikes": {"optimizer.skip_spikes": 10.0},
+    "spikes and an average": {"optimizer.skip_spikes": 10.0, "optimizer.average": 0.9},
 }
 
 
@@ -98,7 +98,10 @@ def test_a_bad_step_changes_the_count_of_steps_alone(tiny, options):
         same = [
             np.array_equal(a, b)
             for a, b in zip(
-                *map(jax.tree.leaves, ((s.model, s.optimizer, s.recent) for s in (state, after)))
+                *map(
+                    jax.tree.leaves,
+                    ((s.model, s.optimizer, s.recent, s.average) for s in (state, after)),
+                )
             )
         ]
         assert all(same) == (weight != 1)

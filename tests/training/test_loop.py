@@ -12,6 +12,7 @@ from qkvjax.data.ahead import ahead
 from qkvjax.files import read_lines
 from qkvjax.training import loop as loops
 from qkvjax.training import window as windows
+from qkvjax.training.guard import Rollback
 from qkvjax.training.kept import Kept
 from qkvjax.training.loop import Loop, Profile, due
 from qkvjax.training.metrics import Metrics
@@ -262,3 +263,23 @@ def test_seconds_and_speed_are_of_training_alone(start, tmp_path, monkeypatch):
     assert lines() == {4: (36.0, 5.0)}
     timed(start(checkpoints, **options)).fit()
     assert lines() == {4: (36.0, 5.0), 8: (72.0, 5.0)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "bad", "rolls_back"), [(20, 7, False), (20, 8, True)] + [(6, 2, False), (6, 3, True)]
+)
+def test_eight_bad_steps_in_a_row_or_half_of_a_short_run_roll_back(start, steps, bad, rolls_back):
+    loop = start(Checkpoints(), steps=steps, log_every=steps)
+    plain = loop.train_step
+
+    def train_step(leaves, batch):
+        leaves, values = plain(leaves, batch)
+        return leaves, values | {"bad": jnp.float32(1 <= batch < 1 + bad)}
+
+    loop.train_step = train_step
+    if not rolls_back:
+        assert int(loop.fit()[0].step) == steps
+        return
+    with pytest.raises(Rollback, match=f"{bad} bad steps in a row") as raised:
+        loop.fit()
+    assert raised.value.step == steps and raised.value.skip

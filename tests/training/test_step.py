@@ -11,6 +11,7 @@ import pytest
 
 from qkvjax import config as configs
 from qkvjax.models.loss import cross_entropy
+from qkvjax.models.spec import model_spec
 from qkvjax.training.step import init_state, make_optimizer, make_train_step
 
 STEPS = 4
@@ -83,14 +84,44 @@ def test_accumulation_does_not_change_the_loss(train):
             np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+ROUTED = {
+    "model__mlp": "swiglu(experts=4,top=2,balance=3,z_loss=2)",
+    "optimizer__clip_norm": 0.0,
+}
+
+
+def gradient_of(state):
+    """The first moments after one step, as the gradient that they are (1 - b1) times of."""
+    return [leaf / (1 - 0.9) for leaf in jax.tree.leaves(state.optimizer[0].mu)]
+
+
+def test_the_losses_of_a_router_join_the_loss_with_their_weights(step):
+    one, state = step(1, **ROUTED)
+    data = {name: array[0] for name, array in batch(0, 1, size=4).items()}
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def expected(model):
+        x, router = model.hidden(data["inputs"], data["positions"], data["segment_ids"])
+        nats, _ = cross_entropy(model.logits(x), data["targets"], data["weights"])
+        mean = jnp.sum(nats) / jnp.sum(data["weights"])
+        return mean + 3 * router["balance"] + 2 * router["z_loss"], (mean, router)
+
+    (_, (loss, router)), grads = expected(state.model)
+    after, metrics = one(state, batch(0, 1, size=4))
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)  # without them
+    for name, value in router.items():
+        assert float(metrics[f"router_{name}"]) == pytest.approx(float(value), rel=1e-5), name
+    for a, b in zip(gradient_of(after), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
 def test_two_copies_of_a_micro_batch_train_as_one_does(step):
     """Also through the losses of a router, which are means over micro-batches."""
-    fields = {"model__mlp": "swiglu(experts=4,top=2,balance=3,z_loss=2)"}
-    fields |= {"optimizer__clip_norm": 0.0}
     data = batch(0, 1, size=4)
-    one, state = step(1, **fields)
+    one, state = step(1, **ROUTED)
     expected, wanted = one(state, data)
-    two, state = step(2, **fields)
+    two, state = step(2, **ROUTED)
     copies = {name: np.concatenate([array, array]) for name, array in data.items()}
     after, found = two(state, copies)
     assert {name for name in found if name.startswith("router_")} >= {
@@ -99,9 +130,8 @@ def test_two_copies_of_a_micro_batch_train_as_one_does(step):
     }
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
-    moments = [jax.tree.leaves(s.optimizer[0].mu) for s in (after, expected)]
-    for a, b in zip(*moments, strict=True):  # (1 - b1) times the gradient
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    for a, b in zip(gradient_of(after), gradient_of(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_is_that_of_the_batch(step, train):
@@ -152,9 +182,10 @@ def test_dropout_follows_from_seed_and_step(step, train):
     _, first = one(before, batch(0, 1))
     _, same = one(before, batch(0, 1))
     _, later = one(dataclasses.replace(before, step=jnp.int32(1)), batch(0, 1))
+    _, other_seed = step(seed=1, model__dropout=0.5)[0](before, batch(0, 1))
     without = losses(train()[1])[0]
-    found = [float(metrics["loss"]) for metrics in (first, same, later)]
-    assert found[0] == found[1] and len({*found, float(without)}) == 3
+    found = [float(metrics["loss"]) for metrics in (first, same, later, other_seed)]
+    assert found[0] == found[1] and len({*found, float(without)}) == 4
 
 
 def test_micro_batches_have_masks_of_their_own(step):
@@ -233,3 +264,30 @@ def test_gradients_of_matrices_may_be_bfloat16(train):
     assert float(narrow[0]["grad_norm"]) != float(found[0]["grad_norm"])
     np.testing.assert_allclose(losses(narrow), losses(found), rtol=0.02)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(plain.model)} == {"float32"}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_z_loss_of_labelled_examples_is_a_mean_over_labels(recipe, accumulation):
+    config = recipe("configs/paper/synthetic.py")
+    config.model.update(d_model=16, num_layers=1, num_heads=2, mlp_ratio=1.0)
+    config.optimizer.update(z_loss=0.5, clip_norm=0.0, b1=0.9)
+    config.train.accumulation = accumulation
+    spec = model_spec(configs.resolve(config).model, 10, 12, 10)
+    tx, rate = make_optimizer(config, total_steps=20, warmup_steps=2)
+    state = init_state(spec, tx, jax.random.key(0), config)
+    one = jax.jit(make_train_step(config, tx, rate), compiler_options=QUICK)
+    arrays = batch(0, accumulation)
+    for name in ("inputs", "targets"):
+        arrays[name] = arrays[name] % 10
+    data = {name: array.reshape(-1, 12) for name, array in arrays.items()}
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.grad
+    def expected(model):
+        logits = model(data["inputs"], data["positions"], data["segment_ids"])
+        nats, squares = cross_entropy(logits, data["targets"], data["weights"])
+        return (jnp.sum(nats) + 0.5 * jnp.sum(squares)) / jnp.sum(data["weights"])
+
+    after, _ = one(state, arrays)
+    for a, b in zip(gradient_of(after), jax.tree.leaves(expected(state.model)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
