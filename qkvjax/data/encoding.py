@@ -99,8 +99,10 @@ def _encode(tokenizer: Tokenizer, batch: Batch, dtype) -> list[np.ndarray]:
     return encoded
 
 
-def _encode_by_workers(tokenizer: Tokenizer, batches: Iterator[Batch], dtype, max_workers: int):
-    """Yields what `encode_batches` does; one thread for each other process waits for its answer."""
+def _encode_by_workers(
+    tokenizer: Tokenizer, batches: Iterator[Batch], dtype, max_workers: int
+) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+    """Yields what `encode_batches` does; a thread for each other process waits for its answers."""
     workers = []
     idle = queue.SimpleQueue()
 

@@ -63,7 +63,7 @@ class PreparedRows:
             rows = [block(int(i) // block_rows)[int(i) % block_rows] for i in indices]
         except (IndexError, MemoryError):
             raise
-        except Exception as error:  # noqa: BLE001  (array_record, protobuf and TFDS raise their own)
+        except Exception as error:  # noqa: BLE001  (array_record, protobuf, TFDS raise their own)
             raise damaged(self.folder, error) from error
         return np.stack(rows).astype(np.int32)
 

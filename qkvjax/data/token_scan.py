@@ -143,7 +143,8 @@ def _scan(tokenizer: Tokenizer, splits: Mapping[str, Ids]) -> tuple[Scan, dict[s
     """Reads all ids once; returns (scan, split -> spans)."""
     has_no_bytes = tokenizer.num_bytes == 0
     special = tokenizer.special | {tokenizer.separator: "separator"}
-    # The sha256 is of ids, so it must not depend on how wide the file stores them.
+    # The sha256 is of ids in the width that the vocabulary needs, whatever the file stores; only
+    # 16-bit ids of a larger vocabulary are hashed as they are.
     digest_dtype = "<u2" if tokenizer.num_ids <= 2**16 else "<u4"
     digest = hashlib.sha256()
     smallest = 0

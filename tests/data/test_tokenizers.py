@@ -15,6 +15,7 @@ def test_bytes_keep_every_byte(document):
     ids = tokenizer.encode(document)
     assert ids.dtype == np.int32 and bytes(ids.tolist()) == document
     assert tokenizer.num_bytes[ids].sum() == len(document)
+    assert tokenizer.bytes_of(ids) == tokenizer.bytes_of([256, *ids]) == document
     assert tokenizer.decode([256, *ids, 256]) == document.decode("utf-8", errors="replace")
 
 
@@ -112,6 +113,7 @@ def test_bpe_keeps_every_byte(bpe_path):
     def check(text):
         ids = tokenizer.encode(text.encode())
         assert tokenizer.num_bytes[ids].sum() == len(text.encode())
+        assert tokenizer.bytes_of(ids) == text.encode()
         assert tokenizer.decode(ids) == text
 
     check()
@@ -131,6 +133,21 @@ def test_bpe_without_a_separator_gets_one_more_id(tmp_path):
     ids = {**json.loads(path.read_text())["model"]["vocab"], "né": tokenizer.num_ids - 2}
     assert tokenizer.separator == max(ids.values()) + 1 == tokenizer.num_ids - 1
     assert tokenizer_size(f"bpe:{path}") == tokenizer.num_ids
+
+
+@pytest.mark.parametrize(
+    ("special", "separator"),
+    [
+        (["<eos>", "</s>", "<|endoftext|>"], "<|endoftext|>"),
+        (["<eos>", "<pad>", "</s>"], "</s>"),
+        (["<pad>", "<eos>"], "<eos>"),
+    ],
+)
+def test_bpe_separator_is_the_best_known_of_the_special_tokens(tmp_path, special, separator):
+    """No special token stands for bytes, whichever of them is the separator."""
+    tokenizer = load_tokenizer(f"bpe:{train_bpe(tmp_path / 'tokenizer.json', special)}")
+    assert tokenizer.separator == special.index(separator)
+    assert np.flatnonzero(tokenizer.num_bytes == 0).tolist() == list(range(len(special)))
 
 
 def test_bpe_refuses_what_is_not_utf8(bpe_path):
