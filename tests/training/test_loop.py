@@ -14,7 +14,7 @@ from qkvjax.training import loop as loops
 from qkvjax.training import window as windows
 from qkvjax.training.guard import Rollback
 from qkvjax.training.kept import Kept
-from qkvjax.training.loop import Loop, Profile, due
+from qkvjax.training.loop import Loop, Profile, due, is_unscored
 from qkvjax.training.metrics import Metrics
 from qkvjax.training.run import Durations
 from qkvjax.training.window import Window
@@ -219,6 +219,25 @@ def test_an_evaluator_that_was_not_reached_is_made_up_for(start, tmp_path):
     evaluators = {"one": evaluator("one"), "two": evaluator("two")}
     start(checkpoints, steps=4, eval_every=2, evaluators=evaluators).fit()
     assert scored == [("one", 2), ("two", 2), ("one", 4), ("two", 4)]
+
+
+@pytest.mark.parametrize(
+    ("line", "step", "unscored"),
+    [
+        ({"step": 4, "train/loss": 1.0}, 4, True),
+        ({"step": 4, "one/loss": 1.0}, 4, True),  # "two" is new
+        ({"step": 4, "one/loss": 1.0, "two/loss": 1.0}, 4, False),
+        ({"step": 2, "one/loss": 1.0, "two/loss": 1.0}, 4, True),
+        ({"step": 3, "train/loss": 1.0}, 3, False),  # not due
+        ({"step": 5, "train/loss": 1.0}, 5, True),  # the last step is always due
+        ({"step": 0}, 0, False),
+    ],
+)
+def test_a_step_is_unscored_where_a_due_evaluator_is_missing(line, step, unscored):
+    run = SimpleNamespace(durations=Durations(5, 0, 1, 2, 0, 0))
+    evaluators = {"one": None, "two": None}
+    assert is_unscored([{"step": 1}, line], step, run, evaluators) == unscored
+    assert not is_unscored([line], step, run, {})
 
 
 class Time:
