@@ -1,4 +1,4 @@
-"""Checks the shapes and dtypes of annotations at run time, in the tests of the parts that have them.
+"""Checks the shapes and dtypes of annotations at run time, in the tests of the parts with them.
 
 jaxtyping's import hook would have to come before every import of the package, which `conftest.py`
 imports. So the functions are wrapped where they are: in their modules and classes, and under every

@@ -22,6 +22,19 @@ def test_int8_is_off_by_half_a_step(seed, size):
     assert np.all(np.abs(back - x) <= step * (0.5 + 127 * 2**-8))
 
 
+@settings(max_examples=30)
+@given(seed=st.integers(0, 999))
+def test_codes_are_of_the_scale_that_is_stored(seed):
+    """And not of the scale before it is rounded to bfloat16, with which reading would be off."""
+    x = np.random.default_rng(seed).standard_normal((5, 16)).astype(np.float32)
+    codes, scales = quantize(jnp.asarray(x))
+    stored_scales = np.asarray(scales.astype(jnp.float32))[:, None]
+    np.testing.assert_array_equal(codes, np.clip(np.round(x / stored_scales), -127, 127))
+    assert np.all(
+        abs(np.asarray(widen(quantize(jnp.asarray(x)), jnp.float32)) - x) <= 0.501 * stored_scales
+    )
+
+
 def test_zeros_stay_zeros():
     assert not np.any(widen(quantize(jnp.zeros((2, 8))), jnp.float32))
 

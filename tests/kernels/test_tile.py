@@ -61,6 +61,23 @@ def test_spans_leave_out_no_pair_and_mask_every_edge(
         assert walked[some[b, i]].all(), "a tile that is seen was left out"
 
 
+def test_a_tile_of_two_segments_is_masked():
+    """Without a causal mask: the second tile of keys begins in the queries' segment and ends in
+    another, so that its pairs are visible in part; the tiles of that segment alone are skipped."""
+    segments = jnp.array([[0] * 12 + [1] * 20])  # tiles of 8: [0], [0, 1], [1], [1]
+    rules = {"causal": False, "window": None, "length": 32}
+    ranges = np.asarray(tile.ranges(8, 8, 32, **rules, segments=segments))[0]
+    # Tile 0 sees itself whole, and tile 1 in part.
+    np.testing.assert_array_equal(ranges[0], [0, 0, 1, 2])
+    # Tile 1 has queries of both segments: it sees every tile, all of them in part.
+    begin, full_begin, full_end, end = ranges[1]
+    assert (begin, end) == (0, 4) and full_begin == full_end
+    # Tiles 2 and 3 see tile 1 in part, and each other whole.
+    np.testing.assert_array_equal(ranges[2:], [[1, 2, 4, 4]] * 2)
+    by_keys = np.asarray(tile.ranges(8, 8, 32, **rules, segments=segments, by_keys=True))[0]
+    np.testing.assert_array_equal(by_keys[[0, 2, 3]], ranges[[0, 2, 3]])
+
+
 @pytest.mark.parametrize("seen", [False, True])
 def test_softmax_by_tiles_is_softmax(seen):
     """Scores large enough that a step forgotten would show, one row that sees nothing at first."""
