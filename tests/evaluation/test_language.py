@@ -44,7 +44,8 @@ def whole(dataset):
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    return build(tiny(257, T, num_layers=1, sharing="q-k=v"))
+    """Learned positions: under a rotation a shift of all positions of a window would not show."""
+    return build(tiny(257, T, num_layers=1, sharing="q-k=v", position="learned"))
 
 
 def direct(model, texts, separator):
