@@ -1,1 +1,1 @@
-"""Language models built around the attention layer."""
+"""Language models, encoders and vision transformers, built around the attention layer."""

@@ -1,4 +1,4 @@
-"""The model that a spec stands for."""
+"""Builds the model that a spec describes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ MODELS = {"lm": LanguageModel, "encoder": Encoder, "vit": VisionTransformer}
 
 
 def make(spec: ModelSpec, key: jax.Array) -> nnx.Module:
-    """A model with the initial values that follow from `key`; for use inside a compiled program
-    or `jax.eval_shape`."""
+    """Returns a model whose initial values follow from `key`.
+
+    For use inside a compiled program or `jax.eval_shape`; `build` compiles it.
+    """
     return MODELS[spec.kind](spec, key=key)
 
 
 def build(spec: ModelSpec, seed: int = 0) -> nnx.Module:
-    """A model with initial values, compiled as one program."""
+    """Returns a model with initial values, which one compiled program computes."""
     return jax.jit(lambda key: make(spec, key))(jax.random.key(seed))
 
 
 def count(model) -> int:
-    """Numbers in the leaves that are really there."""
+    """Returns how many numbers the arrays of a model have together."""
     return sum(leaf.size for leaf in jax.tree.leaves(model))

@@ -1,4 +1,4 @@
-"""The bidirectional encoder: sequences of symbols or of vectors, and labels."""
+"""The bidirectional encoder and the vision transformer: sequences in, labels out."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ class Encoder(nnx.Module):
       key: a PRNG key; initial values depend on it and on each parameter's name.
     """
 
+    # Standard deviation of learned positions at the start, where the spec does not set one.
     POSITION_STD = 1.0
 
     def __init__(self, spec: ModelSpec, *, key):
+        def linear(name, inputs, outputs):
+            std = STD[spec.init]
+            return Linear(inputs, outputs, key=named_key(key, name), std=std, bias=spec.use_bias)
+
+        position_std = 0.02 if spec.init == "normal" else self.POSITION_STD
         self.spec = spec
-        make = lambda name: named_key(key, name)  # noqa: E731
-        options = {"std": STD[spec.init], "bias": spec.use_bias}
-        self.input = Linear(spec.vocab_size, spec.d_model, key=make("input"), **options)
-        place_std = 0.02 if spec.init == "normal" else self.POSITION_STD
-        self.positions = position_table(spec, key, place_std)
-        self.stack = Stack(spec, key=make("stack"))
+        self.input = linear("input", spec.vocab_size, spec.d_model)
+        self.positions = position_table(spec, key, position_std)
+        self.stack = Stack(spec, key=named_key(key, "stack"))
         self.norm = norm(spec)
-        self.head = Linear(spec.d_model, spec.num_outputs, key=make("head"), **options)
+        self.head = linear("head", spec.d_model, spec.num_outputs)
 
     def __call__(
         self,
@@ -49,7 +52,7 @@ class Encoder(nnx.Module):
         remat: str = "none",
         unroll: int = 1,
     ) -> jax.Array:
-        """Logits of the labels.
+        """Returns the logits of the labels.
 
         Args:
           inputs: int [B, T] symbols, or float [B, T, V] vectors.
@@ -57,7 +60,8 @@ class Encoder(nnx.Module):
           segment_ids: int [B, T] or [T], or None.
           key: a PRNG key turns dropout on.
           dtype: of activations and matrix products.
-          impl: what computes attention, see `kernels.dispatch`; None means the spec's.
+          impl: which implementation computes attention, see `kernels.dispatch`; None means the
+            spec's.
           remat, unroll: as in `transformer.Stack`.
 
         Returns:
@@ -68,31 +72,36 @@ class Encoder(nnx.Module):
         length = inputs.shape[1] + (self.spec.kind == "vit")
         positions = jnp.arange(length) if positions is None else positions
         positions = by_row(positions, (inputs.shape[0], length))
-        outer, inner = (None, None) if key is None else jax.random.split(key)
-        x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, outer)
-        x, _ = self.stack(x, positions, segment_ids, inner, impl=impl, remat=remat, unroll=unroll)
+        input_key, stack_key = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(inputs, positions, dtype), self.spec.dropout, input_key)
+        x, _ = self.stack(
+            x, positions, segment_ids, stack_key, impl=impl, remat=remat, unroll=unroll
+        )
         return self.logits(x)
 
     def embed(self, inputs, positions, dtype=jnp.float32) -> jax.Array:
-        """Inputs as `__call__` takes them -> [B, T, D], with what positions add."""
+        """Returns what the first block reads, [B, T, D]: inputs with what positions add."""
         return add_positions(self.tokens(inputs, dtype), self.spec, self.positions, positions)
 
     def tokens(self, inputs, dtype) -> jax.Array:
-        """Inputs -> [B, T, D], before positions."""
+        """Returns the embedded inputs, [B, T, D], before positions."""
         if jnp.issubdtype(inputs.dtype, jnp.floating):
             return self.input(inputs.astype(dtype))
-        x = tables.embed(self.input.weight[...], inputs).astype(dtype)  # of one-hot vectors
+        # A one-hot vector times the matrix is one of its rows.
+        x = tables.embed(self.input.weight[...], inputs).astype(dtype)
         return x if self.input.bias is None else wide_add(x, self.input.bias[...])
 
     def logits(self, x) -> jax.Array:
-        """[B, T, D] -> [B, labels, classes] in float32 or wider."""
-        x = rules.gather_sequence(x)[:, :1] if self.spec.output == "sequence" else x
+        """Returns the logits [B, labels, classes] in float32 or wider of x [B, T, D]."""
+        output = self.spec.output
+        if output == "sequence":
+            x = rules.gather_sequence(x)[:, :1]
         x = self.norm(x)
         y = rules.gather_columns(self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
-        if self.spec.output == "tokens":
+        if output == "tokens":
             return y
         y = rules.gather_sequence(y)  # one label: nothing to shard
-        return y.swapaxes(1, 2) if self.spec.output == "choice" else y
+        return y.swapaxes(1, 2) if output == "choice" else y
 
 
 class VisionTransformer(Encoder):
@@ -109,7 +118,8 @@ class VisionTransformer(Encoder):
         self.class_token = nnx.Param(jnp.zeros(spec.d_model))
 
     def tokens(self, inputs, dtype) -> jax.Array:
+        """Returns the class token and the embedded patches, [B, P + 1, D], before positions."""
         patches = super().tokens(inputs, dtype)
-        room = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
-        is_class = (jnp.arange(room.shape[1]) == 0)[:, None]
-        return jnp.where(is_class, self.class_token[...].astype(dtype), room)
+        padded = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
+        is_class = (jnp.arange(padded.shape[1]) == 0)[:, None]
+        return jnp.where(is_class, self.class_token[...].astype(dtype), padded)

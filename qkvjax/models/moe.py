@@ -1,4 +1,7 @@
-"""Mixture of experts: a router and E feed-forwards, of which each token meets a few."""
+"""Mixture of experts: a router, and E feed-forwards of which each token uses `top`.
+
+Letters: B rows, T tokens of a row, n = B T tokens, D model width, F feed-forward width, E experts.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +21,45 @@ from qkvjax.parallel.products import matmul
 
 class Experts(nnx.Module):
     """sum over the chosen e of g_e FF_e(x), with g the softmax of the chosen logits (Shazeer et
-    al. 2017; over the chosen ones as in Jiang et al. 2024). No token is dropped."""
+    al. 2017; over the chosen ones as in Jiang et al. 2024). No token is dropped.
+
+    Args:
+      spec: the model's.
+      key: a PRNG key.
+      std, out_std: standard deviations of the initial values of the maps in (router, up, gate)
+        and out (down), as `Linear` takes them.
+    """
 
     def __init__(self, spec: ModelSpec, *, key, std=None, out_std=None):
         self.kind: FeedForwardSpec = spec.feed_forward
-        wide = {"up": (spec.d_model, spec.d_ff, std), "down": (spec.d_ff, spec.d_model, out_std)}
+        maps = {"up": (spec.d_model, spec.d_ff, std), "down": (spec.d_ff, spec.d_model, out_std)}
         if self.kind.num_matrices == 3:
-            wide["gate"] = wide["up"]
+            maps["gate"] = maps["up"]
 
-        def stacked(name):
-            inputs, outputs, std = wide[name]
+        def one_of_each_expert(name):
+            inputs, outputs, std = maps[name]
             keys = jax.random.split(named_key(key, name), self.kind.experts)
             return jax.vmap(lambda k: Linear(inputs, outputs, key=k, std=std))(keys)
 
         self.router = Linear(spec.d_model, self.kind.experts, key=named_key(key, "router"), std=std)
-        self.experts = nnx.Dict({name: stacked(name) for name in sorted(wide)})
+        self.experts = nnx.Dict({name: one_of_each_expert(name) for name in sorted(maps)})
 
     def __call__(self, x: jax.Array, drop: Callable | None = None):
-        """(y, losses and loads of the router as scalars), of [B, T, D]."""
+        """Returns (y [B, T, D], the router's losses and loads as scalars) of x [B, T, D].
+
+        `drop` is not applied. The losses are not weighted yet; a load is the share of all choices
+        that one expert gets, times E: 1 where routing is even.
+        """
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = matmul(x.astype(wide), self.router.weight[...])
-        gates = local.on_each_device(self._choose, logits, {})
-        # As they are learned: narrowed on each device, their gradients cross devices in float32.
+        logits = matmul(x.astype(wide), self.router.weight[...])  # [B, T, E]
+        gates = local.on_each_device(self._gates, logits, {})
+        # In the dtype in which they are learned: each device narrows its own, so that their
+        # gradients cross devices in float32.
         weights = {name: w.weight[...] for name, w in self.experts.items()}
         y = experts.on_experts(self._apply, x, gates, weights, self.kind.top)
-        # The share of tokens that meet an expert, and the mean probability: 1/E when even.
-        share = jnp.mean(gates > 0, axis=(0, 1), dtype=wide) / self.kind.top
-        probability = jnp.mean(jax.nn.softmax(logits), axis=(0, 1))
+
+        share = jnp.mean(gates > 0, axis=(0, 1), dtype=wide) / self.kind.top  # [E], 1/E when even
+        probability = jnp.mean(jax.nn.softmax(logits), axis=(0, 1))  # [E], 1/E when even
         count = self.kind.experts
         return y, {
             "balance": count * jnp.sum(jax.lax.stop_gradient(share) * probability),
@@ -53,24 +68,43 @@ class Experts(nnx.Module):
             "smallest_load": count * jnp.min(share),
         }
 
-    def _choose(self, logits: jax.Array) -> jax.Array:
-        """Softmax over the `top` largest logits, the first of equal ones, else 0: [B, T, E]."""
+    def _gates(self, logits: jax.Array) -> jax.Array:
+        """Returns the softmax over the `top` largest logits, and 0 for the others: [B, T, E].
+
+        Of equal logits the first are chosen.
+        """
         chosen = jax.lax.top_k(logits, self.kind.top)[1]
-        kept = jnp.any(jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool), axis=-2)
-        return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf))
+        is_chosen = jnp.any(jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool), axis=-2)
+        return jax.nn.softmax(jnp.where(is_chosen, logits, -jnp.inf))
 
     def _apply(self, first, x, gates, weights: dict[str, jax.Array]) -> jax.Array:
-        """What the experts first, first + 1, ... of `weights` add to tokens [B, T, D]."""
-        shape, top = x.shape, self.kind.top
-        here = weights["up"].shape[0]
-        x, gates = x.reshape(-1, shape[-1]), gates.reshape(-1, gates.shape[-1])
-        gate, chosen = jax.lax.top_k(gates, top)  # [tokens, top]
-        place = chosen - first
-        # Of a token that came from another device, the gates of other devices' experts are 0.
-        mine = (place >= 0) & (place < here) & (gate > 0)
-        group = jnp.where(mine, place, here).reshape(-1)  # other devices' come last
+        """Returns what the experts first, first + 1, ... of `weights` add to x, [B, T, D].
+
+        Each token has `top` choices, a row each. The rows are sorted by expert, because
+        `ragged_dot` multiplies consecutive groups of rows by one matrix each:
+
+            choices        a0 a1 b0 b1 c0 c1        token and number of the choice
+            expert          2  0  1  0  -  2        -: an expert of another device
+            sorted         a1 b1 | b0 | a0 c1 | c0
+            group             0  |  1 |   2   | none
+
+        Args:
+          x: [B, T, D].
+          gates: [B, T, E]; of tokens from another device, zero for experts that are not here.
+          weights: matrices [experts here, inputs, outputs].
+        """
+        shape = x.shape
+        top = self.kind.top
+        num_here = weights["up"].shape[0]
+        x = x.reshape(-1, shape[-1])
+        gate, expert = jax.lax.top_k(gates.reshape(-1, gates.shape[-1]), top)  # [n, top]
+        index = expert - first
+        # A token from another device may have fewer than `top` gates here; a gate of 0 is not a
+        # choice.
+        is_here = (index >= 0) & (index < num_here) & (gate > 0)
+        group = jnp.where(is_here, index, num_here).reshape(-1)  # [n top]; other devices' last
         order = jnp.argsort(group)
-        sizes = jnp.bincount(group, length=here + 1)[:here].astype(jnp.int32)
+        sizes = jnp.bincount(group, length=num_here + 1)[:num_here].astype(jnp.int32)
         wide = jnp.promote_types(x.dtype, jnp.float32)
 
         def times(rows, name):
@@ -78,11 +112,13 @@ class Experts(nnx.Module):
             product = jax.lax.ragged_dot(rows, matrix, sizes, preferred_element_type=wide)
             return product.astype(x.dtype)
 
-        mine = mine[..., None]
-        # What ragged_dot makes of rows in no group is its own affair, and so is their gradient.
-        rows = jnp.where(mine.reshape(-1, 1)[order], x[order // top], 0)
-        act, hidden = ACTIVATION[self.kind.activation], times(rows, "up")
+        # What ragged_dot returns for rows in no group is not defined, and neither is their
+        # gradient: both ends are set to zero.
+        rows = jnp.where(is_here.reshape(-1, 1)[order], x[order // top], 0)
+        act = ACTIVATION[self.kind.activation]
+        hidden = times(rows, "up")
         hidden = act(times(rows, "gate")) * hidden if "gate" in weights else act(hidden)
-        y = times(hidden, "down")[jnp.argsort(order)].reshape(-1, top, shape[-1])
-        y = jnp.where(mine, y, 0)
+        back = jnp.argsort(order)  # from sorted rows to choices
+        y = times(hidden, "down")[back].reshape(-1, top, shape[-1])
+        y = jnp.where(is_here[..., None], y, 0)
         return jnp.einsum("nkd,nk->nd", y, gate.astype(x.dtype)).reshape(shape)
