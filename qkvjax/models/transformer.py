@@ -1,4 +1,38 @@
-"""The block and the scanned stack."""
+"""The transformer block, and the stack of all blocks.
+
+Letters: B rows, T tokens, D model width, L layers.
+
+How layers are stored and how they are run are two decisions.
+
+Stored. It depends on the spec alone, so that a checkpoint fits every machine. Up to
+`spec.UNROLL_UP_TO` layers, each layer has arrays of its own. A deeper stack keeps the layers that
+are alike in one array for each parameter. Six layers that alternate between local and global
+attention would be stored as
+
+    layer           0       1       2       3       4       5
+                    local   global  local   global  local   global
+
+    blocks[0]       0, 2, 4         each parameter [3, ...]
+    blocks[1]       1, 3, 5         each parameter [3, ...]
+
+Run. `Stack` either runs the layers one by one, or scans over the repetitions of the pattern:
+
+    for r in 0, 1, 2:   x = blocks[0][r](x);   x = blocks[1][r](x)
+
+    layers          CPU, no rematerialisation       elsewhere, or with rematerialisation
+    shallow         one by one                      scan, over arrays stacked in the program
+    deep            scan                            scan
+
+A stack in which no pattern repeats is stored and run one by one everywhere.
+
+- One by one is fastest on a CPU. On two cores a scan costs a shallow model a quarter of its step,
+  and slicing stacked weights costs 5 % of it.
+- A scan compiles one repetition, whatever the depth. One by one, a deep model takes minutes to
+  compile, and compilers of accelerators take time for each layer.
+- Rematerialisation needs the loop: XLA's CPU undoes it where it sees all layers at once.
+
+Decoding always runs layer by layer, see `models.unrolled`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +51,23 @@ from qkvjax.models.moe import Experts
 from qkvjax.models.spec import ModelSpec
 from qkvjax.parallel import rules, tables
 
-# The output of attention, by the name that policies of rematerialisation know it by.
+# ---- rematerialisation ------------------------------------------------------------------------
+
+# The name by which policies of rematerialisation know the output of attention.
 ATTENTION = "attention"
 
 
+def _keep_all(block):
+    """Returns the block as it is: the backward pass computes nothing again."""
+    return block
+
+
 def _keep_products(block):
-    """A block whose backward pass keeps what products with parameters and attention put out, and
-    computes everything else again: norms, activations, and scores, whose memory grows with T^2."""
+    """Returns a block that keeps its products with parameters and the output of attention.
+
+    The backward pass computes everything else again: norms, activations, and scores, whose memory
+    grows with T^2.
+    """
     policies = jax.checkpoint_policies
     policy = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
@@ -31,39 +75,46 @@ def _keep_products(block):
     return jax.checkpoint(block, policy=policy)
 
 
-# What the backward pass computes again instead of keeping: nothing, all but products, or all of a
-# block.
-REMAT = {"none": lambda block: block, "dots": _keep_products, "block": jax.checkpoint}
-# Standard deviation of initial values; what Linear makes of them is said there.
+# `jax.checkpoint` alone keeps a block's input and computes all of the block again.
+REMAT = {"none": _keep_all, "dots": _keep_products, "block": jax.checkpoint}
+
+
+# ---- parts of a model -------------------------------------------------------------------------
+
+# `init` -> the standard deviation of initial values, as `Linear` takes it.
 STD = {"normal": 0.02, "fan_in": None, "uniform": "uniform"}
 
 
 def norm(spec: ModelSpec) -> nnx.Module:
-    """The model's norm over D."""
+    """Returns a norm over D of the kind that the model uses."""
     if spec.norm == "layernorm":
         return LayerNorm(spec.d_model, bias=spec.use_bias)
     return RMSNorm(spec.d_model)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key or a rate, x itself."""
+    """Returns x after inverted dropout; without a key or a rate, x itself."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
-    return jax.numpy.where(keep, x / (1 - rate), 0)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def feed_forward(spec: ModelSpec, key: jax.Array) -> MLP | Experts:
-    """The feed-forward of a block, x -> (y, what a router tells or None)."""
+    """Returns the feed-forward of a block: x -> (y, losses and loads of a router or None)."""
     make = Experts if spec.feed_forward.experts > 1 else MLP
-    std = out_std = STD[spec.init]
+    std = STD[spec.init]
+    out_std = std
     if spec.init == "fan_in":
         out_std = (2 * spec.num_layers * spec.d_ff) ** -0.5
     return make(spec, key=named_key(key, "mlp"), std=std, out_std=out_std)
 
 
 def position_table(spec: ModelSpec, key: jax.Array, std: float) -> nnx.Param | None:
-    """The learned table of positions, from normal values where the spec says no other `std`."""
+    """Returns the learned table of positions, [max_length, D]; None where none is learned.
+
+    Its values are normal, with the standard deviation of the spec, or `std` where it has none.
+    """
     if spec.position != "learned":
         return None
     std = std if spec.position_std is None else spec.position_std
@@ -72,20 +123,34 @@ def position_table(spec: ModelSpec, key: jax.Array, std: float) -> nnx.Param | N
 
 
 def add_positions(x: jax.Array, spec: ModelSpec, table: nnx.Param | None, positions) -> jax.Array:
-    """[B, T, D] with what positions int [B, T] add at the input."""
+    """Returns x [B, T, D] plus what positions int [B, T] add at the input."""
     if table is not None:
         return x + tables.embed(table[...], positions).astype(x.dtype)
-    return x + sincos(positions, spec.d_model).astype(x.dtype) if spec.position == "sincos" else x
+    if spec.position == "sincos":
+        return x + sincos(positions, spec.d_model).astype(x.dtype)
+    return x
+
+
+# ---- block ------------------------------------------------------------------------------------
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); without `mlp` where layers share one."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); without `mlp` where layers share one.
+
+    Args:
+      layer: its attention.
+      spec: the model's.
+      key: a PRNG key.
+    """
 
     def __init__(self, layer: AttentionSpec, spec: ModelSpec, key):
-        std = out_std = STD[spec.init]
+        std = STD[spec.init]
+        out_std = std
         if spec.init == "fan_in":
             out_std = (2 * spec.num_layers * layer.num_heads * layer.head_dim) ** -0.5
-        self.rate, self.inside = spec.dropout, spec.kind == "vit"  # where dropout acts
+        self.dropout_rate = spec.dropout
+        # A ViT drops inside the feed-forward and not what attention adds, as in the paper.
+        self.drops_hidden = spec.kind == "vit"
         self.attention_norm = norm(spec)
         make = LAYERS[type(layer)]
         self.attention = make(layer, key=named_key(key, "attention"), std=std, out_std=out_std)
@@ -93,17 +158,33 @@ class Block(nnx.Module):
         self.mlp = feed_forward(spec, key) if spec.feed_forward.layers == 1 else None
 
     def __call__(self, x, positions, segment_ids=None, key=None, *, impl=None):
-        """[B, T, D] -> (the same, what the router tells or None); `key` turns dropout on."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        """Returns (the next x, losses and loads of the router or None).
+
+        Args:
+          x: [B, T, D].
+          positions: int [B, T].
+          segment_ids: int [B, T], or None.
+          key: a PRNG key turns dropout on.
+          impl: which implementation computes attention; None means the spec's.
+        """
+        first_key, last_key = (None, None) if key is None else jax.random.split(key)
+        attention_key = None if self.drops_hidden else first_key
+        hidden_key = first_key if self.drops_hidden else None
+
+        def drop_hidden(hidden):
+            return dropout(hidden, self.dropout_rate, hidden_key)
+
         y = self.attention(self.attention_norm(x), positions, segment_ids, impl=impl)
         y = checkpoint_name(y, ATTENTION)
-        x = x + (y if self.inside else dropout(y, self.rate, keys[0]))
-        drop = lambda hidden: dropout(hidden, self.rate, keys[0] if self.inside else None)  # noqa: E731
-        y, router = self.mlp(self.mlp_norm(x), drop)
-        return x + dropout(y, self.rate, keys[1]), router
+        x = x + dropout(y, self.dropout_rate, attention_key)
+        y, router = self.mlp(self.mlp_norm(x), drop_hidden)
+        return x + dropout(y, self.dropout_rate, last_key), router
 
     def decode(self, x, cache, start, *, table=None, rotations=None, impl=None):
-        """The same for new tokens that join `cache`; arguments as in `attention.cache.attend`."""
+        """Returns (the next x, the cache) for new tokens x [B, T, D] that join `cache`.
+
+        Arguments as in `attention.cache.attend`.
+        """
         y, cache = caches.attend(
             self.attention,
             self.attention_norm(x),
@@ -114,50 +195,60 @@ class Block(nnx.Module):
             impl=impl,
         )
         x = x + y
-        return x + self.mlp(self.mlp_norm(x))[0], cache
+        y, _ = self.mlp(self.mlp_norm(x))
+        return x + y, cache
+
+
+# ---- stack ------------------------------------------------------------------------------------
 
 
 class Stack(nnx.Module):
-    """All blocks: a scan over the repetitions of the layer pattern.
+    """All blocks, stored and run as the module says.
 
-    `blocks[j]` holds layer j of every repetition, each parameter with a leading axis
-    [L / period]. An unrolled stack is one repetition. Where G layers share a feed-forward it is
-    in `shared[j // G]`.
+    Attributes:
+      blocks: `blocks[j]` holds the layers j, j + period, j + 2 period, ...: each parameter has a
+        leading axis [L / period]. Where each layer has arrays of its own, the period is L.
+      shared: where G layers share a feed-forward, `shared[j // G]` is that of `blocks[j]`, with
+        the same leading axis; else None.
+      pattern: layers after which the same kinds of layers follow again.
+      group: G, 1 where no feed-forward is shared.
     """
 
     def __init__(self, spec: ModelSpec, *, key):
+        period = spec.period
+        repeats = spec.num_layers // period
+        keys = jax.random.split(key, spec.num_layers).reshape(repeats, period)
+
+        def blocks_of(j):
+            return jax.vmap(lambda k: Block(spec.layers[j], spec, k))(keys[:, j])
+
+        def feed_forwards_of(j):
+            return jax.vmap(lambda k: feed_forward(spec, k))(keys[:, j])
+
         self.num_layers = spec.num_layers
         self.pattern = spec.pattern
-        repeats = spec.num_layers // spec.period
-        keys = jax.random.split(key, spec.num_layers).reshape(repeats, spec.period)
-        self.blocks = nnx.List(
-            [
-                jax.vmap(lambda k, layer=layer: Block(layer, spec, k))(keys[:, j])
-                for j, layer in enumerate(spec.layers[: spec.period])
-            ]
-        )
         self.group = spec.feed_forward.layers
-        self.shared = (
-            None
-            if self.group == 1
-            else nnx.List(
-                [
-                    jax.vmap(lambda k: feed_forward(spec, k))(keys[:, j])
-                    for j in range(0, spec.period, self.group)
-                ]
-            )
-        )
+        self.blocks = nnx.List([blocks_of(j) for j in range(period)])
+        shared = None
+        if self.group > 1:
+            shared = nnx.List([feed_forwards_of(j) for j in range(0, period, self.group)])
+        self.shared = shared
 
     def __call__(
         self, x, positions, segment_ids=None, key=None, *, impl=None, remat="none", unroll=1
     ):
-        """[B, T, D] -> (the same, means over layers of what routers tell, or None).
+        """Returns (the next x, means over layers of the router's losses and loads, or None).
 
         Args:
+          x: [B, T, D].
+          positions: int [B, T].
+          segment_ids: int [B, T], or None.
+          key: a PRNG key turns dropout on.
+          impl: which implementation computes attention; None means the spec's.
           remat: one of REMAT.
-          unroll: repetitions in one turn of the scan.
+          unroll: repetitions in one iteration of the scan.
         """
-        blocks, shared = self._scanned(remat)
+        blocks, shared = self._arrays_to_run(remat)
         period = len(blocks)
         repeats = self.num_layers // period
         keys = None
@@ -165,61 +256,59 @@ class Stack(nnx.Module):
             keys = jax.random.split(key, self.num_layers).reshape(repeats, period)
 
         @REMAT[remat]
-        def layer(block, x, key):
+        def run_block(block, x, key):
             return block(x, positions, segment_ids, key, impl=impl)
 
-        def repetition(x, scanned):
-            blocks, shared, keys = scanned
+        def run_repetition(x, arrays):
+            blocks, shared, keys = arrays
             routers = []
             for j, block in enumerate(blocks):
-                block = self._whole(block, j, shared)
-                x, router = layer(block, x, None if keys is None else keys[j])
+                block = self._with_shared_mlp(block, j, shared)
+                x, router = run_block(block, x, None if keys is None else keys[j])
                 routers.append(router)
             return x, jax.tree.map(lambda *values: sum(values) / period, *routers)
 
-        scanned = blocks, shared, keys
+        arrays = blocks, shared, keys
         if repeats == 1:
-            return repetition(x, jax.tree.map(lambda a: a[0], scanned))
-        x, router = jax.lax.scan(repetition, x, scanned, unroll=min(unroll, repeats))
-        return x, jax.tree.map(jax.numpy.mean, router)
+            return run_repetition(x, jax.tree.map(lambda a: a[0], arrays))
+        x, routers = jax.lax.scan(run_repetition, x, arrays, unroll=min(unroll, repeats))
+        return x, jax.tree.map(jnp.mean, routers)
 
-    def _scanned(self, remat: str) -> tuple[list, list | None]:
-        """(blocks, shared feed-forwards) of one turn of the scan, each with all repetitions.
+    def _arrays_to_run(self, remat: str) -> tuple[list, list | None]:
+        """Returns the blocks and shared feed-forwards of one repetition, stacked over repetitions.
 
-        A shallow stack is kept unrolled, which is the fastest on a CPU. Where a loop is better its
-        arrays are stacked here: on accelerators, whose compilers take time by the layer, and for
-        rematerialisation, which XLA's CPU undoes where it sees all layers at once.
+        As they are stored, or, where a shallow stack is to be scanned, stacked here.
         """
         blocks = list(self.blocks)
-        shared = self.shared and list(self.shared)
-        stored = len(blocks)
-        if stored == self.pattern or (rules.platform() == "cpu" and remat == "none"):
+        shared = None if self.shared is None else list(self.shared)
+        is_stacked = len(blocks) == self.pattern
+        runs_one_by_one = rules.platform() == "cpu" and remat == "none"
+        if is_stacked or runs_one_by_one:
             return blocks, shared
-
-        def stacked(modules, period):
-            return [
-                jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *modules[j::period])
-                for j in range(period)
-            ]
-
-        blocks = stacked(blocks, self.pattern)
-        return blocks, shared and stacked(shared, self.pattern // self.group)
-
-    def _whole(self, block: Block, place: int, shared) -> Block:
-        """Block number `place` of a repetition with the feed-forward that it shares, if it does."""
+        blocks = _stack_alike(blocks, self.pattern)
         if shared is not None:
-            block.mlp = nnx.data(shared[place // self.group])
+            shared = _stack_alike(shared, self.pattern // self.group)
+        return blocks, shared
+
+    def _with_shared_mlp(self, block: Block, index: int, shared) -> Block:
+        """Gives the block `index` of a repetition the feed-forward that it shares, if it does.
+
+        The block is changed: callers pass a copy.
+        """
+        if shared is not None:
+            block.mlp = nnx.data(shared[index // self.group])
         return block
 
     def layer(self, index: int) -> Block:
         """Returns block `index` with arrays of its own."""
         period = len(self.blocks)
-        parts = self.blocks[index % period], self.shared and list(self.shared)
+        shared = None if self.shared is None else list(self.shared)
+        parts = self.blocks[index % period], shared
         block, shared = jax.tree.map(lambda a: a[index // period], parts)
-        return self._whole(block, index % period, shared)
+        return self._with_shared_mlp(block, index % period, shared)
 
     def layers(self) -> list[Block]:
-        """Returns the blocks one by one, in order, each with its own arrays.
+        """Returns the blocks one by one, in order, each with arrays of its own.
 
         Decoding reads every weight for each token; slicing a stacked array would copy it
         each time.
@@ -227,8 +316,21 @@ class Stack(nnx.Module):
         return [self.layer(index) for index in range(self.num_layers)]
 
 
+def _stack_alike(modules: list, period: int) -> list:
+    """Returns `period` modules, of which number j has the arrays of modules j, j + period, ...
+
+    The arrays are joined along their leading axis.
+    """
+
+    def join(*alike):
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *alike)
+
+    return [join(*modules[j::period]) for j in range(period)]
+
+
 def with_stack(model: nnx.Module, stack: nnx.Module | None) -> nnx.Module:
     """Returns the model with another stack, or with none; its other arrays are the same."""
+    # A tree map copies the module with the stack that it has at that moment.
     old = model.stack
     model.stack = stack
     changed = jax.tree.map(lambda leaf: leaf, model)
@@ -237,5 +339,5 @@ def with_stack(model: nnx.Module, stack: nnx.Module | None) -> nnx.Module:
 
 
 def without_stack(model: nnx.Module) -> nnx.Module:
-    """Returns the model without its layers: what stands before and after them."""
+    """Returns the model without its layers: what comes before and after them."""
     return with_stack(model, None)
