@@ -65,6 +65,13 @@ def test_a_tied_norm_is_the_mean_of_the_norms_there_are(q, k):
     np.testing.assert_array_equal(alone[NORM.format("kv")], k)
 
 
+def test_the_mean_is_rounded_once():
+    """In float32 the sum of queries and keys would lose the keys."""
+    parts = {role: np.full((1, 1), x, np.float32) for role, x in zip("qkv", (2e8, 1.0, -2e8))}
+    tied = tied_arrays(arrays_of(PROJECTION, **parts), [PROJECTION.format("qkv")], "q-k-v", "q=k=v")
+    assert tied[PROJECTION.format("qkv")] == np.float32(1 / 3)
+
+
 def test_other_arrays_stay(q):
     assert tied_arrays({OUTPUT: q}, [OUTPUT], "q-k-v", "q=k=v")[OUTPUT] is q
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qkvjax.kernels import tile
@@ -22,6 +22,9 @@ SIZES = st.sampled_from([8, 16, 32])
     st.none() | st.integers(0, 2**31),
     st.booleans(),
 )
+# Tiles whose farthest pair is exactly at the window's edge, and whose nearest pair is just inside.
+@example(False, 15, 64, 16, 8, None, False)
+@example(True, 10, 64, 8, 8, None, False)
 def test_spans_leave_out_no_pair_and_mask_every_edge(
     causal, window, length, queries, keys, seed, by_keys
 ):

@@ -154,6 +154,12 @@ def test_the_one_percent_decision_needs_the_whole_interval(tmp_path, loss, choic
     assert chosen == choice and decided
 
 
+def test_a_variant_with_exactly_half_of_the_cache_is_within_half_of_it(tmp_path):
+    goal = f"At most 2{formats.NBSP}KiB of cache per token, best score"
+    choice, _, decided = choices(equal_cache_study(tmp_path, 0.03))[goal]
+    assert choice == "GQA-2" and decided
+
+
 def test_a_straddled_margin_asks_for_more_seeds(tmp_path):
     workdir = simulated.sharing_study(tmp_path, 3)
     choice, reason, decided = choices(workdir)["At most 1 % loss, smallest cache"]

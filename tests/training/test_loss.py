@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from qkvjax.models import loss
-from qkvjax.models.loss import cross_entropy, linear_cross_entropy
+from qkvjax.models.loss import cross_entropy, label_scores, linear_cross_entropy
+from qkvjax.parallel import local
 
 B, T, D, V = 3, 50, 16, 41
 
@@ -41,6 +42,40 @@ def test_chunks_change_nothing(monkeypatch, chunk, z_loss):
     ours, theirs = differentiated(linear_cross_entropy, *given), differentiated(whole, *given)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def over_columns(f, w, *by_token, sums=True):
+    """Stands for `local.map_tokens` on three devices, each with a third of the columns."""
+    parts = jnp.moveaxis(w.reshape(w.shape[0], 3, -1), 1, 0)
+    columns = local.Columns("columns")
+    results = jax.vmap(lambda part: f(columns, part, *by_token), axis_name="columns")(parts)
+    if not sums:
+        return jax.tree.map(lambda x: x[0], results)
+    dx, totals, dw = results
+    return dx[0], jax.tree.map(lambda x: x[0], totals), jnp.moveaxis(dw, 0, 1).reshape(w.shape)
+
+
+def test_columns_on_several_devices_change_nothing(monkeypatch):
+    """Every label once, those at a device's first and last column among them. Several columns have
+    the largest logit, also on different devices: the first of them is the likeliest."""
+    vocab = 12
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-1, 2, (2, vocab, D)), jnp.float32)  # products are exact
+    w = jnp.asarray(rng.integers(-1, 2, (D, vocab)), jnp.float32)
+    w = w.at[:, 8:].set(w[:, :4])
+    targets = jnp.stack([jnp.arange(vocab), jnp.argmax(x[1] @ w, axis=-1)])
+    weights = jnp.asarray(rng.uniform(size=targets.shape), jnp.float32)
+    expected = differentiated(whole, x, w, targets, weights, 0.1)
+    logits = x @ w
+    expected_nats, _ = cross_entropy(logits, targets, weights)
+    monkeypatch.setattr(loss.local, "map_tokens", over_columns)
+    found = differentiated(linear_cross_entropy, x, w, targets, weights, 0.1)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    nats, likeliest = label_scores(x, w, targets, weights)
+    np.testing.assert_allclose(nats, expected_nats, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(likeliest, jnp.argmax(logits, axis=-1) == targets)
+    assert likeliest[1].all() and (targets[1] < 4).any()  # columns 8 to 11 are as likely
 
 
 def test_bfloat16_sums_in_float32(monkeypatch):
