@@ -167,8 +167,8 @@ def _functions(kernel, problem: Problem):
     q_positions, slots = _positions(problem)
     segments = _segments(problem, slots)
     mask = reference.visible(
-        q_positions,
-        slots,
+        jnp.asarray(q_positions),
+        jnp.asarray(slots),
         causal=problem.causal,
         window=problem.window,
         q_segments=segments,
