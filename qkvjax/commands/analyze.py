@@ -55,7 +55,7 @@ def look_into(workdir: Path, values: flags.FlagValues) -> list[str]:
     from qkvjax.training.restore import load_model
 
     model, _, config, step = load_model(workdir, values.step, mesh=for_scoring)
-    inside.chosen(model.spec.layers, values.projections)  # before the data are read
+    inside.chosen_projections(model.spec.layers, values.projections)  # before the data are read
     dataset = open_dataset(config, values.data, whole=values.data is not None, log=print)
     check_fits(dataset, model.spec)
     if values.data is None:

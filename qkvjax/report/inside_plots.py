@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from qkvjax import formats
-from qkvjax.evaluation.inside import Looked
+from qkvjax.evaluation.activations import LayerActivations
 from qkvjax.report import drawing
 
 # The plot of attention shows at most so many layers and heads.
@@ -64,7 +64,7 @@ def _two_lines(column: str) -> tuple[str, str]:
     return (first, second) if second else ("", first)
 
 
-def write(records: list[dict], seen: list[Looked], folder: Path) -> list[Path]:
+def write(records: list[dict], seen: list[LayerActivations], folder: Path) -> list[Path]:
     """Writes spectra.svg, heads.svg and attention.svg; returns their paths.
 
     Args:
@@ -141,7 +141,7 @@ def _heads(records: list[dict]):
     return figure
 
 
-def _attention(seen: list[Looked]):
+def _attention(seen: list[LayerActivations]):
     """Draws the attention of the first sequence: a row for each layer, a column for each head."""
     count = min(len(seen), MOST_LAYERS)
     layers = np.unique(np.linspace(0, len(seen) - 1, count).round()).astype(int)

@@ -1,4 +1,4 @@
-"""What `analyze` sees is what the layers compute."""
+"""The measures of `inside` are of what the layers compute."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 from qkvjax.errors import UserError
 from qkvjax.evaluation import inside, spectra
+from qkvjax.evaluation.activations import layer_activations
 from qkvjax.report import inside_plots
 
 B, T = 2, 9
@@ -31,14 +32,14 @@ def values(records, **wanted):
 )
 def test_weights_are_those_that_mix_the_values(model, ids, fields):
     m = model(num_layers=1, **fields)
-    (seen,) = inside.look(m, ids)
-    np.testing.assert_allclose(seen.weights.sum(-1), 1, atol=1e-5)
+    (activations,) = layer_activations(m, ids)
+    np.testing.assert_allclose(activations.weights.sum(-1), 1, atol=1e-5)
     (block,) = m.stack.layers()
     positions = jnp.tile(jnp.arange(T), (B, 1))
     y = block.attention_norm(m.embed(jnp.asarray(ids), positions))
-    value = next(name for name in seen.states if "v" in name)
-    v = np.repeat(seen.states[value], 4 // seen.states[value].shape[2], axis=2)
-    mixed = np.einsum("bnts,bsnh->btnh", seen.weights, v).reshape(B, T, -1)
+    value = next(name for name in activations.states if "v" in name)
+    v = np.repeat(activations.states[value], 4 // activations.states[value].shape[2], axis=2)
+    mixed = np.einsum("bnts,bsnh->btnh", activations.weights, v).reshape(B, T, -1)
     expected = block.attention(y, positions)
     np.testing.assert_allclose(block.attention.output(mixed), expected, atol=2e-5)
 
@@ -64,48 +65,48 @@ def test_records_of_every_sharing(model, ids):
 def test_whole_layers_and_heads(model, ids):
     """Grouped heads: each query head meets its group's keys, in products and in angles."""
     m = model(sharing="q-k-v", num_kv_heads=2, num_layers=1)
-    records, (seen,) = inside.analyze(m, ids)
+    records, (activations,) = inside.analyze(m, ids)
     layer = m.stack.layers()[0].attention
     weights = {n: np.asarray(p.weight[...], np.float64) for n, p in layer.projections.items()}
     keys = np.repeat(weights["k"].reshape(32, 2, 8), 2, axis=1).reshape(32, 32)
     (whole,) = values(records, head=None, what="W_q W_k^T", metric="singular_values")
     assert whole == pytest.approx(np.linalg.norm(weights["q"] @ keys.T, 2))
-    found = [r for r in records if r["metric"] == "principal_angles"]
-    assert [(r["what"], r["head"]) for r in found] == [
+    angle_records = [r for r in records if r["metric"] == "principal_angles"]
+    assert [(r["what"], r["head"]) for r in angle_records] == [
         *(("W_q, W_k", h) for h in range(4)),
         *(("W_q, W_v", h) for h in range(4)),
         ("W_k, W_v", 0),
         ("W_k, W_v", 1),
     ]
     angles = spectra.principal_angles(weights["q"][:, 24:], weights["k"][:, 8:])
-    np.testing.assert_allclose(found[3]["values"], angles)
-    assert found[3]["value"] == pytest.approx(np.cos(angles).mean()) and angles.max() > 0.1
-    part = seen.states["k"][:, :, 1].reshape(-1, 8)
+    np.testing.assert_allclose(angle_records[3]["values"], angles)
+    assert angle_records[3]["value"] == pytest.approx(np.cos(angles).mean()) and angles.max() > 0.1
+    part = activations.states["k"][:, :, 1].reshape(-1, 8)
     (largest,) = values(records, head=1, what="k activations", metric="singular_values")
     assert largest == pytest.approx(np.linalg.norm(part - part.mean(0), 2), rel=1e-5)
 
 
-def test_only_what_is_asked_for(model, ids):
+def test_only_the_chosen_projections_are_measured(model, ids):
     records, _ = inside.analyze(model(sharing="q-k=v"), ids, ["kv"])
     assert {r["what"] for r in records} == {"W_kv", "kv activations", "attention"}
 
 
-def test_a_projection_that_is_not_there(model, ids):
-    with pytest.raises(UserError, match="no projection 'k' in sharing 'q-k=v': it has q, kv"):
+def test_an_unknown_projection(model, ids):
+    with pytest.raises(UserError, match="no projection 'k' in sharing 'q-k=v': use one of q, kv"):
         inside.analyze(model(sharing="q-k=v"), ids, ["k"])
 
 
 def test_a_pattern_of_layers_is_drawn(model, ids, tmp_path):
     m = model(num_layers=3, layer_overrides=({}, {"sharing": "q-k=v"}, {"num_kv_heads": 1}))
-    records, seen = inside.analyze(m, ids)
-    places = inside_plots.write(records, seen, tmp_path)
-    assert [place.name for place in places] == ["spectra.svg", "heads.svg", "attention.svg"]
-    assert all("<svg" in place.read_text() for place in places)
+    records, activations = inside.analyze(m, ids)
+    paths = inside_plots.write(records, activations, tmp_path)
+    assert [path.name for path in paths] == ["spectra.svg", "heads.svg", "attention.svg"]
+    assert all("<svg" in path.read_text() for path in paths)
     assert len(inside_plots.table(records)) == 2 + 3
-    records, seen = inside.analyze(m, ids, ["kv"])  # which one of three layers has
+    records, activations = inside.analyze(m, ids, ["kv"])  # which one of three layers has
     assert {r["layer"] for r in records if r["what"] == "W_kv"} == {1}
-    assert len(inside_plots.write(records, seen, tmp_path)) == 3
-    with pytest.raises(UserError, match="sharing 'q-k-v' and 'q-k=v': it has q, k, v, kv"):
+    assert len(inside_plots.write(records, activations, tmp_path)) == 3
+    with pytest.raises(UserError, match="sharing 'q-k-v' and 'q-k=v': use one of q, k, v, kv"):
         inside.analyze(m, ids, ["qk"])
 
 
@@ -118,8 +119,8 @@ def test_the_model_is_left_as_it_was(model, ids):
 
 def test_the_means_of_a_model(model, ids):
     records, _ = inside.analyze(model(sharing="q-k-v"), ids)
-    found = inside.means(records)
-    assert found["rank_q"] == pytest.approx(
+    means = inside.means(records)
+    assert means["rank_q"] == pytest.approx(
         np.mean(values(records, head=None, what="W_q", metric="effective_rank"))
     )
     scores = [
@@ -127,15 +128,15 @@ def test_the_means_of_a_model(model, ids):
         for r in records
         if (r["what"], r["metric"]) == ("W_q W_k^T", "effective_rank") and r["head"] is not None
     ]
-    assert found["rank_scores"] == pytest.approx(np.mean(scores))
-    assert found["max_logit"] == max(values(records, metric="max_logit"))
-    assert found["cka_k_v"] == pytest.approx(
+    assert means["rank_scores"] == pytest.approx(np.mean(scores))
+    assert means["max_logit"] == max(values(records, metric="max_logit"))
+    assert means["cka_k_v"] == pytest.approx(
         np.mean(values(records, what="k, v activations", metric="linear_cka"))
     )
-    assert found["rank_k_activations"] == pytest.approx(
+    assert means["rank_k_activations"] == pytest.approx(
         np.mean(values(records, head=None, what="k activations", metric="effective_rank"))
     )
-    assert found["angles_k_v"] == pytest.approx(
+    assert means["angles_k_v"] == pytest.approx(
         np.mean(values(records, what="W_k, W_v", metric="principal_angles"))
     )
     tied = inside.means(inside.analyze(model(sharing="q=k-v"), ids)[0])
@@ -146,16 +147,16 @@ def test_the_means_of_a_model(model, ids):
 
 def test_spectra_are_means_over_layers(model):
     m = model(sharing="q-k=v", num_layers=2)
-    found = inside.spectra_of(m)
-    assert set(found) == {"q", "kv"} and found["q"][0] == 1
+    spectra_by_name = inside.spectra_of(m)
+    assert set(spectra_by_name) == {"q", "kv"} and spectra_by_name["q"][0] == 1
     each = [
         spectra.singular_values(b.attention.projections["q"].weight[...]) for b in m.stack.layers()
     ]
     expected = np.mean([v / v[0] for v in each], 0)
-    np.testing.assert_allclose(found["q"], expected, atol=1e-5)
+    np.testing.assert_allclose(spectra_by_name["q"], expected, atol=1e-5)
 
 
-def test_the_evaluator_looks_at_a_model_under_a_mesh(model, tmp_path, monkeypatch):
+def test_the_evaluator_measures_a_model_under_a_mesh(model, tmp_path, monkeypatch):
     from qkvjax.data.dataset import prepare
     from qkvjax.parallel.mesh import make_mesh
 
@@ -168,7 +169,7 @@ def test_the_evaluator_looks_at_a_model_under_a_mesh(model, tmp_path, monkeypatc
         assert inside.score(m, data, batch_size=3) == pytest.approx(free)
 
 
-def test_encoders_are_looked_at_too(filled, recipe):
+def test_encoders_are_measured_too(filled, recipe):
     from qkvjax import config as configs
     from qkvjax.data.open import open_dataset
     from qkvjax.models.build import make
@@ -179,6 +180,6 @@ def test_encoders_are_looked_at_too(filled, recipe):
     config.model.d_model = 32
     data = open_dataset(config)
     m = filled(lambda: make(spec_of(configs.resolve(config), data), jax.random.key(0)))
-    seen = inside.look(m, inside.sequences(data, 4))
-    assert seen[0].weights.shape == (4, 2, 16, 16)
-    assert (seen[0].weights > 0).all()  # nothing is masked
+    activations = layer_activations(m, inside.sequences(data, 4))
+    assert activations[0].weights.shape == (4, 2, 16, 16)
+    assert (activations[0].weights > 0).all()  # nothing is masked
