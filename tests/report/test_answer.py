@@ -167,6 +167,18 @@ def test_a_straddled_margin_asks_for_more_seeds(tmp_path):
     assert "Q-K=V" in reason
 
 
+@pytest.mark.parametrize(("low", "decided"), [(0.92, False), (0.921, True)])
+def test_times_whose_intervals_touch_name_nobody(tmp_path, low, decided):
+    measured = simulated.measurements()
+    for row in measured["rows"]:
+        if row["label"] != "QKV":
+            fastest = row["label"] == "Q-K=V"
+            row["step_ratio"] = [0.9, 0.88, 0.92] if fastest else [0.95, low, 0.98]
+    table = choices(simulated.sharing_study(tmp_path, 2, measurements=measured))
+    choice, _, is_decided = table["Fastest training step here"]
+    assert is_decided == decided and ("more rounds" in choice) != decided
+
+
 def test_overlapping_times_name_nobody(tmp_path):
     table = choices(simulated.sharing_study(tmp_path, 3))
     assert table["Fastest training step here"][0] == "Q=K=V"

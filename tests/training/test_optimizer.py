@@ -9,7 +9,7 @@ import pytest
 
 from qkvjax import config as configs
 from qkvjax.models.lm import LanguageModel
-from qkvjax.training.optimizer import adamw, decayed, muon, schedule
+from qkvjax.training.optimizer import adamw, decay_steps, decayed, muon, schedule
 
 
 def rates(name, steps, warmup=10, total=100, peak=1.0, final=0.1):
@@ -35,6 +35,12 @@ def test_wsd_falls_in_the_last_fifth():
     assert rates("wsd", [81, 90, 95, 100]) == pytest.approx([0.955, 0.55, 0.325, 0.1], rel=1e-5)
 
 
+def test_the_last_fifth_is_rounded_and_at_least_one_step():
+    assert [decay_steps(total) for total in (1, 2, 7, 8, 9, 100)] == [1, 1, 1, 2, 2, 20]
+    found = rates("wsd", [6, 7, 8, 9], warmup=0, total=9)
+    assert found == pytest.approx([1.0, 1.0, 0.55, 0.1], rel=1e-5)
+
+
 def test_multistep_drops_at_half_and_at_three_quarters_of_the_run():
     found = rates("multistep", [10, 49, 50, 74, 75, 99, 150])
     assert found == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01, 0.01], rel=1e-5)
@@ -55,7 +61,8 @@ def test_no_warm_up_longer_than_the_run_breaks_it():
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    spec = tiny(use_bias=True, norm="layernorm", position="learned", num_layers=1)
+    options = {"use_bias": True, "norm": "layernorm", "position": "learned"}
+    spec = tiny(num_layers=1, mlp_ratio=2.0, **options)  # wide, tall and square matrices
     shapes = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
     return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
 
