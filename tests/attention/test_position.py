@@ -14,7 +14,7 @@ def heads(shape=(2, 5, 3, 8), seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def turned(x, positions, base, width):
+def rotated(x, positions, base, width):
     """The complex formula in float64: number i with i + width/2 as one complex number."""
     x, positions = np.asarray(x, np.float64), np.asarray(positions, np.float64)
     half = width // 2
@@ -28,7 +28,7 @@ def turned(x, positions, base, width):
 def test_rotation_is_a_complex_product(width, base):
     x, positions = heads(), jnp.array([[0, 1, 2, 3, 4], [7, 0, 31, 2, 2]])
     got = rotate(x, positions, base=base, width=width)
-    np.testing.assert_allclose(got, turned(x, positions, base, width), atol=2e-6)
+    np.testing.assert_allclose(got, rotated(x, positions, base, width), atol=2e-6)
     back = rotate(got, positions, base=base, width=width, inverse=True)
     np.testing.assert_allclose(back, x, atol=2e-6)
 
@@ -38,7 +38,7 @@ def test_rotation_keeps_the_dtype_and_computes_wide():
     positions = jnp.full((2, 5), 1003)  # which bfloat16 cannot even hold
     got = rotate(x, positions, base=10_000.0, width=8)
     assert got.dtype == jnp.bfloat16
-    expected = turned(x.astype(jnp.float32), positions, 10_000.0, 8)
+    expected = rotated(x.astype(jnp.float32), positions, 10_000.0, 8)
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.02)
 
 

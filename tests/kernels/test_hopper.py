@@ -41,8 +41,10 @@ def check(switches):
     }
     options = {"causal": causal, "window": 40 if banded else None}
     segments = SEGMENTS if packed else None
-    places = jnp.arange(T)[None]
-    mask = reference.visible(places, places, q_segments=segments, k_segments=segments, **options)
+    positions = jnp.arange(T)[None]
+    mask = reference.visible(
+        positions, positions, q_segments=segments, k_segments=segments, **options
+    )
     run = functools.partial(
         hopper.attention,
         **options,
@@ -63,8 +65,8 @@ def check(switches):
         out, back = jax.vjp(lambda arrays: reference.attention(**arrays, mask=mask), arrays)
         return {"out": out} | back(slope.astype(jnp.float32))[0]
 
-    found, expected = ours(arrays), truth(arrays)
-    for name, value in found.items():
+    actual, expected = ours(arrays), truth(arrays)
+    for name, value in actual.items():
         assert value.dtype == jnp.bfloat16
         where = f"{name}: {dict(zip(SWITCHES, switches))}"
         assert relative(value, expected[name]) < 0.01, where

@@ -60,13 +60,13 @@ def test_tiles_of_queries_are_the_whole(monkeypatch, impl, window):
         out = dispatch.attention(q, k, v, impl=impl, **options)
         return jnp.sum(jnp.sin(out)), out
 
-    found, expected = (
+    actual, expected = (
         jax.jit(jax.grad(functools.partial(total, impl=name), argnums=(0, 1, 2), has_aux=True))(
             *qkv
         )
         for name in (impl, "reference")
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), actual, expected)
 
 
 @pytest.mark.parametrize("length", [65, 130, 257])
@@ -75,10 +75,10 @@ def test_long_sequences_are_tiled_as_they_are(length):
         jax.random.normal(key, (1, length, 2, 4)) for key in jax.random.split(jax.random.key(1))
     )
     for window in (None, 64, 66):
-        found, expected = (
+        actual, expected = (
             dispatch.attention(q, k, window=window, impl=impl) for impl in ("xla", "reference")
         )
-        np.testing.assert_allclose(found, expected, atol=3e-6)
+        np.testing.assert_allclose(actual, expected, atol=3e-6)
 
 
 @pytest.mark.parametrize("impl", dispatch.PLAIN)
@@ -151,11 +151,11 @@ def test_forward_and_gradient_are_the_references(impl, num_kv_heads, dtype):
         operands = {"q": q, "k": k}
         operands |= {} if one_tile else {"v": v}
         operands |= {"q_pe": q_pe, "k_pe": k_pe} if pe else {}
-        found, back = jax.vjp(functools.partial(call, impl, options), operands)
+        actual, back = jax.vjp(functools.partial(call, impl, options), operands)
         truth, truth_back = jax.vjp(functools.partial(call, "reference", options), operands)
-        assert found.dtype == dtype and found.shape == (B, T, N, H)
+        assert actual.dtype == dtype and actual.shape == (B, T, N, H)
         cotangent = jnp.cos(truth)
-        results = {"out": (found, truth)}
+        results = {"out": (actual, truth)}
         for name, gradient in truth_back(cotangent)[0].items():
             results[name] = back(cotangent)[0][name], gradient
         for name, (a, b) in results.items():

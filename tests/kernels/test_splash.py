@@ -32,8 +32,10 @@ def test_forward_and_gradient_are_the_references(causal, window, segments, kv_he
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes)]
     options = {"causal": causal, "window": window}
-    places = jnp.arange(T)[None]
-    mask = reference.visible(places, places, q_segments=segments, k_segments=segments, **options)
+    positions = jnp.arange(T)[None]
+    mask = reference.visible(
+        positions, positions, q_segments=segments, k_segments=segments, **options
+    )
     run = functools.partial(
         splash.attention, **options, segment_ids=segments, scale=0.3, interpret=True
     )
@@ -44,11 +46,11 @@ def test_forward_and_gradient_are_the_references(causal, window, segments, kv_he
         return [out, *back(jnp.cos(out))]
 
     with jax.default_matmul_precision("highest"):
-        found = jax.jit(functools.partial(both, run))(arrays)
+        actual = jax.jit(functools.partial(both, run))(arrays)
         wide = [array.astype(jnp.float32) for array in arrays]
         expected = jax.jit(functools.partial(both, truth))(wide)
     tolerance = 2e-6 if dtype == jnp.float32 else 0.02
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == dtype and relative(a, b) < tolerance
 
 

@@ -71,6 +71,6 @@ def test_pages_are_handed_out_once():
 @pytest.mark.parametrize("start", [np.int32(3), np.int64(3)])
 def test_places_of_any_integer_are_taken_in_float64(start):
     with jax.enable_x64(True):
-        found = write(jnp.zeros((2, 2, 8, 4)), jnp.ones((2, 1, 2, 4)), jnp.asarray(start), None)
-        found = np.asarray(found)
-    assert found.dtype == np.float64 and found.sum() == found[:, :, 3].sum() == 16
+        actual = write(jnp.zeros((2, 2, 8, 4)), jnp.ones((2, 1, 2, 4)), jnp.asarray(start), None)
+        actual = np.asarray(actual)
+    assert actual.dtype == np.float64 and actual.sum() == actual[:, :, 3].sum() == 16

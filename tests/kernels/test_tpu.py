@@ -91,10 +91,10 @@ def check(arrays, options, mask, tolerance):
         return {"out": out} | back(slope)[0]
 
     with jax.default_matmul_precision("highest"):
-        found = both(functools.partial(interpreted, **options), arrays)
+        actual = both(functools.partial(interpreted, **options), arrays)
         expected = both(lambda arrays: reference.attention(**arrays, mask=mask), arrays)
     for name, b in expected.items():
-        a = found[name]
+        a = actual[name]
         assert a.dtype == dtype and a.shape == b.shape
         assert relative(a, b) < tolerance, f"{name}: {list(arrays)}, {options}"
 
@@ -117,9 +117,9 @@ def test_lengths_and_widths_at_the_default_blocks(length, width):
     q, k = jax.random.normal(jax.random.key(0), (2, 1, length, 2, width))
     places = jnp.arange(length)[None]
     mask = reference.visible(places, places, causal=True)
-    found = quickly(functools.partial(tpu.attention, interpret=True))(q, k[:, :, :1])
+    actual = quickly(functools.partial(tpu.attention, interpret=True))(q, k[:, :, :1])
     expected = reference.attention(q, k[:, :, :1], mask=mask)
-    np.testing.assert_allclose(found, expected, atol=3e-6)
+    np.testing.assert_allclose(actual, expected, atol=3e-6)
 
 
 def test_masked_tiles_are_skipped():
@@ -127,14 +127,14 @@ def test_masked_tiles_are_skipped():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 512, 1, 16))
     run = quickly(functools.partial(interpreted, causal=True), static_argnames="window")
     expected = run({"q": q, "k": k}, window=None)
-    found = run({"q": q, "k": k.at[:, 256:].set(jnp.nan)}, window=None)
-    np.testing.assert_array_equal(found[:, :256], expected[:, :256])
+    actual = run({"q": q, "k": k.at[:, 256:].set(jnp.nan)}, window=None)
+    np.testing.assert_array_equal(actual[:, :256], expected[:, :256])
     expected = run({"q": q, "k": k}, window=100)
-    found = run({"q": q, "k": k.at[:, :256].set(jnp.nan)}, window=100)
-    np.testing.assert_array_equal(found[:, 384:], expected[:, 384:])
+    actual = run({"q": q, "k": k.at[:, :256].set(jnp.nan)}, window=100)
+    np.testing.assert_array_equal(actual[:, 384:], expected[:, 384:])
     packed = functools.partial(run, window=None, segment_ids=jnp.arange(512)[None] // 256)
-    found = packed({"q": q, "k": k.at[:, :256].set(jnp.nan)})
-    np.testing.assert_array_equal(found[:, 256:], packed({"q": q, "k": k})[:, 256:])
+    actual = packed({"q": q, "k": k.at[:, :256].set(jnp.nan)})
+    np.testing.assert_array_equal(actual[:, 256:], packed({"q": q, "k": k})[:, 256:])
 
 
 def test_a_window_bounds_the_steps_of_a_tile():
@@ -155,13 +155,13 @@ def test_no_races():
     check({"q": q, "k": k[:, :, :1]}, {"interpret": simulated}, mask, 2e-6)
     assert not races().races_found
     k, positions = k[:, :200], jnp.array([[190]])
-    found = decoded(q[:, :1], {"k": k}, positions, interpret=simulated)
-    assert relative(found, expected_of(q[:, :1], {"k": k}, positions)) < 2e-6
+    actual = decoded(q[:, :1], {"k": k}, positions, interpret=simulated)
+    assert relative(actual, expected_of(q[:, :1], {"k": k}, positions)) < 2e-6
     assert not races().races_found
 
 
 def races():
-    """What the detector found; not public, and at different places in different versions."""
+    """Returns what the detector found; it is not public, and moves between versions of jax."""
     package = "jax._src.pallas.mosaic.interpret"
     try:
         module = importlib.import_module(f"{package}.interpret_pallas_call")
@@ -189,10 +189,10 @@ def check_decode(mode, heads, tokens, window, second, dtype=jnp.float32, toleran
     positions = test_triton_decode.PLACES[:, 2 - min(tokens, 2) :]
     if tokens > 2:
         positions = jnp.arange(tokens)[None] + jnp.array([[0], [7], [150 - tokens]])
-    found = decoded(q, given, positions, window=window)
+    actual = decoded(q, given, positions, window=window)
     expected = expected_of(q, truth, positions, window)
-    assert found.dtype == dtype
-    assert relative(found, expected) < tolerance, (mode, heads, tokens, window, second)
+    assert actual.dtype == dtype
+    assert relative(actual, expected) < tolerance, (mode, heads, tokens, window, second)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_caches_of_any_length(slots):
     positions = jnp.array([[slots - 1], [slots // 4]])
     expected = expected_of(q[:, :1], {"k": k}, positions)
     rubbish = k.at[1, 128 * (slots // 4 // 128 + 1) :].set(jnp.nan)
-    found = decoded(q[:, :1], {"k": rubbish}, positions)
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    actual = decoded(q[:, :1], {"k": rubbish}, positions)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 def test_a_cache_in_pages():
@@ -255,8 +255,8 @@ def test_an_int8_cache(raw):
     expected = decoded(q, {"k": wide, "key": key}, positions)
     in_order = jax.tree.map(lambda x: x[table].reshape(2, size * count, *x.shape[2:]), pages)
     for given in ({"k": pages, "table": table}, {"k": in_order}):
-        found = decoded(q, given | {"key": key}, positions)
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+        actual = decoded(q, given | {"key": key}, positions)
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
     if not raw:
         again = decoded(q, {"k": in_order, "v": in_order}, positions)
         np.testing.assert_allclose(again, expected, atol=2e-6)
@@ -415,8 +415,8 @@ def test_a_model_takes_them_where_it_is_told_to(model, monkeypatch):
     small = model(num_layers=1, d_model=64, num_heads=2, num_kv_heads=1, sharing="q-k=v")
     ids = jax.random.randint(jax.random.key(1), (1, 6), 0, 61)
     expected = small.logits(small.hidden(ids)[0])  # of padding too, as decoding gives them
-    found = small(ids, impl="tpu")
-    np.testing.assert_allclose(found, expected[..., : found.shape[-1]], atol=2e-4)
+    actual = small(ids, impl="tpu")
+    np.testing.assert_allclose(actual, expected[..., : actual.shape[-1]], atol=2e-4)
     cache = decoding.empty_caches(small, 1, 12, jnp.float32)
     for i in range(6):
         logits, cache = decoding.decode(

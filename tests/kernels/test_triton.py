@@ -48,8 +48,10 @@ def case(switches, dtype=jnp.float32):
     }
     options = {"causal": causal, "window": 20 if banded else None}
     segments = SEGMENTS if packed else None
-    places = jnp.arange(T)[None]
-    mask = reference.visible(places, places, q_segments=segments, k_segments=segments, **options)
+    positions = jnp.arange(T)[None]
+    mask = reference.visible(
+        positions, positions, q_segments=segments, k_segments=segments, **options
+    )
     return arrays, options | {"segment_ids": segments}, mask
 
 
@@ -69,10 +71,10 @@ def check(switches, dtype, tolerance):
         out, back = jax.vjp(jax.jit(functools.partial(interpreted, **options)), arrays)
         expected, truth_back = jax.vjp(jax.jit(truth), arrays)
         slope = jnp.cos(expected)
-        found = {"out": (out, expected)}
+        actual = {"out": (out, expected)}
         for name, gradient in truth_back(slope)[0].items():
-            found[name] = back(slope)[0][name], gradient
-    for name, (a, b) in found.items():
+            actual[name] = back(slope)[0][name], gradient
+    for name, (a, b) in actual.items():
         assert a.dtype == dtype and a.shape == b.shape
         assert relative(a, b) < tolerance, f"{name}: {dict(zip(SWITCHES, switches))}"
 
@@ -93,11 +95,11 @@ def test_all_combinations(dtype, tolerance):
 @pytest.mark.parametrize(("length", "width"), [(1, 16), (17, 64), (130, 128)])
 def test_lengths_and_widths_at_the_default_blocks(length, width):
     q, k = jax.random.normal(jax.random.key(0), (2, 1, length, 2, width))
-    places = jnp.arange(length)[None]
-    mask = reference.visible(places, places, causal=True)
-    found = triton.attention(q, k[:, :, :1], interpret=True)
+    positions = jnp.arange(length)[None]
+    mask = reference.visible(positions, positions, causal=True)
+    actual = triton.attention(q, k[:, :, :1], interpret=True)
     expected = reference.attention(q, k[:, :, :1], mask=mask)
-    np.testing.assert_allclose(found, expected, atol=3e-6)
+    np.testing.assert_allclose(actual, expected, atol=3e-6)
 
 
 def test_masked_tiles_are_skipped():
@@ -105,11 +107,11 @@ def test_masked_tiles_are_skipped():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 128, 1, 16))
     run = functools.partial(interpreted, segment_ids=None, causal=True)
     expected = run({"q": q, "k": k}, window=None)
-    found = run({"q": q, "k": k.at[:, 64:].set(jnp.nan)}, window=None)
-    np.testing.assert_array_equal(found[:, :64], expected[:, :64])
+    actual = run({"q": q, "k": k.at[:, 64:].set(jnp.nan)}, window=None)
+    np.testing.assert_array_equal(actual[:, :64], expected[:, :64])
     expected = run({"q": q, "k": k}, window=16)
-    found = run({"q": q, "k": k.at[:, :32].set(jnp.nan)}, window=16)
-    np.testing.assert_array_equal(found[:, 64:], expected[:, 64:])
+    actual = run({"q": q, "k": k.at[:, :32].set(jnp.nan)}, window=16)
+    np.testing.assert_array_equal(actual[:, 64:], expected[:, 64:])
 
 
 def lowered(function, *arguments):
@@ -197,12 +199,12 @@ def test_heads_of_other_widths_are_filled_up(width, one_tile):
     shapes = [(1, 40, 4, width), (1, 40, 2, width)] + ([] if one_tile else [(1, 40, 2, 16)])
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
-    places = jnp.arange(40)[None]
-    mask = reference.visible(places, places, causal=True)
+    positions = jnp.arange(40)[None]
+    mask = reference.visible(positions, positions, causal=True)
     run = functools.partial(triton.attention, forward=BLOCKS, backward=BLOCKS, interpret=True)
     with jax.default_matmul_precision("highest"):
         out, back = jax.vjp(run, *arrays)
         expected, truth = jax.vjp(functools.partial(reference.attention, mask=mask), *arrays)
         assert relative(out, expected) < 2e-6
-        for found, gradient in zip(back(jnp.cos(out)), truth(jnp.cos(expected)), strict=True):
-            assert relative(found, gradient) < 2e-6
+        for actual, gradient in zip(back(jnp.cos(out)), truth(jnp.cos(expected)), strict=True):
+            assert relative(actual, gradient) < 2e-6

@@ -51,21 +51,21 @@ def check(mode, heads, tokens, window, second, splits, dtype=jnp.float32, tolera
     mask = reference.visible(positions, jnp.arange(S)[None], causal=True, window=window)
     with jax.default_matmul_precision("highest"):
         expected = reference.attention(q, mask=mask, **truth)
-        found = triton_decode.decode(
+        actual = triton_decode.decode(
             q, positions=positions, window=window, splits=splits, interpret=True, **given
         )
-    assert found.dtype == dtype
-    assert relative(found, expected) < tolerance, (mode, heads, tokens, window, second, splits)
+    assert actual.dtype == dtype
+    assert relative(actual, expected) < tolerance, (mode, heads, tokens, window, second, splits)
 
 
 def covering():
     """Each mode with every value of the other switches at least once, most pairs of them."""
-    turns = itertools.cycle(
+    switches = itertools.cycle(
         [(4, 1, None, False, 1), (1, 2, 20, True, 4), (2, 1, 20, False, 3), (1, 40, None, True, 2)]
     )
     for mode in MODES:
         for _ in range(3):
-            yield mode, *next(turns)
+            yield mode, *next(switches)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -95,10 +95,10 @@ def test_caches_of_any_length(slots):
     mask = reference.visible(positions, jnp.arange(slots)[None], causal=True)
     expected = reference.attention(q[:, :1], k, mask=mask)
     for splits in (None, 1, 3):
-        found = triton_decode.decode(
+        actual = triton_decode.decode(
             q[:, :1], k, positions=positions, splits=splits, interpret=True
         )
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_model_decodes_as_its_forward_pass(model, interpreted, values):
     full = model.logits(model.hidden(ids)[0])
     cache = decoding.empty_caches(model, 2, 20, jnp.float32)
     assert list(cache[0]) == ["kv"]
-    start, found = 0, []
+    start, actual = 0, []
     for size in (6, 1, 1, 1):
         logits, cache = decoding.decode(
             model,
@@ -145,9 +145,9 @@ def test_a_model_decodes_as_its_forward_pass(model, interpreted, values):
             dtype=jnp.float32,
             impl="triton",
         )
-        found.append(logits)
+        actual.append(logits)
         start += size
-    np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=1e-5 * abs(full).max())
+    np.testing.assert_allclose(jnp.concatenate(actual, 1), full, atol=1e-5 * abs(full).max())
     assert all(call["v"] is None for call in interpreted) and len(interpreted) == 4
     assert all((call["key"] is not None) == (values == "raw") for call in interpreted)
 
@@ -170,8 +170,8 @@ def test_codes_with_a_second_part_of_the_scores():
     mask = reference.visible(positions, jnp.arange(S)[None], causal=True)
     with jax.default_matmul_precision("highest"):
         expected = reference.attention(q, mask=mask, **truth)
-        found = triton_decode.decode(q, positions=positions, interpret=True, **(given | codes))
-    assert relative(found, expected) < 2e-6
+        actual = triton_decode.decode(q, positions=positions, interpret=True, **(given | codes))
+    assert relative(actual, expected) < 2e-6
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])

@@ -35,7 +35,7 @@ def made_first(x, key):
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "kv_heads", "width", "turned"),
+    ("batch", "tokens", "heads", "kv_heads", "width", "rotated"),
     [
         (2, 1, 4, 4, 16, 16),
         (2, 1, 4, 2, 16, 8),
@@ -46,36 +46,36 @@ def made_first(x, key):
         (2, 1, 4, 4, 8, 0),
     ],
 )
-def test_keys_of_states(batch, tokens, heads, kv_heads, width, turned, normed):
+def test_keys_of_states(batch, tokens, heads, kv_heads, width, rotated, normed):
     q, x, gain = states(batch, tokens, heads, kv_heads, width)
-    key = KeyOfState(1e4, turned, gain if normed else None)
+    key = KeyOfState(1e4, rotated, gain if normed else None)
     positions = jnp.arange(SLOTS)[None, -tokens:]
     mask = reference.visible(positions, jnp.arange(SLOTS)[None], causal=True)
-    found = jax.jit(lambda q, x: xla_decode.decode(q, x, mask=mask, key=key))(q, x)
+    actual = jax.jit(lambda q, x: xla_decode.decode(q, x, mask=mask, key=key))(q, x)
     expected = reference.attention(q, made_first(x, key), x, mask=mask)
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_angles_that_were_computed_before_are_taken():
     q, x, _ = states(1, 1, 2, 2, 8)
     mask = jnp.ones((1, 1, SLOTS), bool)
     other = KeyOfState(1e4, 8, rotation=rotation_table(500.0, 8, SLOTS, jnp.float32))
-    found = xla_decode.decode(q, x, mask=mask, key=other)
+    actual = xla_decode.decode(q, x, mask=mask, key=other)
     expected = xla_decode.decode(q, x, mask=mask, key=KeyOfState(500.0, 8))
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_states_in_bfloat16_are_summed_in_float32():
     q, x, gain = states(2, 1, 4, 4, 64, jnp.bfloat16)
     mask = jnp.ones((2, 1, SLOTS), bool)
     key = KeyOfState(1e4, 64, gain)
-    found = xla_decode.decode(q, x, mask=mask, key=key)
+    actual = xla_decode.decode(q, x, mask=mask, key=key)
     exact = reference.attention(
         q.astype(jnp.float32), made_first(x, key), x.astype(jnp.float32), mask=mask
     )
-    assert found.dtype == jnp.bfloat16
+    assert actual.dtype == jnp.bfloat16
     # Half a step of bfloat16 for the result, and one for the weights.
-    assert jnp.max(jnp.abs(found.astype(jnp.float32) - exact)) < 0.01 * jnp.max(jnp.abs(exact))
+    assert jnp.max(jnp.abs(actual.astype(jnp.float32) - exact)) < 0.01 * jnp.max(jnp.abs(exact))
 
 
 def test_no_keys_are_written():
