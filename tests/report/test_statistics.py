@@ -155,6 +155,46 @@ def test_critical_values_are_the_published_ones():
     assert critical_values.dunnett(1, 7) == pytest.approx(stats.t.ppf(0.975, 7))
 
 
+def test_errors_are_pooled_over_variants_and_the_detectable_effect_is_of_the_larger_error():
+    """Against a linear model of variants and seeds, whose degrees of freedom are what is left."""
+    rng = np.random.default_rng(10)
+    variants, seeds = 4, 6
+    scores = simulated(variants, 1, seeds, rng)
+    table = compare(frame(scores), "v0")
+    variant, seed = np.indices((variants, seeds)).reshape(2, -1)
+    factors = np.column_stack([variant[:, None] == range(variants), seed[:, None] == range(seeds)])
+    solution, _, rank, _ = np.linalg.lstsq(factors.astype(float), scores.ravel(), rcond=None)
+    residual = scores.ravel() - factors @ solution
+    pooled = 2 * (residual**2).sum() / (variants * seeds - rank)
+    for label, row in table.iterrows():
+        gaps = scores[int(label[1:]), 0] - scores[0, 0]
+        error = math.sqrt(max(gaps.var(ddof=1), pooled) / seeds)
+        assert row["standard_error"] == pytest.approx(error)
+        critical = critical_values.dunnett(variants - 1, seeds - 1)
+        effect = critical_values.detectable(critical, seeds - 1)
+        assert row["detectable"] == pytest.approx(effect * error)
+    own_errors = (scores[1:, 0] - scores[0, 0]).std(axis=1, ddof=1) / math.sqrt(seeds)
+    assert (table["standard_error"] > own_errors * 1.01).any()
+
+
+@pytest.mark.parametrize("seeds", [6, 20])
+def test_differences_from_the_best_are_corrected_for_all_pairs(seeds):
+    rng = np.random.default_rng(9)
+    variants = 4
+    scores = rng.normal(2, 0.01, (variants, 1, seeds))
+    table = statistics.compare_best(frame(scores))
+    best = int(table.index[0][1:])
+    assert best == scores.mean((1, 2)).argmin()
+    for label, row in table.iloc[1:].iterrows():
+        gaps = scores[int(label[1:]), 0] - scores[best, 0]
+        own = stats.t.isf(0.025 / 6, seeds - 1) * gaps.std(ddof=1) / math.sqrt(seeds)  # 6 pairs
+        pooled = 0.0
+        if seeds < 16:
+            critical = stats.studentized_range.ppf(0.95, variants, (variants - 1) * (seeds - 1))
+            pooled = critical / math.sqrt(2) * row["standard_error"]
+        assert row["high"] - row["difference"] == pytest.approx(max(own, pooled))
+
+
 def test_settings_are_clusters():
     """Seeds of a setting are one observation, however many there are."""
     rng = np.random.default_rng(4)
@@ -176,8 +216,11 @@ def test_identical_runs_differ_by_exactly_zero():
 
 def test_half_of_the_pairs_exactly_equal_is_a_ceiling():
     base = dict.fromkeys(range(8), 0.0)
-    row = compare(pairs(base, base | {0: 0.1, 1: 0.2, 2: 0.3}), "base").loc["other"]
-    assert row["ties"] == 5 and row["ceiling"]
+    different = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5}
+    for count, ceiling in ((3, True), (4, True), (5, False)):
+        some = {seed: different[seed] for seed in range(count)}
+        row = compare(pairs(base, base | some), "base").loc["other"]
+        assert row["ties"] == 8 - count and row["ceiling"] == ceiling
     other = {seed: 0.1 + seed / 100 for seed in range(8)}
     assert not compare(pairs(base, other), "base").loc["other", "ceiling"]
 
@@ -265,3 +308,15 @@ def test_the_bootstrap_covers_the_sampling_of_documents():
         _, low, high = statistics.bootstrap_items(values, weights, draws=400)
         missed += not low <= 0.1 <= high
     assert missed <= 200 * 0.05 + 3 * math.sqrt(200 * 0.05 * 0.95)
+
+
+def test_the_bootstrap_is_corrected_for_several_intervals():
+    """Five intervals have 99 % each: wider than one of 95 % as normal quantiles are."""
+    rng = np.random.default_rng(11)
+    values = rng.normal(2, 0.5, (2, 200))
+    widths = []
+    for comparisons in (1, 5):
+        _, low, high = statistics.bootstrap_items(values, np.ones(200), comparisons, draws=6000)
+        widths.append(high - low)
+    expected = stats.norm.isf(0.005) / stats.norm.isf(0.025)
+    assert widths[1] / widths[0] == pytest.approx(expected, abs=0.07)
