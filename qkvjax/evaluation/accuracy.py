@@ -1,4 +1,4 @@
-"""How many labels a model gets right."""
+"""Accuracy: the part of the labels whose class a model finds the likeliest."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ from qkvjax.parallel import rules
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def judge(model, batch: Mapping[str, jax.Array], *, dtype) -> tuple[jax.Array, jax.Array]:
-    """(whether each label is the likeliest class, its -log p), bool and float [B, labels]."""
+    """Judges the labels of a batch.
+
+    Returns:
+      (whether each label is the likeliest class, bool [B, labels]; its -log p, float [B, labels],
+      0 where it is not scored).
+    """
     inputs = batch["inputs"], batch["positions"], batch.get("segment_ids")
     labels = batch["targets"], batch["weights"]
-    if isinstance(model, LanguageModel):  # a vocabulary is too wide to hold all logits
+    if isinstance(model, LanguageModel):
+        # By chunks: the vocabulary is too wide to hold all logits.
         x, _ = model.hidden(*inputs, dtype=dtype)
         nats, right = label_scores(x, model.head_matrix(), *labels)
     else:
@@ -52,18 +58,25 @@ def score(
     """Scores a model on the labels of one split.
 
     Args:
+      model: any model of `qkvjax.models`.
+      dataset: text or labelled examples.
+      batch_size: rows of a batch over all devices.
+      split: "validation" or "train".
+      max_labels: about how many labels to score; None scores all.
+      dtype: of activations and matrix products.
+      mesh: where the model is; None is one device.
+      num_labels, pulse, log: as in `scoring.run`.
       program: a compiled `judge` for batches of this size; None compiles one.
-      num_labels, pulse, log: of `scoring.run`.
       items: gets the wrong labels (value) and all labels (weight) of each example.
 
     Returns:
       accuracy: the part of the scored labels whose class is the likeliest.
       error: 1 - accuracy.
-      class_accuracy: the mean over classes of the accuracy on the labels of that class, which
-        rare classes count in as much as frequent ones.
-      solved: 1 if accuracy is at least SOLVED, else 0; its mean over runs is the fraction that
-        learned a task where runs either do or do not.
-      loss: nats a label.
+      class_accuracy: the mean over classes of the accuracy on the labels of that class. Rare
+        classes count as much as frequent ones.
+      solved: 1 if accuracy is at least SOLVED, else 0. Its mean over runs is the fraction of runs
+        that learned the task.
+      loss: nats per label.
       num_labels: how many were scored.
 
     Raises:
@@ -74,28 +87,28 @@ def score(
     nats: list[float] = []
     labels_of_class = collections.Counter()
     right_of_class = collections.Counter()
-    scored = scoring.run(
+    results = scoring.run(
         functools.partial(run_program, model), batches, mesh, num_labels, pulse=pulse, log=log
     )
-    for batch, (correct, loss) in scored:
-        counts = batch["weights"] > 0
-        nats.append(math.fsum(loss.ravel().astype(np.float64)))
-        targets = batch["targets"][counts]
+    for batch, (is_right, nats_of_labels) in results:
+        is_scored = batch["weights"] > 0
+        nats.append(math.fsum(nats_of_labels.ravel().astype(np.float64)))
+        targets = batch["targets"][is_scored]
+        right = is_right[is_scored]
         labels_of_class.update(targets.tolist())
-        right_of_class.update(targets[correct[counts]].tolist())
+        right_of_class.update(targets[right].tolist())
         if items is not None:
-            wrong = ~correct[counts]
-            items.add(batch["items"][counts], wrong, np.ones(len(wrong), np.int64))
+            items.add(batch["items"][is_scored], ~right, np.ones(len(right), np.int64))
     labels = labels_of_class.total()
     if not labels:
-        raise UserError("there is no label to score")
-    right = right_of_class.total()
+        raise UserError("there is no label to score: give more data, or another split")
+    num_right = right_of_class.total()
     by_class = [right_of_class[label] / count for label, count in labels_of_class.items()]
     return {
-        "accuracy": right / labels,
-        "error": (labels - right) / labels,
+        "accuracy": num_right / labels,
+        "error": (labels - num_right) / labels,
         "class_accuracy": math.fsum(by_class) / len(by_class),
-        "solved": float(right / labels >= SOLVED),
+        "solved": float(num_right / labels >= SOLVED),
         "loss": math.fsum(nats) / labels,
         "num_labels": labels,
     }

@@ -82,7 +82,7 @@ def _scores(layer, y, positions) -> jax.Array:
     """Returns what softmax sees before the mask, [B, N, T, T]."""
     q, entry = layer.project(y, positions)
     k, _ = layer.expand(entry, positions)
-    # Some scores are products of wider queries and keys: their extra columns are added to both.
+    # A score modifier that adds a term for each key is a product of extra columns.
     extra = layer.columns(q, positions)
     if extra:
         q = jnp.concatenate([q, extra["q_pe"]], -1)

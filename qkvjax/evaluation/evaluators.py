@@ -15,6 +15,7 @@ from qkvjax.evaluation import accuracy, inside, language, scoring
 from qkvjax.evaluation.items import Items
 from qkvjax.parallel import distributed
 
+# Kind of an evaluator -> the function that scores, and the program that it runs on each batch.
 SCORES = {"bits_per_byte": language.score, "accuracy": accuracy.score, "inside": inside.score}
 PROGRAMS = {"bits_per_byte": language.label_nats, "accuracy": accuracy.judge}
 
@@ -26,9 +27,12 @@ class Evaluator:
     Attributes:
       kind: one of SCORES.
       options: `split` and `max_labels`, where the kind has them.
-      rows: of a batch, over all devices.
-      program: the compiled one of PROGRAMS; None compiles when it is called.
-      items_file: where the scores by document or example go after each scoring; None keeps none.
+      dataset: what is scored.
+      rows: rows of a batch over all devices.
+      dtype: of activations and matrix products.
+      mesh: where the model is; None is one device.
+      program: the program of PROGRAMS, compiled; None compiles it at the first call.
+      items_file: where each scoring writes the scores by document or example; None writes none.
     """
 
     kind: str
@@ -49,7 +53,7 @@ class Evaluator:
         """Scores the state's average of the weights, where it has one, else its weights.
 
         Args:
-          pulse: is called after each batch; what it raises ends the scoring.
+          pulse: is called after each batch; an exception that it raises ends the scoring.
           log: gets lines about progress.
         """
         average = getattr(state, "average", None)
@@ -70,38 +74,47 @@ def make_evaluators(config, dataset, mesh, workdir: Path | None = None) -> dict[
     """Returns the evaluators of `config.evals` by name, validated.
 
     Args:
-      workdir: gets items/NAME.npz, the scores by document or example of the last evaluation, of
-        those that score the validation split; None keeps none.
+      config: the groups of a configuration.
+      dataset: what is scored.
+      mesh: where the model is; None is one device.
+      workdir: evaluators of the validation split write items/NAME.npz there, the scores by
+        document or example of the last evaluation; None writes none.
 
     Raises:
-      UserError: bits per byte of what is not text.
+      UserError: bits per byte of data that are not text.
     """
     evaluators = {}
-    for name, asked in config.evals.items():
-        check_text(f"config.evals.{name}.kind", asked.kind, dataset)
-        scored = asked.kind in PROGRAMS and asked.split == "validation"
-        has_options = asked.kind in PROGRAMS
-        options = {"split": asked.split, "max_labels": asked.max_labels} if has_options else {}
+    for name, entry in config.evals.items():
+        check_text(f"config.evals.{name}.kind", entry.kind, dataset)
+        options = {}
+        items_file = None
+        if entry.kind in PROGRAMS:
+            options = {"split": entry.split, "max_labels": entry.max_labels}
+            if workdir and entry.split == "validation":
+                items_file = workdir / "items" / f"{name}.npz"
         evaluators[name] = Evaluator(
-            kind=asked.kind,
+            kind=entry.kind,
             options=options,
             dataset=dataset,
             rows=scoring.num_rows(config, mesh),
             dtype=jnp.dtype(config.train.compute_dtype),
             mesh=mesh,
-            items_file=workdir / "items" / f"{name}.npz" if workdir and scored else None,
+            items_file=items_file,
         )
     return evaluators
 
 
 def compile_evaluators(evaluators: Mapping[str, Evaluator], model) -> list:
-    """Compiles what the evaluators run, so that what does not fit shows before training.
+    """Compiles the programs of the evaluators, so that a lack of memory shows before training.
+
+    Evaluators with the same kind and rows share a program. Those of data that are not text compile
+    at their first call.
 
     Args:
       model: as ShapeDtypeStructs with shardings.
 
     Returns:
-      The compiled programs. Data without text keep their programs for the first call.
+      The compiled programs.
     """
     compiled = {}
     for evaluator in evaluators.values():
@@ -119,11 +132,12 @@ def compile_evaluators(evaluators: Mapping[str, Evaluator], model) -> list:
 
 
 def compile_scoring(config, model, mesh):
-    """The program that scores text by bits per byte, compiled for a mesh whose devices need not be
-    here.
+    """Returns the compiled program that scores text by bits per byte.
 
     Args:
+      config: the groups of a configuration.
       model: as ShapeDtypeStructs with shardings.
+      mesh: its devices may be of another machine.
     """
     batch = scoring.abstract_batch(mesh, scoring.num_rows(config, mesh), config.data.seq_len)
     dtype = jnp.dtype(config.train.compute_dtype)
@@ -132,11 +146,15 @@ def compile_scoring(config, model, mesh):
 
 
 def num_scored(dataset, split: str = "validation", max_labels: int | None = None) -> float:
-    """About how many labels are scored."""
+    """Returns about how many labels are scored."""
     return min(dataset.num_labels(split), max_labels or math.inf)
 
 
 def check_text(where: str, kind: str, dataset) -> None:
-    """Raises UserError when `kind` of score needs text and the data have none."""
+    """Raises UserError where this kind of score needs text and the data are not text.
+
+    Args:
+      where: the field or flag that names the kind, for the message.
+    """
     if kind == "bits_per_byte" and dataset.tokenizer is None:
-        raise UserError(f"{where}='bits_per_byte' needs text, which the data are not: use accuracy")
+        raise UserError(f"{where}='bits_per_byte' needs text, and the data are not: use accuracy")

@@ -1,4 +1,4 @@
-"""Scores by item: what a model loses on each document or example of a test set.
+"""Scores by item: the loss of a model on each document or example of a test set.
 
 A score is a ratio over items, sum(value) / sum(weight). With scores by item, two models can be
 compared on the same items, and the sampling error of the test set can be estimated.
@@ -30,13 +30,14 @@ class Items:
 
         Args:
           items: int [labels], the number of each label's item, at least 0.
-          values: [labels], what the model loses: bits, or 1 for a wrong class.
-          weights: int [labels], what the score divides by: bytes, or 1.
+          values: [labels], the loss: bits, or 1 for a wrong class.
+          weights: int [labels], the denominator: bytes, or 1.
         """
         if not len(items):
             return
         size = int(items.max()) + 1
         if size > len(self._labels):
+            # At least doubled, so that many calls copy the arrays a few times only.
             more = max(size, 2 * len(self._labels)) - len(self._labels)
             self._values = np.pad(self._values, (0, more))
             self._weights = np.pad(self._weights, (0, more))
@@ -46,8 +47,10 @@ class Items:
         np.add.at(self._labels, items, 1)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns item int64, value float64, weight int64 and num_labels int64, each [items], by
-        the items' numbers."""
+        """Returns item int64, value float64, weight int64 and num_labels int64, each [items].
+
+        Only items with labels are in them, in the order of their numbers.
+        """
         item = np.flatnonzero(self._labels)
         return {
             "item": item,
@@ -57,10 +60,10 @@ class Items:
         }
 
     def save(self, path: Path) -> None:
-        """Writes the arrays to an npz file, whole or not at all.
+        """Writes the arrays to an npz file, completely or not at all.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the file cannot be written.
         """
         content = io.BytesIO()
         np.savez_compressed(content, **self.arrays())

@@ -1,4 +1,12 @@
-"""Runs a compiled scoring program over the batches of a data set."""
+"""Runs a compiled scoring program over the batches of a data set.
+
+Three things happen at the same time: a thread makes batches and places them on the devices, the
+devices run the program, and the caller adds up results. To read a result, the host waits for the
+device. Therefore it reads each result AHEAD batches later, and the device always has work:
+
+    host starts     0   1   2   3   4   5   6   ...
+    host reads                      0   1   2   ...     with AHEAD = 4
+"""
 
 from __future__ import annotations
 
@@ -15,14 +23,14 @@ from qkvjax.progress import Progress
 
 # Tokens that a device scores at a time, unless a training micro-batch has fewer.
 TOKENS = 2**14
-# Batches that the host may be ahead of the device.
+# Batches that are started and not read yet.
 AHEAD = 4
-# What a scoring program reads of a batch.
+# The arrays of a batch that a scoring program reads.
 ARRAYS = ("inputs", "targets", "positions", "segment_ids", "weights")
 
 
 def num_rows(config, mesh: jax.sharding.Mesh | None) -> int:
-    """Rows of a scoring batch over all devices.
+    """Returns the rows of a scoring batch over all devices.
 
     A device scores TOKENS at a time and never more rows than it trains on at a time, so that
     scoring needs less memory than a training step.
@@ -35,17 +43,18 @@ def num_rows(config, mesh: jax.sharding.Mesh | None) -> int:
 
 
 def rows_multiple(mesh: jax.sharding.Mesh | None) -> int:
-    """Rows of a batch are a multiple of this, so that every device has as many."""
+    """Returns the number that divides the rows of a batch: then devices have equally many."""
     return 1 if mesh is None else rules.ways("batch", sizes=mesh.shape)
 
 
 def abstract_batch(mesh: jax.sharding.Mesh | None, rows: int, seq_len: int) -> dict:
-    """The arrays of a batch of text, [rows, seq_len], as ShapeDtypeStructs."""
-    place = None if mesh is None else rules.sharding(mesh, "batch", "length")
+    """Returns the arrays of a batch of text, [rows, seq_len], as ShapeDtypeStructs."""
+    sharding = None if mesh is None else rules.sharding(mesh, "batch", "length")
     dtypes = dict.fromkeys(ARRAYS, jnp.int32) | {"weights": jnp.float32}
     shape = (rows, seq_len)
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
     }
 
 
@@ -58,31 +67,31 @@ def run(
     pulse: Callable[[], None] = lambda: None,
     log: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[dict[str, np.ndarray], object]]:
-    """Runs a program over batches, which a thread makes and places in the meantime.
-
-    The host waits only for the batch AHEAD before, so that the device always has work.
+    """Runs a program over batches.
 
     Args:
       program: from the ARRAYS of a batch on the devices to a tree of arrays.
+      batches: dicts of numpy arrays; a thread makes them ahead.
+      mesh: where batches are placed; None is one device.
       num_labels: of all batches together, for the progress that is shown; 0 where not known.
-      pulse: is called after each batch; what it raises ends the scoring.
+      pulse: is called after each batch; an exception that it raises ends the scoring.
       log: gets lines about progress; None shows none.
 
     Yields:
       (batch, the program's result on the host), in order.
     """
 
-    def placed(batch):
+    def place(batch):
         arrays = {name: batch[name] for name in ARRAYS if name in batch}
         return batch, arrays if mesh is None else host_batch.place(arrays, mesh)
 
-    waiting: collections.deque = collections.deque()
+    unread: collections.deque = collections.deque()
     with Progress("scoring", num_labels, "labels", log=log, alive=pulse) as progress:
-        for batch, arrays in ahead(map(placed, batches)):
-            waiting.append((batch, program(arrays)))
-            if len(waiting) > AHEAD:
-                done, result = waiting.popleft()
-                yield done, jax.device_get(result)
+        for batch, arrays in ahead(map(place, batches)):
+            unread.append((batch, program(arrays)))
+            if len(unread) > AHEAD:
+                scored, result = unread.popleft()
+                yield scored, jax.device_get(result)
             progress.add(np.count_nonzero(batch["weights"]))
-        for done, result in waiting:
-            yield done, jax.device_get(result)
+        for scored, result in unread:
+            yield scored, jax.device_get(result)

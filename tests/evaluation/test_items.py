@@ -1,4 +1,4 @@
-"""Scores by document or example: they add up to the score, and name the same documents."""
+"""Scores by document or example: they add up to the score and name the same documents."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_sums_do_not_depend_on_how_labels_are_divided(labels, size):
     assert whole.arrays()["num_labels"].sum() == len(labels)
 
 
-def test_what_is_saved_is_read(tmp_path):
+def test_a_saved_file_has_the_sums(tmp_path):
     items = Items()
     items.add(np.array([3, 3, 7]), np.array([0.5, 1.0, 2.0]), np.array([1, 2, 4]))
     items.save(tmp_path / "items" / "eval.npz")
@@ -52,6 +52,7 @@ def test_documents_add_up_to_the_score(corpus, tmp_path, monkeypatch, model, sou
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path))
     name = f"text:{corpus}/*.txt"
     if source == "tokens":
+        # Three documents, each ended by the separator 256.
         (tmp_path / "tokens").mkdir()
         lengths = (50, 90, 61)
         stream = np.concatenate(

@@ -1,4 +1,6 @@
-"""Scoring at real sizes: memory, packed rows, progress, and what ends it early."""
+"""Scoring at real sizes: memory, packed rows, progress, and an early end."""
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +46,10 @@ def test_short_windows_share_rows_and_see_only_themselves(dataset, model):
         x, _ = model.hidden(arrays["inputs"], arrays["positions"], arrays["segment_ids"])
         logits = np.asarray(model.logits(x))
         for row, segment in np.ndindex(4, T):
-            mine = batch["segment_ids"][row] == segment + 1
-            if mine.any():
-                key = tuple(batch["targets"][row][mine])
-                together[key] = (batch["inputs"][row][mine], logits[row][mine])
+            in_segment = batch["segment_ids"][row] == segment + 1
+            if in_segment.any():
+                key = tuple(batch["targets"][row][in_segment])
+                together[key] = (batch["inputs"][row][in_segment], logits[row][in_segment])
     for inputs, expected in together.values():
         alone = np.asarray(model.logits(model.hidden(inputs[None])[0]))[0]
         np.testing.assert_allclose(alone, expected, rtol=2e-5, atol=2e-5)
@@ -106,35 +108,29 @@ def test_compiled_evaluators_give_the_same_scores(dataset, model):
     config.evals = {"a": {"kind": "bits_per_byte"}, "b": {"kind": "accuracy", "max_labels": 200}}
     configs.resolve(config)
 
-    class State:
-        pass
-
-    State.model = model
+    state = types.SimpleNamespace(model=model)
     config = configs.resolve(config)
     first = make_evaluators(config, dataset, None)
     second = make_evaluators(config, dataset, None)
     assert len(compile_evaluators(first, jax.eval_shape(lambda: model))) == 2
     for name in ("a", "b"):
-        assert first[name](State) == second[name](State)
+        assert first[name](state) == second[name](state)
 
 
-def test_an_average_of_the_weights_is_what_is_scored(dataset, model):
+def test_the_average_of_the_weights_is_scored(dataset, model):
     config = configs.default()
     config.data.update(seq_len=T, batch_size=4)
 
-    class State:
-        average = None
-
-    State.model = model
+    state = types.SimpleNamespace(model=model, average=None)
     evaluate = make_evaluators(configs.resolve(config), dataset, None)["eval"]
-    plain = evaluate(State)
-    State.average = jax.tree.map(jnp.zeros_like, model)
-    uniform = evaluate(State)
+    plain = evaluate(state)
+    state.average = jax.tree.map(jnp.zeros_like, model)
+    uniform = evaluate(state)
     assert uniform["loss"] == pytest.approx(np.log(264), rel=1e-5) != plain["loss"]
 
 
 def test_likeliest_labels_of_a_language_model(dataset, model):
-    """By chunks of the vocabulary's logits, as by all logits at once."""
+    """Computed by chunks of the logits, as from all logits at once."""
     right = []
     for batch in dataset.scored_batches(4):
         x, _ = model.hidden(batch["inputs"], batch["positions"], batch["segment_ids"])

@@ -15,10 +15,10 @@ def orthogonal(rng, n):
     return np.linalg.qr(rng.normal(size=(n, n)))[0]
 
 
-def test_singular_values_of_a_made_matrix(rng):
-    wanted = np.array([5.0, 3.0, 0.5])
-    made = orthogonal(rng, 6)[:, :3] * wanted @ orthogonal(rng, 3)
-    np.testing.assert_allclose(spectra.singular_values(made), wanted)
+def test_singular_values_of_a_constructed_matrix(rng):
+    values = np.array([5.0, 3.0, 0.5])
+    matrix = orthogonal(rng, 6)[:, :3] * values @ orthogonal(rng, 3)
+    np.testing.assert_allclose(spectra.singular_values(matrix), values)
 
 
 def test_the_product_is_not_formed_but_its_spectrum_is_right(rng):
@@ -48,7 +48,7 @@ def test_principal_angles_of_known_planes():
 
 
 def test_cosine_and_cka_disagree_about_a_rotated_map(rng):
-    """Keys whose numbers are rotated: the weights share nothing, what they say is the same."""
+    """Keys whose numbers are rotated: the weights differ, their information is the same."""
     x, w = rng.normal(size=(500, 64)), rng.normal(size=(64, 64))
     rotated = w @ orthogonal(rng, 64)
     assert abs(spectra.cosine(w, rotated)) < 0.15
@@ -56,7 +56,7 @@ def test_cosine_and_cka_disagree_about_a_rotated_map(rng):
     assert spectra.cosine(w, 2 * w) == pytest.approx(1)
 
 
-def test_cka_of_what_is_unrelated(rng):
+def test_cka_of_unrelated_activations(rng):
     x, y = rng.normal(size=(2, 4000, 4))
     assert spectra.linear_cka(x, y) < 0.01
     half = np.concatenate([x[:, :2], y[:, :2]], axis=1)
@@ -65,13 +65,13 @@ def test_cka_of_what_is_unrelated(rng):
 
 def test_asymmetry(rng):
     s = rng.normal(size=(2, 3, 5, 5))
-    turned = np.swapaxes(s, -1, -2)
-    np.testing.assert_allclose(spectra.asymmetry(s + turned), 0, atol=1e-12)
-    np.testing.assert_allclose(spectra.asymmetry(s - turned), 1)
+    transposed = np.swapaxes(s, -1, -2)
+    np.testing.assert_allclose(spectra.asymmetry(s + transposed), 0, atol=1e-12)
+    np.testing.assert_allclose(spectra.asymmetry(s - transposed), 1)
     assert spectra.asymmetry(s).shape == (2, 3)
 
 
-def test_attention_to_oneself_and_entropy():
+def test_attention_of_a_token_to_itself_and_entropy():
     same, even = np.eye(4), np.full((4, 4), 0.25)
     np.testing.assert_allclose(spectra.diagonal_mass(np.stack([same, even])), [1, 0.25])
     np.testing.assert_allclose(spectra.entropy(np.stack([same, even])), [0, np.log(4)])
