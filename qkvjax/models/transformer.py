@@ -4,8 +4,8 @@ Letters: B rows, T tokens, D model width, L layers.
 
 How layers are stored and how they are run are two decisions.
 
-Stored. It depends on the spec alone, so that a checkpoint fits every machine. Up to
-`spec.UNROLL_UP_TO` layers, each layer has arrays of its own. A deeper stack keeps the layers that
+Storage depends on the spec alone, so that a checkpoint fits every machine. A shallow stack, of up
+to `spec.UNROLL_UP_TO` layers, has separate arrays for each layer. A deep one keeps the layers that
 are alike in one array for each parameter. Six layers that alternate between local and global
 attention would be stored as
 
@@ -15,7 +15,8 @@ attention would be stored as
     blocks[0]       0, 2, 4         each parameter [3, ...]
     blocks[1]       1, 3, 5         each parameter [3, ...]
 
-Run. `Stack` either runs the layers one by one, or scans over the repetitions of the pattern:
+When it runs, `Stack` either calls the layers one by one, or scans over the repetitions of the
+pattern:
 
     for r in 0, 1, 2:   x = blocks[0][r](x);   x = blocks[1][r](x)
 

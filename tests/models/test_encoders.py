@@ -1,4 +1,4 @@
-"""The bidirectional encoder and the ViT: what they see, what they label, how they begin."""
+"""The bidirectional encoder and the ViT: attention, labels, initial values."""
 
 import dataclasses
 
@@ -80,7 +80,7 @@ def test_symbols_are_one_hot_vectors(encoder, filled):
     np.testing.assert_allclose(model(digits), model(vectors), atol=1e-5)
 
 
-def test_without_positions_an_encoder_is_blind_to_order(encoder, filled):
+def test_without_positions_an_encoder_ignores_order(encoder, filled):
     spec = encoder(d_model=32, position="none")
     model = filled(lambda: make(spec, jax.random.key(0)))
     digits = jnp.asarray(np.random.default_rng(0).integers(0, 10, (2, 16)))
@@ -88,7 +88,7 @@ def test_without_positions_an_encoder_is_blind_to_order(encoder, filled):
     np.testing.assert_allclose(model(digits)[:, order], model(digits[:, order]), atol=1e-5)
 
 
-def test_a_choice_has_its_tokens_for_classes(recipe, filled):
+def test_the_classes_of_a_choice_are_its_tokens(recipe, filled):
     model = configs.resolve(recipe("configs/paper/synthetic.py")).model
     model = dataclasses.replace(model, position="none", d_model=32)
     spec = model_spec(model, 7, 10, 1, "choice")
@@ -101,9 +101,9 @@ def test_a_vit_reads_its_class_token_and_every_patch(vit, filled):
     patches = np.random.default_rng(0).normal(size=(2, 49, 16)).astype(np.float32)
     before = model(jnp.asarray(patches))
     assert before.shape == (2, 1, 10)
-    for place in (0, 48):
+    for patch in (0, 48):
         changed = patches.copy()
-        changed[:, place] += 1
+        changed[:, patch] += 1
         assert np.abs(model(jnp.asarray(changed)) - before).max() > 1e-4
 
 
@@ -124,20 +124,21 @@ def test_initial_values_are_those_of_torch(encoder, vit):
 
 
 def test_dropout_of_a_vit_spares_attention(vit):
-    """Its masks fall on the embedding and both feed-forward maps, as in the paper's code."""
-    model, key = build(vit(d_model=32, dropout=0.5, num_layers=1)), jax.random.key(1)
+    """It acts on the embedding and on both feed-forward maps, as in the paper's code."""
+    model = build(vit(d_model=32, dropout=0.5, num_layers=1))
+    key = jax.random.key(1)
     patches = jnp.ones((1, 49, 16))
-    silent = jax.tree_util.tree_map_with_path(
+    without_mlp = jax.tree_util.tree_map_with_path(
         lambda path, x: 0 * x if "mlp" in jax.tree_util.keystr(path) else x, model
     )
-    block = jax.tree.map(lambda a: a[0], silent.stack.blocks[0])
-    x = silent.embed(patches, jnp.arange(50)[None])
+    block = without_mlp.stack.layer(0)
     positions = jnp.arange(50)[None]
+    x = without_mlp.embed(patches, positions)
     np.testing.assert_array_equal(block(x, positions)[0], block(x, positions, key=key)[0])
     assert np.abs(model(patches, key=key) - model(patches)).max() > 1e-3
 
 
-def test_what_an_encoder_cannot_be(encoder):
+def test_encoders_that_cannot_be_built(encoder):
     with pytest.raises(UserError, match="model.tie_embeddings=False"):
         encoder(tie_embeddings=True)
     with pytest.raises(UserError, match="model.max_length=8 is less than the 16"):

@@ -187,7 +187,7 @@ def test_bad_input(text, message):
         parse_feed_forward(text)
 
 
-def test_what_does_not_fit_a_model(tiny):
+def test_feed_forwards_that_do_not_fit_a_model(tiny):
     with pytest.raises(UserError, match="groups of 3 layers do not divide the 4"):
         tiny(mlp="gelu(layers=3)", num_layers=4)
     with pytest.raises(UserError, match="without biases"):

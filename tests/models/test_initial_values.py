@@ -18,19 +18,20 @@ def named(model):
 @pytest.fixture(scope="module")
 def models(tiny):
     """Every sharing at seed 0."""
-    make = lambda sharing: LanguageModel(  # noqa: E731
-        tiny(sharing=sharing, **FIELDS), key=jax.random.key(0)
-    )
-    return {sharing: make(sharing) for sharing in SHARINGS}
+    return {
+        sharing: LanguageModel(tiny(sharing=sharing, **FIELDS), key=jax.random.key(0))
+        for sharing in SHARINGS
+    }
 
 
 @pytest.mark.parametrize("sharing", SHARINGS[1:])
 def test_models_of_one_seed_start_alike(models, sharing):
-    base, other = named(models["q-k-v"]), named(models[sharing])
-    same = base.keys() & other.keys()
-    wanted = ("embedding", "positions", "head", "up", "gate", "down", "output")
-    assert all(any(f"'{w}'" in n or f".{w}" in n for n in same) for w in wanted)
-    for name in same:
+    base = named(models["q-k-v"])
+    other = named(models[sharing])
+    common = base.keys() & other.keys()
+    for part in ("embedding", "positions", "head", "up", "gate", "down", "output"):
+        assert any(f"'{part}'" in name or f".{part}" in name for name in common)
+    for name in common:
         np.testing.assert_array_equal(base[name], other[name], err_msg=name)
 
 
@@ -59,8 +60,11 @@ def test_different_parameters_differ(models):
 def test_scales(tiny, models):
     """fan_in: N(0, 1/fan_in), both outputs over sqrt(2 L); normal: 0.02 everywhere."""
     normal = LanguageModel(tiny(init="normal", **FIELDS), key=jax.random.key(0))
-    d, inner, d_ff, depth = 32, 64, 96, 4
-    fan_in = [d, d, d, inner * depth, d_ff * depth]
+    d_model = 32
+    heads_width = 64
+    d_ff = 96
+    branches = 4  # 2 L
+    fan_in = [d_model, d_model, d_model, heads_width * branches, d_ff * branches]
     for model, expected in (
         (models["q-k-v"], [n**-0.5 for n in fan_in]),
         (normal, [0.02] * 5),
@@ -73,5 +77,5 @@ def test_scales(tiny, models):
             block.attention.output.weight,
             block.mlp.down.weight,
         )
-        spread = [float(np.std(matrix[...])) for matrix in matrices]
-        np.testing.assert_allclose(spread, expected, rtol=0.06)
+        stds = [float(np.std(matrix[...])) for matrix in matrices]
+        np.testing.assert_allclose(stds, expected, rtol=0.06)

@@ -1,4 +1,4 @@
-"""What the models and the layer take: one row of positions for all, and ids of two axes."""
+"""Inputs of the models and of the layer: one row of positions for all rows, ids [B, T]."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def layer():
     return Attention(SPEC, key=jax.random.key(0))
 
 
-def test_the_layer_takes_positions_of_one_row(layer):
+def test_the_layer_accepts_positions_of_one_row(layer):
     x = jax.random.normal(jax.random.key(1), (3, 5, 16))
     segments = jnp.array([0, 0, 0, 1, 1])
     whole = layer(x, jnp.tile(jnp.arange(5), (3, 1)), jnp.tile(segments, (3, 1)))
@@ -42,7 +42,7 @@ def test_shapes_that_do_not_fit(layer, shape, positions, message):
 
 
 @pytest.mark.parametrize("position", ["rope", "learned", "sincos"])
-def test_a_language_model_takes_positions_of_one_row(model, position):
+def test_a_language_model_accepts_positions_of_one_row(model, position):
     m = model(position=position)
     ids = np.arange(18).reshape(2, 9) % 61
     expected = m(ids, jnp.tile(jnp.arange(9), (2, 1)))
@@ -52,7 +52,7 @@ def test_a_language_model_takes_positions_of_one_row(model, position):
         m(ids[0])
 
 
-def test_an_encoder_takes_positions_of_one_row(tiny, filled):
+def test_an_encoder_accepts_positions_of_one_row(tiny, filled):
     spec = tiny(kind="encoder", position="learned", tie_embeddings=False)
     m = filled(lambda: Encoder(spec, key=jax.random.key(0)))
     ids = np.arange(18).reshape(2, 9)
@@ -68,5 +68,5 @@ def test_there_is_a_logit_for_each_id_and_the_loss_counts_the_padding_too(model)
     weights = jnp.ones((2, 9))
     nats, _ = cross_entropy(m.logits(x), ids, weights)
     head = m.embedding[...].T
-    fused, _ = linear_cross_entropy(x, head, jnp.asarray(ids), weights, 0.0)
-    np.testing.assert_allclose(nats.sum(), fused, rtol=1e-5)
+    chunked, _ = linear_cross_entropy(x, head, jnp.asarray(ids), weights, 0.0)
+    np.testing.assert_allclose(nats.sum(), chunked, rtol=1e-5)

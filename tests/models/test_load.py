@@ -1,4 +1,4 @@
-"""`qkvjax.load`: what a notebook gets of a run."""
+"""`qkvjax.load`, with which a notebook reads a run."""
 
 import os
 import subprocess
@@ -54,14 +54,12 @@ def test_a_loaded_model_is_called_on_ids(run):
     model, tokenizer, _ = qkvjax.load(str(run[0]))
     ids = jnp.asarray(tokenizer.encode(b"to be"))[None]
     logits = model(ids)
-    assert (
-        logits.shape == (1, 5, 257) == (*ids.shape, tokenizer.num_ids)
-        and logits.dtype == jnp.float32
-    )
+    assert logits.shape == (1, 5, 257) == (*ids.shape, tokenizer.num_ids)
+    assert logits.dtype == jnp.float32
     assert np.all(np.isfinite(logits)) and float(jnp.std(logits)) > 0.1
 
 
-def test_what_is_not_there(run, tmp_path):
+def test_missing_runs_and_steps(run, tmp_path):
     workdir, _ = run
     with pytest.raises(UserError, match="no workdir.*train a model first"):
         qkvjax.load(tmp_path / "nowhere")
@@ -72,7 +70,7 @@ def test_what_is_not_there(run, tmp_path):
 
 
 def test_a_light_import():
-    """`import qkvjax` alone brings neither jax nor numpy."""
+    """`import qkvjax` alone imports neither jax nor numpy."""
     program = "import qkvjax, sys; print(sorted({'jax', 'flax', 'numpy'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,4 +1,4 @@
-"""`num_params` is the number of leaves that are really there, before and after training."""
+"""`num_params` is how many numbers a model has, before and after training."""
 
 from pathlib import Path
 
@@ -69,8 +69,8 @@ def test_every_size(recipe, size):
     assert count(abstract(spec)) == spec.num_params
 
 
-def test_one_step_adds_no_leaf_and_parts_no_tie(tiny):
-    """Every leaf learns, none appears, and a block of tied roles stays one array."""
+def test_a_step_adds_no_leaf_and_keeps_ties(tiny):
+    """Every leaf learns, no leaf is added, and a block of tied roles stays one array."""
     spec = tiny(num_layers=1, sharing="q=k=v", position="learned", norm="layernorm", use_bias=True)
     tx = optax.sgd(0.1)
     config = configs.default()

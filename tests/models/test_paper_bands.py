@@ -1,7 +1,7 @@
 """Points of the paper's synthetic study, trained: our runs against the authors' (slow).
 
-Random numbers differ, so bands are compared: (2 epochs of 10,000 lists of 16 digits, width 64 or as
-said, 2 layers, 2 heads.)
+Random numbers differ, so bands are compared. A run is 2 epochs of 10,000 lists of 16 digits, with
+2 layers, 2 heads and width 64, unless a test sets another value.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def accuracy(recipe, tmp_path, monkeypatch):
-    """Trains one point of the study and gives its validation accuracy."""
+    """Trains one point of the study and returns its validation accuracy."""
     monkeypatch.setenv("QKVJAX_DATA_DIR", str(tmp_path))
 
     def run(task, seed=0, width=64, heads=2, epochs=2, **model):
@@ -44,7 +44,7 @@ PLUS = ("score2d(10)",)
     ],
     ids=str,
 )
-def test_what_looks_at_one_token_is_learned_by_all(accuracy, task, model):
+def test_every_variant_learns_tasks_that_need_one_token(accuracy, task, model):
     assert accuracy(task, width=32, **model) == pytest.approx(1, abs=2e-3)
 
 
@@ -65,10 +65,10 @@ def test_what_looks_at_one_token_is_learned_by_all(accuracy, task, model):
         ("sort", {"sharing": "q-k=v"}, 0.51, 0.65),  # .541 to .621
         ("sort", {"sharing": "q=k-v"}, 0.43, 0.56),  # .457 to .542
         ("sort", {"sharing": "q=k-v", "score": PLUS}, 0.64, 0.73),  # .660 to .708
-        # Positions that begin small are the negative control: .24 instead of 1.
+        # Positions with small initial values are the negative control: .24 instead of 1.
         ("reverse", {"init": "uniform(positions=0.02)"}, 0.1, 0.5),
         ("reverse", {"init": "uniform(positions=0.02)", "sharing": "q-k=v"}, 0.1, 0.5),
-        # What "+" gives is its scale: .679 with it alone, .50 with a column bias alone.
+        # Of the parts of "+", the scale helps: .679 with it alone, .50 with a column bias alone.
         ("sort", {"sharing": "q=k-v", "score": ("score_scale",)}, 0.64, 0.73),
         ("sort", {"sharing": "q=k-v", "score": ("column_bias",)}, 0.43, 0.58),
         ("sort", {"score": ("score_scale",)}, 0.61, 0.75),  # .638 to .720
@@ -79,7 +79,7 @@ def test_the_band_of_the_paper(accuracy, task, model, low, high):
     assert low <= accuracy(task, **model) <= high
 
 
-def test_what_two_epochs_leave_unlearned_ten_learn(accuracy):
+def test_ten_epochs_learn_what_two_do_not(accuracy):
     """REVERSE with one projection for all three: .47 to .68 after two epochs, 1 after ten."""
     assert accuracy("reverse", sharing="q=k=v", epochs=10) > 0.99
 
