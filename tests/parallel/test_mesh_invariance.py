@@ -5,6 +5,7 @@ and prints losses, parameters and collectives. In float64: in float32, rounding 
 runs drift apart.
 """
 
+import dataclasses
 import hashlib
 import re
 
@@ -66,7 +67,8 @@ def digest(state):
 
 def train(run, state):
     """Five steps from `state`: losses, gradient norms, parameters and collectives."""
-    run.config.train.compute_dtype = "float64"  # a user's config cannot set this
+    fields = dataclasses.replace(run.config.train, compute_dtype="float64")  # no user can set this
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=fields))
     # The rate of dropout is not a leaf but part of the structure, which must be that of this run.
     state = jax.tree.unflatten(jax.tree.structure(run.abstract), jax.tree.leaves(state))
     with jax.set_mesh(run.mesh):
