@@ -44,7 +44,7 @@ def test_packed_documents_do_not_meet(model, ids, fields):
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * B)
     segments = jnp.array([[0] * 4 + [1] * 5] * B)
     packed = run(m, ids, positions, segments)
-    # Alone: the second document in front, where causality hides what follows it.
+    # The second document alone: rolled to the front, where causality hides what follows it.
     np.testing.assert_allclose(packed[:, :4], run(m, ids)[:, :4], atol=2e-5)
     np.testing.assert_allclose(packed[:, 4:], run(m, jnp.roll(ids, -4, axis=1))[:, :5], atol=2e-5)
     assert jnp.max(abs(packed[:, 4:] - run(m, ids)[:, 4:])) > 0.1  # the neighbour does matter
@@ -59,22 +59,24 @@ def test_later_tokens_change_nothing_earlier(model, ids):
 
 
 def test_window_of_one_layer(model, ids):
-    """The token 3 places back is out of sight of a window of 3; 2 places back is in it."""
+    """A window of 3 does not reach the token 3 positions back; it reaches 2 positions back."""
     m = model(num_layers=1, window=3, position="none", sharing="q-k=v")
     other = ids.at[:, 4].set((ids[:, 4] + 1) % 61)
-    moved = np.max(abs(np.asarray(run(m, ids) - run(m, other))), axis=-1) > 1e-3
-    np.testing.assert_array_equal(moved, [[False] * 4 + [True] * 3 + [False] * 2] * B)
+    changed = np.max(abs(np.asarray(run(m, ids) - run(m, other))), axis=-1) > 1e-3
+    np.testing.assert_array_equal(changed, [[False] * 4 + [True] * 3 + [False] * 2] * B)
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
 def test_positions_enter_at_the_input(model, ids, position):
     m = model(position=position)
-    places = jnp.tile(jnp.arange(T), (B, 1))
-    added = m.embed(ids, places) - m.embed(ids, 0 * places)
+    positions = jnp.tile(jnp.arange(T), (B, 1))
+    added = m.embed(ids, positions) - m.embed(ids, 0 * positions)
     if position == "learned":
-        expected = m.positions[...][places] - m.positions[...][0]
+        expected = m.positions[...][positions] - m.positions[...][0]
+    elif position == "sincos":
+        expected = sincos(positions, 32) - sincos(0 * positions, 32)
     else:
-        expected = (position == "sincos") * (sincos(places, 32) - sincos(0 * places, 32))
+        expected = 0
     np.testing.assert_allclose(added, expected, atol=1e-6)
 
 
@@ -85,7 +87,8 @@ def test_a_learned_table_ends(model):
 
 # ---- patterns of layers ---------------------------------------------------------------------
 
-LOCAL, GLOBAL = {"window": 3}, {"sharing": "q-k=v", "num_kv_heads": 2}
+LOCAL = {"window": 3}
+GLOBAL = {"sharing": "q-k=v", "num_kv_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +112,8 @@ def test_period(tiny, monkeypatch, num_layers, pattern, period):
     monkeypatch.setattr(model_specs, "UNROLL_UP_TO", 0)
     assert spec.period == period
     for i, layer in enumerate(spec.layers):
-        wanted = pattern[i % len(pattern)] if pattern else {}
-        assert {name: getattr(layer, name) for name in wanted} == wanted
+        overrides = pattern[i % len(pattern)] if pattern else {}
+        assert {name: getattr(layer, name) for name in overrides} == overrides
     repeats = num_layers // period
     stack = jax.eval_shape(lambda: Stack(spec, key=jax.random.key(0)))
     assert [block.mlp.up.weight.shape[0] for block in stack.blocks] == [repeats] * period
@@ -121,23 +124,25 @@ def test_period(tiny, monkeypatch, num_layers, pattern, period):
 )
 def test_scan_is_the_layers_one_by_one(tiny, model, ids, monkeypatch, num_layers, pattern):
     fields = {"num_layers": num_layers, "layer_overrides": pattern}
-    places = jnp.tile(jnp.arange(T), (B, 1))
-    starts = []
+    positions = jnp.tile(jnp.arange(T), (B, 1))
+    initial_layers = []
     for unroll_up_to in (num_layers, num_layers - 1):
         monkeypatch.setattr(model_specs, "UNROLL_UP_TO", unroll_up_to)
         m = model(**fields)
-        x = one_by_one = m.embed(ids, places)
+        x = m.embed(ids, positions)
+        one_by_one = x
         for i, layer in enumerate(m.stack.layers()):
             assert layer.attention.spec == m.spec.layers[i]
-            one_by_one, _ = layer(one_by_one, places)
-        np.testing.assert_allclose(m.stack(x, places)[0], one_by_one, atol=2e-5)
-        starts.append(Stack(tiny(**fields), key=jax.random.key(0)).layers())
-    jax.tree.map(np.testing.assert_array_equal, *starts)  # whichever way they are kept
+            one_by_one, _ = layer(one_by_one, positions)
+        np.testing.assert_allclose(m.stack(x, positions)[0], one_by_one, atol=2e-5)
+        initial_layers.append(Stack(tiny(**fields), key=jax.random.key(0)).layers())
+    # Initial values do not depend on how layers are stored.
+    jax.tree.map(np.testing.assert_array_equal, *initial_layers)
 
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_remat_changes_no_gradient(model, ids, monkeypatch, remat):
-    """Nor the dropout that is drawn again; and fewer numbers wait for the backward pass."""
+    """The dropout that is drawn again is the same, and the backward pass keeps fewer numbers."""
     for unroll_up_to in (2, 0):
         monkeypatch.setattr(model_specs, "UNROLL_UP_TO", unroll_up_to)
         m = model(num_layers=2, dropout=0.2)
@@ -146,8 +151,8 @@ def test_remat_changes_no_gradient(model, ids, monkeypatch, remat):
             return jnp.sum(m.hidden(ids, key=jax.random.key(3), remat=remat)[0] ** 2)
 
         def kept(remat, m=m):
-            held = jax.eval_shape(lambda m: jax.vjp(lambda m: loss(m, remat), m)[1], m)
-            return sum(leaf.size for leaf in jax.tree.leaves(held))
+            backward = jax.eval_shape(lambda m: jax.vjp(lambda m: loss(m, remat), m)[1], m)
+            return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
         gradient = jax.jit(jax.grad(loss), static_argnums=1)
         for a, b in zip(*(jax.tree.leaves(gradient(m, r)) for r in ("none", remat)), strict=True):
@@ -156,10 +161,11 @@ def test_remat_changes_no_gradient(model, ids, monkeypatch, remat):
 
 
 def test_remat_frees_memory_on_a_cpu_in_a_shallow_stack_too(tiny):
-    """XLA's CPU undoes it where it sees all layers at once; scores [T, T] are kept by none."""
-    length, rows = 512, 2
+    """XLA's CPU undoes it where it sees all layers at once. No layer keeps its scores [T, T]."""
+    length = 512
+    rows = 2
     spec = tiny(seq_len=length, num_layers=4, num_heads=2)
-    assert spec.period == 4  # kept unrolled
+    assert spec.period == 4  # each layer has arrays of its own
     model = jax.eval_shape(lambda: LanguageModel(spec, key=jax.random.key(0)))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
@@ -171,7 +177,7 @@ def test_remat_frees_memory_on_a_cpu_in_a_shallow_stack_too(tiny):
         return compiled.memory_analysis().temp_size_in_bytes
 
     none, dots, block = (peak(remat) for remat in ("none", "dots", "block"))
-    scores = 4 * rows * 2 * length**2 * spec.num_layers  # bytes of all layers'
+    scores = 4 * rows * 2 * length**2 * spec.num_layers  # bytes in all layers
     assert block < dots < none - 0.5 * scores
 
 
@@ -226,7 +232,8 @@ def test_bad_models(tiny, fields, message):
 
 
 def test_dropout_is_off_without_key_or_rate(model, ids):
-    dropped, plain = model(num_layers=1, dropout=0.5), model(num_layers=1)
+    dropped = model(num_layers=1, dropout=0.5)
+    plain = model(num_layers=1)
     np.testing.assert_array_equal(run(dropped, ids), run(plain, ids))  # no key: evaluation
     key = jax.random.key(2)
     np.testing.assert_array_equal(run(plain, ids, key=key), run(plain, ids))
@@ -242,10 +249,10 @@ def test_dropout_keeps_the_mean():
 
 
 def test_every_branch_of_every_layer_draws_its_own_mask(tiny):
-    """Branches that put out ones: the sum of 4 masks is binomial, with variance 4 p (1 - p)."""
+    """Every branch returns ones: the sum of 4 masks is binomial, with variance 4 p (1 - p)."""
     spec = tiny(norm="layernorm", use_bias=True, dropout=0.5)
     stack = jax.tree.map(jnp.zeros_like, Stack(spec, key=jax.random.key(0)))
-    for block in stack.blocks:  # of one layer or of several
+    for block in stack.blocks:
         for last in (block.attention.output, block.mlp.down):
             last.bias[...] = jnp.ones_like(last.bias[...])
     x = jnp.zeros((B, 64, 32))
@@ -259,7 +266,7 @@ def test_every_branch_of_every_layer_draws_its_own_mask(tiny):
 
 
 def test_bfloat16_sums_gradients_over_tokens_in_float32(model):
-    """Tables, biases and score modifiers get their gradients from every token: near float32's."""
+    """Tables, biases and score modifiers get gradients from every token, close to float32's."""
     m = model(
         position="learned",
         use_bias=True,
@@ -268,7 +275,8 @@ def test_bfloat16_sums_gradients_over_tokens_in_float32(model):
         num_layers=1,
         score=("score_scale", "role_bias", "column_bias"),
     )
-    ids = jnp.asarray(np.random.default_rng(2).integers(0, 3, (16, 64)))  # few ids, often
+    # Three ids only: the gradient of each row of the embedding sums over hundreds of tokens.
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, 3, (16, 64)))
 
     def loss(m, dtype):
         logits = m(ids, dtype=dtype)
