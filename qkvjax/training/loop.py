@@ -136,7 +136,8 @@ class Loop:
         """
         start = self.step
         if is_unscored(self.earlier, start, self.run, self.evaluators):
-            self._catch_up()
+            if not self._catch_up():
+                return self._finish()
         batches = (self.make_batch(step) for step in range(start, self.steps))
         for batch in ahead(batches):
             self._train(batch)
@@ -149,6 +150,10 @@ class Loop:
             if request >= TIME_IS_UP and (self.step < self.steps or self.interrupted):
                 self._stop(request)
                 break
+        return self._finish()
+
+    def _finish(self) -> tuple[object, dict[str, float]]:
+        """Waits for the last save; returns the state and the summary, as `fit`."""
         self.progress_bar(None)
         self.checkpoints.wait()
         return self.state, self.summary | {
@@ -200,16 +205,22 @@ class Loop:
         evaluation = bool(self.evaluators) and due(self.step, durations.eval_every, self.steps)
         return Due(log, save, evaluation and (not stops or self.step == self.steps))
 
-    def _catch_up(self) -> None:
-        """Evaluates the state that the run begins with, as was due when it was saved."""
+    def _catch_up(self) -> bool:
+        """Evaluates the state that the run begins with, which was due when it was saved.
+
+        Returns:
+          False where the time limit ended the evaluation: no step is left to train now.
+        """
         self.clock.pause()
         line = dict(self.earlier[-1]) if self.earlier else {}
         try:
             line |= self.evaluate()
         except Interrupted as interrupted:
             self._stop(interrupted.request)
+            return False
         self.log(_log_line(self.step, self.steps, line, None))
         self.clock.go()
+        return True
 
     def _leave_out_first_step(self) -> None:
         """The first step touches everything once; it would spoil the first line's speed."""

@@ -32,7 +32,8 @@ def test_projections_named_by_nothing_are_all(run_command, tied, copy, lines):
 
 def test_bad_input(run_command, tied, tmp_path):
     result = run_command("analyze", f"--workdir={tied}", "--projections=k")
-    assert result.code == 2 and "no projection 'k' in sharing 'q-k=v': use one of q, kv" in result.err
+    assert result.code == 2
+    assert "no projection 'k' in sharing 'q-k=v': use one of q, kv" in result.err
     short = tmp_path / "short.txt"
     short.write_text("brief")
     result = run_command("analyze", f"--workdir={tied}", f"--data=text:{short}")

@@ -183,6 +183,7 @@ def results(tmp_path_factory):
     config.model.update(
         d_model=64, num_layers=2, num_heads=8, num_kv_heads=2, mlp_ratio=2.0, sharing="q-k=v"
     )
+    config = configs.resolve(config)
     shapes = abstract_model(config)[1]
     arrays = {name: np.random.default_rng(0).normal(size=s.shape) for name, s in shapes.items()}
     save_model(new_workdir(str(folder / "run")), config, arrays, {})

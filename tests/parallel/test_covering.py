@@ -3,6 +3,7 @@
 20 steps in float64 on 8 virtual devices against one, a covering design and random meshes.
 """
 
+import dataclasses
 import random
 import sys
 
@@ -74,7 +75,8 @@ def train(folder, model, mesh, accumulation):
         with jax.set_mesh(run.mesh):
             state = run.init()
     x64 = jax.config.jax_enable_x64
-    config.train.compute_dtype = "float64" if x64 else "float32"
+    fields = dataclasses.replace(run.config.train, compute_dtype="float64" if x64 else "float32")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=fields))
 
     def widen(leaf, wanted):
         array = distributed.fetch(leaf)

@@ -221,6 +221,26 @@ def test_an_evaluator_that_was_not_reached_is_made_up_for(start, tmp_path):
     assert scored == [("one", 2), ("two", 2), ("one", 4), ("two", 4)]
 
 
+def test_an_evaluation_that_the_time_limit_ends_is_due_at_the_next_start(start, tmp_path):
+    """It was to be made up for; no step follows it, which would make it forgotten."""
+    scored = []
+
+    def score(state, pulse, log):
+        pulse()
+        scored.append(int(state.step))
+        return {"loss": float(state.step)}
+
+    checkpoints = Checkpoints()
+    options = {"steps": 4, "eval_every": 2, "evaluators": {"eval": score}}
+    for _ in range(2):
+        start(checkpoints, max_seconds=0, **options).fit()
+    assert checkpoints.step == 2 and scored == []
+    state, summary = start(checkpoints, max_seconds=0, **options).fit()
+    assert int(state.step) == summary["step"] == 2 and scored == []
+    start(checkpoints, **options).fit()
+    assert scored == [2, 4]
+
+
 @pytest.mark.parametrize(
     ("line", "step", "unscored"),
     [
