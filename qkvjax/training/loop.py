@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -11,12 +9,11 @@ from typing import NamedTuple
 import jax
 
 from qkvjax.data.ahead import ahead
-from qkvjax.formats import count
 from qkvjax.parallel import host
-from qkvjax.parallel.distributed import MaxOverProcesses, is_first, several
-from qkvjax.progress import duration
+from qkvjax.parallel.distributed import MaxOverProcesses, several
 from qkvjax.training.checkpoint import Checkpoints
 from qkvjax.training.guard import IN_A_ROW, Rollback
+from qkvjax.training.log_line import log_line, make_progress_bar
 from qkvjax.training.metrics import Metrics
 from qkvjax.training.run import Run
 from qkvjax.training.signals import SAVE, TIME_IS_UP, Stopped
@@ -118,7 +115,7 @@ class Loop:
         self.evaluation_seconds = 0.0
         self.longest_save = 0.0
         self.interrupted = False
-        self.progress_bar, self.log = _progress_bar(self.step, self.steps, log)
+        self.progress_bar, self.log = make_progress_bar(self.step, self.steps, log)
         self._requests = requests
         self._max_over_processes = MaxOverProcesses(run.mesh)
         self._began = time.perf_counter()
@@ -218,7 +215,7 @@ class Loop:
         except Interrupted as interrupted:
             self._stop(interrupted.request)
             return False
-        self.log(_log_line(self.step, self.steps, line, None))
+        self.log(log_line(self.step, self.steps, line, None))
         self.clock.go()
         return True
 
@@ -251,7 +248,7 @@ class Loop:
         if due_now.log and request < TIME_IS_UP:
             tokens = (self.steps - self.step) * self.run.tokens_per_step
             left = tokens / max(line["tokens_per_second"], 1e-9)
-        self.log(_log_line(self.step, self.steps, line, left))
+        self.log(log_line(self.step, self.steps, line, left))
         self.alive()
         self.clock.go()
         return request
@@ -366,47 +363,3 @@ def best_of(lines: Sequence[Mapping]) -> tuple[float | None, int | None]:
     """(the smallest of `loss_of` among lines of metrics, its step), or None twice."""
     scored = [(loss_of(line), line["step"]) for line in lines if loss_of(line) is not None]
     return min(scored, default=(None, None))
-
-
-def _log_line(step: int, steps: int, line: Mapping[str, float], left: float | None) -> str:
-    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-    if "tokens_per_second" in line:
-        mfu = f"{100 * line['mfu']:.1f} %" if "mfu" in line else "n/a"
-        parts += [
-            f"loss {line.get('train/loss', math.nan):.4f}",
-            f"lr {line['train/learning_rate']:.2e}",
-            f"{line['tokens_per_second']:,.0f} tokens/s",
-            f"MFU {mfu}",
-        ]
-    parts += _scores(line)
-    if line.get("train/bad_steps"):
-        parts.append(f"{line['train/bad_steps']} bad steps left out")
-    if left is not None and step < steps:
-        parts.append(f"{duration(left)} left")
-    return "  ".join(parts)
-
-
-def _scores(line: Mapping[str, float]) -> list[str]:
-    """Returns the scores of an evaluation as text, with how many labels they are of."""
-    scores = []
-    for name, value in line.items():
-        evaluator, _, score = name.rpartition("/")
-        if evaluator == "train" or score not in ("bits_per_byte", "accuracy", "loss"):
-            continue
-        labels = line.get(f"{evaluator}/num_labels")
-        sample = "" if score == "loss" or not labels else f" ({count(labels)} labels)"
-        scores.append(f"{name} {value:.4f}{sample}")
-    return scores
-
-
-def _progress_bar(start: int, steps: int, log: Callable[[str], None]):
-    """(move, log): `move(step)` sets the bar and `move(None)` ends it; `log` prints above it.
-
-    Without a terminal on stderr there is no bar, and only process 0 has one.
-    """
-    if not (sys.stderr.isatty() and is_first()):
-        return lambda step: None, log
-    from tqdm import tqdm
-
-    bar = tqdm(total=steps, initial=start, unit="step", leave=False, dynamic_ncols=True)
-    return lambda step: bar.close() if step is None else bar.update(step - bar.n), bar.write
