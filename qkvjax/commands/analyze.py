@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def body(values: flags.FlagValues) -> None:
     if not values.workdir:
-        raise UserError("--workdir=DIR is missing: which run should be looked into?")
+        raise UserError("--workdir=DIR is missing: which run should be analyzed?")
     for workdir in values.workdir:
         print("\n".join(look_into(Path(workdir), values)))
 

@@ -202,7 +202,7 @@ def _parse(values: flags.FlagValues, argv: list[str], config: str | None) -> Non
     except (UserError, flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(_flag_message(error, values, argv)) from None
     if rest:
-        raise UserError(f"{rest[0]!r} is no flag: write --name=value; --help lists them")
+        raise UserError(f"{rest[0]!r} is not a flag: write --name=value; --help lists them")
     if "config" in values and values.config is not None:
         from qkvjax.config import set_field
 

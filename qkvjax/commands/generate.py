@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def body(values: flags.FlagValues) -> None:
     if not values.workdir:
-        raise UserError("--workdir=DIR is missing: which run should speak?")
+        raise UserError("--workdir=DIR is missing: which run should generate text?")
     values.prompt = _as_typed(values.prompt)
     columns = [sample(workdir, values) for workdir in values.workdir]
     print(side_by_side(columns, shutil.get_terminal_size((100, 40)).columns))
@@ -72,7 +72,7 @@ def sample(workdir: str, values: flags.FlagValues) -> list[str]:
     )
     if tokenizer is None:
         raise UserError(
-            f"{workdir} was trained on {config.data.source}, which is no text: generate needs a"
+            f"{workdir} was trained on {config.data.source}, which is not text: generate needs a"
             " language model of text"
         )
     model = serve(model, config.train.compute_dtype)

@@ -74,9 +74,9 @@ def body(values: flags.FlagValues, arguments: list[str]) -> int:
     for sentence in study.remarks():
         print(sentence)
     print("\n".join(["", *closing_lines(study.workdir), "", f"report: {page.resolve()}"]))
-    told = f"{failed} runs failed; the report names them, and the same command tries them again"
+    failures = f"{failed} runs failed; the report names them, and the same command tries them again"
     if failed and not study.done():
-        raise UserError(f"no run has finished: {told}")
+        raise UserError(f"no run has finished: {failures}")
     if failed:
-        print(told)
+        print(failures)
     return 0

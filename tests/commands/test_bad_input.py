@@ -284,7 +284,7 @@ def test_checkpoints_that_are_no_folder(run_command, recipe, tmp_path):
     (tmp_path / "checkpoints").write_text("mine")
     refused(
         run_command("train", f"--config={recipe}", f"--workdir={tmp_path}"),
-        "is no folder: remove it",
+        "is not a folder: remove it",
     )
 
 

@@ -75,7 +75,7 @@ def test_sharings_that_the_heads_forbid_are_reported(run_command, recipe, tmp_pa
                 "--config.model.kind=encoder",
                 "--config.model.tie_embeddings=False",
             ),
-            "memory is measured of kind lm",
+            "bench memory needs a language model",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def test_an_unknown_flag(command, recipe, capsys):
     assert module.main([*config, "--workdir"]) == 2
     assert "Missing value for flag --workdir" in capsys.readouterr().err
     assert module.main([f"qkvjax {command}", *config, "stray"]) == 2
-    assert "'stray' is no flag" in capsys.readouterr().err
+    assert "'stray' is not a flag" in capsys.readouterr().err
 
 
 def run(body, *args, config=None):
