@@ -1,6 +1,6 @@
 """Prints every message of the errors that a user can cause, to be read as one list.
 
-  python docs/list_messages.py            each message with its file and line
+python docs/list_messages.py            each message with its file and line
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def tie(values: flags.FlagValues) -> None:
     arrays, config, step = load_arrays(values.workdir)
     if any("sharing" in layer for layer in config.model.layer_overrides):
         raise UserError(
-            f"{values.workdir} has layers of different sharings (model.layer_overrides): tie needs one"
-            " sharing for all layers"
+            f"{values.workdir} has layers of different sharings (model.layer_overrides): tie needs"
+            " one sharing for all layers"
         )
     old = config.model.sharing
     config = configs.changed(config, model={"sharing": values.sharing})

@@ -32,7 +32,9 @@ def measure(config, batches: list[int], contexts: list[int], log: Callable[[str]
       UserError: the config is not of a language model.
     """
     if config.model.kind != "lm":
-        raise UserError(f"model.kind={config.model.kind!r}: bench memory needs a language model (model.kind=lm)")
+        raise UserError(
+            f"model.kind={config.model.kind!r}: bench memory needs a language model (model.kind=lm)"
+        )
     from qkvjax.parallel import host
 
     _, costs = sharings.recipe_costs(configs.changed(config, model={"sharing": "q-k-v"}))

@@ -149,7 +149,10 @@ def _shapes(config, batches: list[int], contexts: list[int]) -> list[tuple[int, 
         tokens, or the largest cache does not fit into memory.
     """
     if config.model.kind != "lm":
-        raise UserError(f"model.kind={config.model.kind!r}: bench decode and bench kernels need a language model (model.kind=lm)")
+        raise UserError(
+            f"model.kind={config.model.kind!r}: bench decode and bench kernels need a language"
+            " model (model.kind=lm)"
+        )
     spec = _layer_spec(config, "q-k-v", "raw", max(contexts))
     cache_bytes = spec.cache_bytes_per_token(config.train.compute_dtype)
     needed = max(batches) * max(contexts) * cache_bytes

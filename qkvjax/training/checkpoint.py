@@ -144,7 +144,9 @@ class Checkpoints:
         if not first(self.folder.exists):
             return []
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder} is not a folder: remove it, or choose another --workdir")
+            raise UserError(
+                f"{self.folder} is not a folder: remove it, or choose another --workdir"
+            )
         manager = self._manager
         return first(lambda: sorted(manager.all_steps()))
 
@@ -310,8 +312,8 @@ class Checkpoints:
                 raise
             reason = os.strerror(int(code[1])) if code else error.strerror or str(error)
             raise UserError(
-                f"a checkpoint could not be written to {self.folder} ({reason}): make room or repair"
-                " it, then run the same command: it goes on from the newest checkpoint"
+                f"a checkpoint could not be written to {self.folder} ({reason}): make room or"
+                " repair it, then run the same command: it goes on from the newest checkpoint"
             ) from None
 
 
