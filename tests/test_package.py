@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,22 @@ def test_nothing_is_left_to_do():
 def test_files_stay_small():
     long = {str(f): n for f in FILES if (n := len(f.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_the_lock_is_of_these_requirements():
+    """`uv lock` writes uv.lock again where setup.cfg changed."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    lists = [parser["options"]["install_requires"], *parser["options.extras_require"].values()]
+    required = {
+        re.split(r"[\[<>=;!~ ]", line)[0].lower().replace("_", "-")
+        for text in lists
+        for line in text.split("\n")
+        if line.strip()
+    }
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    [ours] = [package for package in packages if package["name"] == "qkvjax"]
+    assert {entry["name"] for entry in ours["metadata"]["requires-dist"]} == required
 
 
 def test_requirements_are_what_is_imported():
