@@ -25,9 +25,9 @@ def refused(result, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["model.sharing=q=k"], "no partition of q, k and v.*use one of q-k-v, q-k=v"),
+        (["model.sharing=q=k"], "not a partition of q, k and v.*use one of q-k-v, q-k=v"),
         (["model.sharing=k-q-v"], "is written 'q-k-v'"),
-        (["model.sharing=q,k,v"], "no partition"),
+        (["model.sharing=q,k,v"], "not a partition"),
         (["model.num_heads=3"], "num_heads=3 does not divide d_model=16: change one of them"),
         (["model.num_heads=0"], "num_heads=0 must be at least 1"),
         (["model.num_kv_heads=1", "model.sharing=q=k-v"], "must equal num_heads=2"),
@@ -309,8 +309,8 @@ def test_a_device_that_is_not_here(process, recipe, tmp_path, monkeypatch, platf
     ("flags", "message"),
     [
         (["--config=configs/lm.py", "--config=configs/quickstart.py"], "--config is given twice"),
-        (["--config=configs/lm.py", "--config.model.score=(('a',),)"], "no tuple of modifiers"),
-        (["--config=configs/lm.py", "--config.model.score=({},)"], "no tuple of modifiers"),
+        (["--config=configs/lm.py", "--config.model.score=(('a',),)"], "not a tuple of modifiers"),
+        (["--config=configs/lm.py", "--config.model.score=({},)"], "not a tuple of modifiers"),
         (["--config=configs/lm.py", "--config.model.score[0]=1"], "index out of range"),
         (["--config=configs/lm.py", "--config.data.seq_len=" + "9" * 400], "seq_len"),
         (["--config=configs/lm.py", "--config.data.tokenizer=bpe:~nobody-here/x"], "in full"),

@@ -37,8 +37,8 @@ def test_two_models_side_by_side(run_command, tied, untied):
     flags = ["--prompt=the", "--max_tokens=4", "--temperature=0"]
     result = run_command("generate", f"--workdir={untied}", f"--workdir={tied}", *flags)
     assert printed_bytes(result) == [8 * BYTES * 2, 8 * BYTES]
-    heads = result.out.splitlines()
-    assert all(" | " in line for line in heads if line.strip(" |"))
+    lines = result.out.splitlines()
+    assert all(" |" in line for line in lines if line.strip())
     assert "QKV" in result.out and "Q-K=V" in result.out
 
 

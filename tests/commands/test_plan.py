@@ -244,7 +244,7 @@ def test_config_with_layers_that_differ(capsys):
         (["--model={m}", "--context=1025"], "1024 learned positions"),
         (["--model={m}", "--workdir={m}/below"], "check the path"),
         (["--modle={m}"], "did you mean 'model'?"),
-        ([CONFIG + ",sharing=q-k-w"], "no partition"),
+        ([CONFIG + ",sharing=q-k-w"], "not a partition"),
         ([CONFIG, "--memory=80GB"], "goes with --model"),
         ([CONFIG, "--config.train.steps=5%"], "train.steps"),
     ],
