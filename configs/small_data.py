@@ -7,9 +7,9 @@ The quickstart's model (2 layers, width 128, bytes; 435,968 parameters with thre
 one package of the standard library (json: about 45 KB, so that 30 epochs are some 1,200 steps), its
 last tenth held out. Each of the five sharings is trained with dropout 0, 0.3, 0.5 and 0.7 on seeds
 0, 1 and 2, and compared at its own best dropout on seeds 3 to 7. (QKV ends at 4.98, 2.91, 2.87 and
-3.40 bits per byte, seed 0: the best lies inside.) 60 runs that tune and 25 that are compared, about
-two minutes each on a CPU core, three hours in all. The same held-out text chooses the dropout and
-scores the comparison; this is so for every sharing.
+3.40 bits per byte, seed 0: the best lies inside.) There are 60 tuning runs and 25 compared runs,
+about two minutes each on a CPU core, three hours in all. The same held-out text chooses the dropout
+and scores the comparison; this is so for every sharing.
 """
 
 import runpy
